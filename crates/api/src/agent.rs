@@ -1,0 +1,287 @@
+//! The agent protocol between the controller and `sandboxd`, PID 1 of a sandbox.
+//!
+//! One TCP connection (made by netd) carries one operation. Each side sends frames: a header of five bytes
+//! ([`FrameHeader`]: payload length as a big-endian `u32`, then the [`FrameKind`]) and the payload. The
+//! controller sends a JSON [`Hello`] and a JSON [`Request`] back to back, then, for
+//! [`Request::WriteFile`], [`FrameKind::Data`] frames. The agent answers JSON [`Reply`] frames and raw data
+//! frames. Closing the connection cancels the operation and kills what it started.
+//!
+//! The agent shares its uid with the code it runs, so the controller treats every byte as hostile: sizes,
+//! counts and times are bounded on the reading side.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// Version of this protocol. A running sandbox keeps its agent for life, so the host adapts, never it.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// Port on which the agent listens inside the sandbox.
+pub const AGENT_PORT: u16 = 9111;
+
+/// Largest payload of one frame, in bytes.
+pub const MAX_FRAME: usize = 256 * 1024;
+
+/// Length of an encoded [`FrameHeader`], in bytes.
+pub const HEADER_LENGTH: usize = 5;
+
+/// What a frame carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FrameKind {
+    /// A JSON [`Hello`], [`Request`] or [`Reply`].
+    Json,
+    /// Bytes of a command's standard output.
+    Stdout,
+    /// Bytes of a command's standard error.
+    Stderr,
+    /// Bytes of a file.
+    Data,
+}
+
+/// The first five bytes of a frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FrameHeader {
+    /// What the payload is.
+    pub kind: FrameKind,
+    /// Length of the payload in bytes, at most [`MAX_FRAME`].
+    pub length: usize,
+}
+
+/// The peer does not speak this protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum FrameError {
+    /// The kind byte is none of ours.
+    #[error("unknown frame kind {0}")]
+    UnknownKind(u8),
+    /// The payload would be larger than [`MAX_FRAME`].
+    #[error("a frame of {0} bytes is over the limit")]
+    TooLong(u32),
+}
+
+impl FrameHeader {
+    /// Writes the header. `length` must be at most [`MAX_FRAME`].
+    pub fn encode(self) -> [u8; HEADER_LENGTH] {
+        debug_assert!(self.length <= MAX_FRAME, "a frame of {} bytes", self.length);
+        let length = u32::try_from(self.length).unwrap_or(u32::MAX).to_be_bytes();
+        let kind = match self.kind {
+            FrameKind::Json => 1,
+            FrameKind::Stdout => 2,
+            FrameKind::Stderr => 3,
+            FrameKind::Data => 4,
+        };
+        [length[0], length[1], length[2], length[3], kind]
+    }
+
+    /// Reads a header.
+    ///
+    /// # Errors
+    /// When the kind is unknown or the length over the limit; the connection is then useless.
+    pub fn decode(bytes: [u8; HEADER_LENGTH]) -> Result<Self, FrameError> {
+        let length = u32::from_be_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+        let kind = match bytes[4] {
+            1 => FrameKind::Json,
+            2 => FrameKind::Stdout,
+            3 => FrameKind::Stderr,
+            4 => FrameKind::Data,
+            other => return Err(FrameError::UnknownKind(other)),
+        };
+        match usize::try_from(length) {
+            Ok(length) if length <= MAX_FRAME => Ok(Self { kind, length }),
+            Ok(_) | Err(_) => Err(FrameError::TooLong(length)),
+        }
+    }
+}
+
+/// The controller's first frame.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// [`PROTOCOL_VERSION`] of the sender.
+    pub protocol: u32,
+    /// The sandbox's key: 64 hexadecimal digits. Compared in constant time.
+    pub key: String,
+}
+
+/// What the controller wants done. One per connection.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case")]
+pub enum Request {
+    /// Answered by [`Reply::Pong`]: the agent is up.
+    Ping,
+    /// Runs a command. Answers: [`FrameKind::Stdout`] and [`FrameKind::Stderr`] frames as they come, then
+    /// [`Reply::Exited`].
+    Exec(Exec),
+    /// Writes a file, replacing it, making its parents. [`FrameKind::Data`] frames of together `size`
+    /// bytes follow. Answered by [`Reply::Written`].
+    WriteFile {
+        /// Absolute path.
+        path: String,
+        /// Length in bytes.
+        size: u64,
+        /// Permission bits; 0644 when absent.
+        #[serde(default)]
+        mode: Option<u32>,
+    },
+    /// Reads a file: [`Reply::File`], then [`FrameKind::Data`] frames of together `size` bytes.
+    ReadFile {
+        /// Absolute path.
+        path: String,
+        /// Larger files are [`AgentErrorCode::TooLarge`].
+        max_size: u64,
+    },
+    /// Lists a directory. Answered by [`Reply::Entries`] frames, the last one with `last: true`.
+    List {
+        /// Absolute path.
+        path: String,
+        /// Also what is below its directories (symbolic links are not followed).
+        recursive: bool,
+        /// At most so many entries.
+        limit: u32,
+    },
+}
+
+/// A command to run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exec {
+    /// What to run.
+    pub command: Command,
+    /// Added to (and overriding) the sandbox's own environment.
+    #[serde(default)]
+    pub env: BTreeMap<String, String>,
+    /// Absolute path; `/workspace` when absent.
+    #[serde(default)]
+    pub working_dir: Option<String>,
+    /// Milliseconds until the command's whole process group is killed; none when absent.
+    #[serde(default)]
+    pub timeout_ms: Option<u64>,
+}
+
+/// A shell line or an argument vector.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Command {
+    /// Given to `/bin/sh -c`.
+    Shell(String),
+    /// Program and arguments, no shell.
+    Argv(Vec<String>),
+}
+
+/// What the agent answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "snake_case")]
+pub enum Reply {
+    /// The agent is up.
+    Pong {
+        /// [`PROTOCOL_VERSION`] of the agent.
+        protocol: u32,
+    },
+    /// The command ended; everything it wrote has been sent.
+    Exited {
+        /// The exit status; 128 + signal for a killed command, 124 for one that ran out of time, 127 when
+        /// the program does not exist and 126 when it cannot be run.
+        exit_code: i32,
+        /// The command was killed because its time was up.
+        timed_out: bool,
+        /// How long it ran, in milliseconds.
+        duration_ms: u64,
+    },
+    /// The file is on disk.
+    Written {
+        /// Its length in bytes.
+        size: u64,
+    },
+    /// [`FrameKind::Data`] frames of together `size` bytes follow.
+    File {
+        /// Its length in bytes.
+        size: u64,
+    },
+    /// A part of a listing.
+    Entries {
+        /// In no particular order.
+        entries: Vec<Entry>,
+        /// No more parts follow.
+        last: bool,
+        /// The limit was reached, so something is missing.
+        truncated: bool,
+    },
+    /// The operation failed. Nothing follows.
+    Error {
+        /// Comparable.
+        code: AgentErrorCode,
+        /// For people; names the path.
+        message: String,
+    },
+}
+
+/// One file or directory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// Last component.
+    pub name: String,
+    /// Absolute path.
+    pub path: String,
+    /// What it is.
+    pub kind: EntryKind,
+    /// Length in bytes; 0 for what is not a file.
+    pub size: u64,
+    /// Seconds since the epoch.
+    pub modified: i64,
+    /// Permission bits.
+    pub mode: u32,
+}
+
+/// Kind of a directory entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EntryKind {
+    /// A regular file.
+    File,
+    /// A directory.
+    Directory,
+    /// A symbolic link.
+    Symlink,
+    /// A socket, FIFO or device.
+    Other,
+}
+
+/// Why an operation failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AgentErrorCode {
+    /// The key or the protocol version is wrong.
+    Unauthorized,
+    /// The request is not one the agent understands.
+    Invalid,
+    /// The path does not exist.
+    NotFound,
+    /// A file was wanted and the path is a directory.
+    IsDirectory,
+    /// A directory was wanted and the path is something else.
+    NotDirectory,
+    /// The file system says no (permissions, read-only root).
+    PermissionDenied,
+    /// The sandbox's disk is full.
+    NoSpace,
+    /// The file is larger than the caller accepts.
+    TooLarge,
+    /// Anything else.
+    Internal,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_header_survives_the_wire() {
+        for kind in [FrameKind::Json, FrameKind::Stdout, FrameKind::Stderr, FrameKind::Data] {
+            let header = FrameHeader { kind, length: 70_000 };
+            assert_eq!(FrameHeader::decode(header.encode()), Ok(header));
+        }
+    }
+
+    #[test]
+    fn a_hostile_header_is_refused() {
+        assert_eq!(FrameHeader::decode([0, 0, 0, 1, 9]), Err(FrameError::UnknownKind(9)));
+        assert_eq!(FrameHeader::decode([0xff, 0xff, 0xff, 0xff, 1]), Err(FrameError::TooLong(u32::MAX)));
+    }
+}

@@ -1,0 +1,75 @@
+//! The egress audit: one record per flow, DNS denial or aggregate of refused packets.
+
+use std::net::IpAddr;
+
+use jiff::Timestamp;
+use sandgate_policy::Reason;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    feed::TierName,
+    id::{OrgId, SandboxId},
+};
+
+/// What was decided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AuditVerdict {
+    /// The flow went through.
+    Allow,
+    /// It was refused.
+    Deny,
+}
+
+/// One decision. Never holds a query string, a body or a secret's value.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AuditEvent {
+    /// Unique (UUIDv7 as text): delivery may repeat, the store keeps one.
+    pub id: String,
+    /// When the flow began, or the first of the aggregated attempts was seen.
+    pub time: Timestamp,
+    /// Whose sandbox.
+    pub org_id: OrgId,
+    /// Which sandbox.
+    pub sandbox_id: SandboxId,
+    /// Allowed or denied.
+    pub verdict: AuditVerdict,
+    /// Why.
+    pub reason: Reason,
+    /// The tier that decided.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tier: Option<TierName>,
+    /// The rule that decided, in its tier.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rule: Option<String>,
+    /// `tls`, `http`, `tcp`, `udp`, `dns`, `icmp` or `ip`.
+    pub protocol: String,
+    /// The name the flow was for: SNI, Host or queried name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
+    /// The destination's address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ip: Option<IpAddr>,
+    /// The destination's port.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<u16>,
+    /// Bytes from the sandbox.
+    #[serde(default)]
+    pub bytes_up: u64,
+    /// Bytes to the sandbox.
+    #[serde(default)]
+    pub bytes_down: u64,
+    /// How long the flow lasted, in milliseconds.
+    #[serde(default)]
+    pub duration_ms: u64,
+    /// How many attempts this record stands for; at least 1.
+    #[serde(default = "one")]
+    pub repeated: u64,
+    /// What netd adds for people, for example the error of an upstream connect.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detail: Option<String>,
+}
+
+fn one() -> u64 {
+    1
+}

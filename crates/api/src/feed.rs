@@ -1,0 +1,136 @@
+//! The feed: how the controller tells a node which sandboxes live there and what they may do.
+//!
+//! `GET /feed?node=<name>&since=<revision>` answers an endless NDJSON body of [`FeedFrame`]s: a
+//! [`FeedFrame::Snapshot`] when `since` is absent or unknown, then deltas, and a heartbeat every
+//! [`HEARTBEAT_SECONDS`]. After applying a frame the node sends `POST /feed/ack` with a [`FeedAck`].
+//! `POST /feed/audit` delivers [`AuditBatch`]es. Acknowledged means: kernel maps written, DNS and proxy
+//! tables swapped, forbidden flows cut.
+
+use std::net::Ipv4Addr;
+
+use sandgate_policy::Policy;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    audit::AuditEvent,
+    id::{OrgId, SandboxId},
+};
+
+/// Seconds between two heartbeats. A node that has heard nothing for three of them reconnects.
+pub const HEARTBEAT_SECONDS: u64 = 5;
+
+/// A position in the feed. Assigned inside the committing transaction; grows by any step.
+pub type Revision = u64;
+
+/// One line of the feed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum FeedFrame {
+    /// Everything on this node. What is not listed does not exist any more.
+    Snapshot {
+        /// The state's revision.
+        revision: Revision,
+        /// Every sandbox of this node.
+        sandboxes: Vec<FeedSandbox>,
+    },
+    /// What changed since the frame before.
+    Delta {
+        /// The state's revision after this frame.
+        revision: Revision,
+        /// New and changed sandboxes, whole.
+        #[serde(default)]
+        upserts: Vec<FeedSandbox>,
+        /// Sandboxes that are gone.
+        #[serde(default)]
+        removed: Vec<SandboxId>,
+    },
+    /// Nothing new; the line is alive.
+    Heartbeat {
+        /// The state's revision.
+        revision: Revision,
+    },
+}
+
+/// One sandbox as its node must enforce it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct FeedSandbox {
+    /// Which one.
+    pub sandbox_id: SandboxId,
+    /// Its owner.
+    pub org_id: OrgId,
+    /// Where its packets come from.
+    pub endpoint: Endpoint,
+    /// The tenants' policies, organisation first. A flow passes only if every tier allows it.
+    /// Empty means: the default policy, see [`Policy::default`].
+    #[serde(default)]
+    pub tiers: Vec<PolicyTier>,
+}
+
+/// A sandbox's point of attachment to its node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Endpoint {
+    /// Index of the host end of the veth, in the router namespace.
+    pub ifindex: u32,
+    /// Name of the host end of the veth, for logs and checks.
+    pub interface: String,
+    /// The only source address this interface may use.
+    pub address: Ipv4Addr,
+    /// Ethernet address of the sandbox's end, six bytes.
+    pub mac: [u8; 6],
+    /// TCP port on which `sandboxd` listens inside.
+    pub agent_port: u16,
+}
+
+/// Who wrote a policy. The order is the order of precedence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TierName {
+    /// The operator: ranges nobody may reach, and the operator's exceptions.
+    Platform,
+    /// `/settings/egress`.
+    Organization,
+    /// The template the sandbox was made from.
+    Template,
+    /// `/sandbox/:id/network`.
+    Sandbox,
+}
+
+/// One tenant tier.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PolicyTier {
+    /// Who wrote it.
+    pub tier: TierName,
+    /// What they wrote.
+    pub policy: Policy,
+}
+
+/// `POST /feed/ack`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct FeedAck {
+    /// Everything up to and including this revision is enforced, but for `errors`.
+    pub revision: Revision,
+    /// The node's canaries are green and new sandboxes may be sent to it.
+    pub ready: bool,
+    /// Why not, when `ready` is false.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_ready_reason: Option<String>,
+    /// Sandboxes that could not be enforced as asked; they are denied everything.
+    #[serde(default)]
+    pub errors: Vec<FeedError>,
+}
+
+/// A sandbox that the node could not enforce as asked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FeedError {
+    /// Which one.
+    pub sandbox_id: SandboxId,
+    /// Why, for the log and the API answer.
+    pub message: String,
+}
+
+/// `POST /feed/audit`: records in the order they were made. Ids make delivery idempotent.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AuditBatch {
+    /// The records.
+    pub events: Vec<AuditEvent>,
+}

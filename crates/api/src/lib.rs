@@ -1,0 +1,20 @@
+//! Every type that crosses a process boundary, and nothing else.
+//!
+//! | module | spoken between |
+//! |---|---|
+//! | [`rest`] | published clients and the controller |
+//! | [`feed`] | controller and netd: which sandboxes live on a node and what they may do |
+//! | [`control`] | controller and netd: descriptor passing, connections into a sandbox |
+//! | [`agent`] | controller and `sandboxd` inside a sandbox |
+//! | [`audit`] | netd, the controller and clients: one record per egress decision |
+//!
+//! Types that travel between our own programs tolerate unknown fields, so that a frame a year old still
+//! parses; documents written by users do not, so that a misspelt field is an error and not a hole.
+
+pub mod agent;
+pub mod audit;
+pub mod control;
+pub mod error;
+pub mod feed;
+pub mod id;
+pub mod rest;

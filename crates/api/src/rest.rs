@@ -1,0 +1,1 @@
+//! Bodies of the REST API, as published clients send and need them.
