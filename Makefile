@@ -1,0 +1,49 @@
+# Sandgate's verbs. Each is a few lines: the work is in deploy/setup.sh, deploy/build.sh and cargo.
+#
+# Variables: CARGO_TARGET_DIR (default target), CARGO_FLAGS (default --locked when CI is set),
+# SANDGATE_TOOLCHAIN_DIR and SANDGATE_IMAGE_DIR (see deploy/setup.sh), ARGS (passed on by run and test).
+
+TARGET_DIR  := $(abspath $(or $(CARGO_TARGET_DIR),target))
+BIN_DIR     := $(TARGET_DIR)/release
+CARGO_FLAGS ?= $(if $(CI),--locked)
+export CARGO_FLAGS
+
+# netd/build.rs finds the linker in its default place by itself.
+ifdef SANDGATE_TOOLCHAIN_DIR
+export BPF_LINKER ?= $(SANDGATE_TOOLCHAIN_DIR)/bin/bpf-linker
+endif
+
+# netd-ebpf is for the kernel only: netd/build.rs builds it.
+WORKSPACE := --workspace --exclude netd-ebpf
+
+# One verb after the other, also under `make -j`: build needs what setup installs.
+.NOTPARALLEL:
+.PHONY: help setup build run test lint fmt clean
+
+help: ## list these verbs
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## install what is missing: packages, eBPF toolchain, default image (quick when nothing is)
+	@deploy/setup.sh
+
+build: ## release programs in target/release: controller, netd, sandboxd (static)
+	@deploy/build.sh
+
+run: setup build ## set up, build and start everything; prints the API address and `ready`
+	@exec $(BIN_DIR)/controller up $(ARGS)
+
+test: ## set up, build, run every test (as root: none is skipped)
+	@deploy/setup.sh --tests
+	@deploy/build.sh
+	REQUIRE_ROOT=1 SANDGATE_BIN_DIR=$(BIN_DIR) cargo test $(CARGO_FLAGS) $(WORKSPACE) --no-fail-fast $(ARGS)
+
+lint: ## formatting and clippy, warnings are errors; cargo-deny where it is installed
+	cargo fmt --all --check
+	cargo clippy $(CARGO_FLAGS) $(WORKSPACE) --all-targets -- -D warnings
+	@if command -v cargo-deny >/dev/null; then cargo deny check bans licenses sources; fi
+
+fmt: ## format the code
+	cargo fmt --all
+
+clean: ## remove what was built (not what setup installed)
+	cargo clean
