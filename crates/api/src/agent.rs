@@ -273,7 +273,12 @@ mod tests {
 
     #[test]
     fn a_header_survives_the_wire() {
-        for kind in [FrameKind::Json, FrameKind::Stdout, FrameKind::Stderr, FrameKind::Data] {
+        for kind in [
+            FrameKind::Json,
+            FrameKind::Stdout,
+            FrameKind::Stderr,
+            FrameKind::Data,
+        ] {
             let header = FrameHeader { kind, length: 70_000 };
             assert_eq!(FrameHeader::decode(header.encode()), Ok(header));
         }
@@ -281,7 +286,13 @@ mod tests {
 
     #[test]
     fn a_hostile_header_is_refused() {
-        assert_eq!(FrameHeader::decode([0, 0, 0, 1, 9]), Err(FrameError::UnknownKind(9)));
-        assert_eq!(FrameHeader::decode([0xff, 0xff, 0xff, 0xff, 1]), Err(FrameError::TooLong(u32::MAX)));
+        assert_eq!(
+            FrameHeader::decode([0, 0, 0, 1, 9]),
+            Err(FrameError::UnknownKind(9))
+        );
+        assert_eq!(
+            FrameHeader::decode([0xff, 0xff, 0xff, 0xff, 1]),
+            Err(FrameError::TooLong(u32::MAX))
+        );
     }
 }

@@ -118,7 +118,15 @@ mod tests {
 
     #[test]
     fn an_id_can_never_be_a_path_or_another_kind() {
-        for text in ["", "sandbox-", "sandbox-../x", "sandbox-A", "org-0", "sandbox-a/b", "sandbox-a\0"] {
+        for text in [
+            "",
+            "sandbox-",
+            "sandbox-../x",
+            "sandbox-A",
+            "org-0",
+            "sandbox-a/b",
+            "sandbox-a\0",
+        ] {
             assert!(text.parse::<SandboxId>().is_err(), "{text:?} was accepted");
         }
     }

@@ -1,1 +1,8 @@
+//! The edges of a long-running process, the same in every program: logs, signals, drain, readiness,
+//! supervised tasks, inherited descriptors. Knows no word of the product.
 
+pub mod handover;
+pub mod readiness;
+pub mod signal;
+pub mod tasks;
+pub mod telemetry;
