@@ -1,1 +1,4 @@
+//! API and control plane of Sandgate.
 
+pub mod agent;
+pub mod backend;

@@ -1,0 +1,1 @@
+//! The client against hostile and broken peers.
