@@ -20,6 +20,7 @@ IMAGE_DIR=${SANDGATE_IMAGE_DIR:-/var/lib/sandgate/images}
 export SANDGATE_IMAGE_DIR=$IMAGE_DIR
 
 MIN_KERNEL=6.6
+MIN_RUST=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$here/../Cargo.toml")
 BPF_LINKER_VERSION=0.13.0
 BPF_LINKER_LLVM="21 22 23" # LLVM majors that this bpf-linker can be built with
 
@@ -72,6 +73,8 @@ machine_problems() {
   caps=$((16#$(awk '/^CapEff:/ { print $2 }' /proc/self/status)))
   (((caps >> 12 & 1) && (caps >> 21 & 1))) ||
     echo "root without CAP_SYS_ADMIN and CAP_NET_ADMIN: this is an unprivileged container; use the machine itself or a privileged one"
+  [[ $(tr -s ' ' </proc/self/uid_map) == " 0 0 4294967295" ]] ||
+    echo "this is a user namespace, in which the kernel loads no eBPF; use the machine itself or a container without one"
 
   filesystem_known bpf || echo "the kernel has no bpf file system: it needs CONFIG_BPF_SYSCALL"
   filesystem_known overlay || echo "the kernel has no overlay file system: it needs CONFIG_OVERLAY_FS (module overlay)"
@@ -89,8 +92,13 @@ machine_problems() {
     fi || echo "no cgroup hierarchy with the '$controller' controller is mounted below /sys/fs/cgroup"
   done
 
-  command -v cargo >/dev/null && command -v rustc >/dev/null ||
-    echo "no cargo in PATH: install Rust (rustup, stable, 1.95 or newer)"
+  if command -v cargo >/dev/null && release=$(rustc --version 2>/dev/null); then
+    IFS=' .' read -r _ major minor _ <<<"$release"
+    ((major > ${MIN_RUST%.*} || (major == ${MIN_RUST%.*} && minor >= ${MIN_RUST#*.}))) ||
+      echo "this is $release; Sandgate needs Rust $MIN_RUST or newer: 'rustup update stable'"
+  else
+    echo "no cargo in PATH: install Rust $MIN_RUST or newer with rustup, or '. ~/.cargo/env' if it is installed"
+  fi
 }
 
 filesystem_known() {
