@@ -1,0 +1,195 @@
+//! What makes the namespace a wall: sysctls, the gateway address, routing rules, and the nftables table that answers
+//! refused packets. Run on a thread inside the namespace; idempotent.
+//!
+//! Forwarding is closed four times: `ip_forward` is 0, the routing rules hold no route for a packet that came in
+//! (only `local` ones), the forward chain drops, and the programs let nothing through without a mark.
+
+use std::{
+    fs,
+    io::{self, Write},
+    process::{Command, Stdio},
+};
+
+use netd_common::mark;
+
+use super::{GATEWAY, RouterError};
+
+/// Routing table whose only route delivers everything to the local host.
+const LOCAL_TABLE: u32 = 133;
+
+/// Settings without which the namespace does not refuse or redirect as promised.
+const REQUIRED: &[(&str, &str)] = &[
+    ("net/ipv4/ip_forward", "0"),
+    ("net/ipv4/conf/all/forwarding", "0"),
+    ("net/ipv4/conf/default/forwarding", "0"),
+    // Redirected packets have sources and destinations that no route of ours knows.
+    ("net/ipv4/conf/all/rp_filter", "0"),
+    ("net/ipv4/conf/default/rp_filter", "0"),
+    // A destination in 127/8 on the wire stays a martian.
+    ("net/ipv4/conf/all/route_localnet", "0"),
+    ("net/ipv4/conf/default/route_localnet", "0"),
+    ("net/ipv4/conf/all/accept_redirects", "0"),
+    ("net/ipv4/conf/default/accept_redirects", "0"),
+    ("net/ipv4/conf/all/send_redirects", "0"),
+    ("net/ipv4/conf/default/send_redirects", "0"),
+    ("net/ipv4/conf/all/accept_source_route", "0"),
+    ("net/ipv4/conf/default/accept_source_route", "0"),
+    // Answers that the kernel itself makes (RST, ICMP) carry the mark of what they answer; the program that guards the
+    // way to the sandbox knows them by it.
+    ("net/ipv4/fwmark_reflect", "1"),
+    // The default limit of one ICMP error a second and destination would make most UDP refusals silent.
+    ("net/ipv4/icmp_ratelimit", "0"),
+];
+
+/// Settings that only make it faster or more robust; a kernel may lack them, or not have them per namespace.
+const WISHED: &[(&str, &str)] = &[
+    ("net/ipv6/conf/all/disable_ipv6", "1"),
+    ("net/ipv6/conf/default/disable_ipv6", "1"),
+    ("net/ipv6/conf/all/forwarding", "0"),
+    ("net/ipv4/icmp_msgs_per_sec", "100000"),
+    ("net/ipv4/icmp_msgs_burst", "10000"),
+    // The sandbox's end is one hop away, so nothing old can arrive late; and a SYN that reuses the four-tuple of a
+    // socket in TIME_WAIT could not find our listener (it is bound to another address) and would lose a second.
+    ("net/ipv4/tcp_max_tw_buckets", "0"),
+    // All sandboxes share a few listeners.
+    ("net/core/somaxconn", "8192"),
+    ("net/ipv4/tcp_max_syn_backlog", "8192"),
+    ("net/ipv4/tcp_syncookies", "1"),
+    ("net/ipv4/tcp_synack_retries", "2"),
+];
+
+/// Applies everything.
+pub(super) fn apply() -> Result<(), RouterError> {
+    for (name, value) in REQUIRED {
+        set(name, value).map_err(|source| RouterError::Sysctl {
+            name: (*name).to_owned(),
+            value,
+            source,
+        })?;
+    }
+    for (name, value) in WISHED {
+        if let Err(error) = set(name, value) {
+            tracing::debug!(sysctl = name, value, %error, "not set in the router namespace");
+        }
+    }
+    feed(&["nft", "-f", "-"], &ruleset())?;
+    addresses()?;
+    rules()
+}
+
+fn set(name: &str, value: &str) -> io::Result<()> {
+    let path = format!("/proc/sys/{name}");
+    // Writing some of them has side effects (forwarding resets others), so what is right already is left alone.
+    if fs::read_to_string(&path)?.trim() == value {
+        return Ok(());
+    }
+    fs::write(path, value)
+}
+
+/// The table, replaced in one transaction.
+///
+/// `prerouting` stands before any routing decision. Of what comes from sandboxes only packets for netd's sockets get
+/// through; everything else is answered at once, also what no program has marked (a hang helps nobody).
+fn ruleset() -> String {
+    let (proxy, inbound) = (mark::PROXY, mark::INBOUND);
+    format!(
+        "table inet sandgate
+delete table inet sandgate
+table inet sandgate {{
+  chain prerouting {{
+    type filter hook prerouting priority raw; policy drop;
+    iif lo accept
+    meta nfproto ipv6 drop
+    meta mark {proxy:#x} accept
+    meta mark {inbound:#x} accept
+    meta l4proto tcp reject with tcp reset
+    meta l4proto udp reject with icmpx admin-prohibited
+  }}
+  chain forward {{
+    type filter hook forward priority filter; policy drop;
+  }}
+}}
+"
+    )
+}
+
+fn addresses() -> Result<(), RouterError> {
+    feed(
+        &["ip", "-batch", "-"],
+        &format!(
+            "link set lo up\naddress replace {GATEWAY}/32 dev lo\nroute replace local default dev lo table {LOCAL_TABLE}\n"
+        ),
+    )
+}
+
+/// Which table a packet asks, by order. Packets that the namespace sends itself (`iif lo`) come first, so that the
+/// mark that an answer reflects does not route it back to the local host.
+fn rules() -> Result<(), RouterError> {
+    let wanted = [
+        (10, "iif lo lookup local".to_owned()),
+        (11, "iif lo lookup main".to_owned()),
+        // Beneath the nftables table: should that be gone, a refused packet still has nowhere to go.
+        (20, format!("fwmark {:#x} prohibit", mark::REFUSE)),
+        (30, format!("fwmark {:#x} lookup {LOCAL_TABLE}", mark::PROXY)),
+        (40, format!("fwmark {:#x} lookup local", mark::INBOUND)),
+        (50, "prohibit".to_owned()),
+    ];
+    let present = output(&["ip", "-4", "rule", "show"])?;
+    let missing: String = wanted
+        .iter()
+        .filter(|(priority, _)| {
+            !present
+                .lines()
+                .any(|line| line.starts_with(&format!("{priority}:")))
+        })
+        .map(|(priority, rule)| format!("rule add priority {priority} {rule}\n"))
+        .collect();
+    if !missing.is_empty() {
+        feed(&["ip", "-4", "-batch", "-"], &missing)?;
+    }
+    // The rule that the kernel made for local addresses, before all marks. Last, so that no moment is without it.
+    if present.lines().any(|line| line.starts_with("0:")) {
+        feed(&["ip", "-4", "-batch", "-"], "rule del priority 0\n")?;
+    }
+    Ok(())
+}
+
+/// Runs a command in this thread's namespace with `input` on its standard input.
+fn feed(command: &[&str], input: &str) -> Result<(), RouterError> {
+    run(command, input).map(drop)
+}
+
+fn output(command: &[&str]) -> Result<String, RouterError> {
+    run(command, "")
+}
+
+fn run(command: &[&str], input: &str) -> Result<String, RouterError> {
+    let failed = |message: String| RouterError::Command {
+        command: command.join(" "),
+        message,
+    };
+    let [program, arguments @ ..] = command else {
+        return Err(failed("no command".to_owned()));
+    };
+    let mut child = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|error| failed(format!("{error} (installed by `make setup`)")))?;
+    if let Some(mut stdin) = child.stdin.take() {
+        // A child that ended early says why on its standard error.
+        if let Err(error) = stdin.write_all(input.as_bytes()) {
+            tracing::debug!(%error, program, "input not taken");
+        }
+    }
+    let done = child
+        .wait_with_output()
+        .map_err(|error| failed(error.to_string()))?;
+    if done.status.success() {
+        Ok(String::from_utf8_lossy(&done.stdout).into_owned())
+    } else {
+        Err(failed(String::from_utf8_lossy(&done.stderr).trim().to_owned()))
+    }
+}
