@@ -135,7 +135,7 @@ furnish() {
   fi
 
   # Mount points: the runtime puts /proc, /dev, /tmp, /workspace, the three files and sandboxd over these.
-  rm -rf "$root"/dev "$root"/etc/apt/apt.conf.d/99mmdebstrap "$root"/etc/dpkg/dpkg.cfg.d/99mmdebstrap \
+  rm -rf --one-file-system "${root:?}"/dev "$root"/etc/apt/apt.conf.d/99mmdebstrap "$root"/etc/dpkg/dpkg.cfg.d/99mmdebstrap \
     "$root"/etc/resolv.conf "$root"/etc/hosts "$root"/etc/hostname "$root"/etc/apt/sources.list
   mkdir -p "$root"/{dev,proc,sys,run,tmp,workspace} "$root/usr/lib/sandgate"
   chmod 0755 "$root"/{dev,proc,sys,run}
@@ -247,10 +247,10 @@ build() {
   install -d -m 0755 "$IMAGE_DIR"
   reachable "$IMAGE_DIR"
   # Left by a build that was interrupted (setup.sh lets only one run), and images that were in use before.
-  rm -rf "$IMAGE_DIR"/.building-*
-  in_use || rm -rf "$IMAGE_DIR"/.old-*
+  rm -rf --one-file-system "$IMAGE_DIR"/.building-*
+  in_use || rm -rf --one-file-system "$IMAGE_DIR"/.old-*
   work=$(mktemp -d "$IMAGE_DIR/.building-XXXXXX")
-  trap 'rm -rf "'"$work"'"' EXIT
+  trap 'rm -rf --one-file-system "'"$work"'"' EXIT
   chmod 0755 "$work"
   mkdir -m 0755 "$work/image"
 

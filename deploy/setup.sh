@@ -177,8 +177,8 @@ get_ebpf_rustc() {
   command -v rustup >/dev/null ||
     fail "no compiler for eBPF: neither package libstd-rust-web-dev-bpf nor rustup is to be had"
   say "installing rustup's nightly with rust-src"
-  quietly timeout 900 rustup toolchain install nightly --profile minimal --component rust-src && nightly_has_core ||
-    fail "no compiler for eBPF. Either 'rustup toolchain install nightly --component rust-src', or 'apt-get install rustc-web libstd-rust-web-dev-bpf' (bookworm-security) must work"
+  quietly timeout 900 rustup toolchain install nightly --profile minimal --component rust-src || true
+  nightly_has_core || fail "no compiler for eBPF. Either 'rustup toolchain install nightly --component rust-src', or 'apt-get install rustc-web libstd-rust-web-dev-bpf' (bookworm-security) must work"
 }
 
 # bpf-linker reads the bitcode that rustc writes, so its LLVM must not be older than the compiler's.
@@ -271,8 +271,8 @@ fi
 if $check_only; then
   ok=true
   lacks() { say "missing: $*"; ok=false; }
-  missing=$(packages_missing "${wanted[@]}")
-  [[ -z $missing ]] || lacks "packages:" $missing
+  mapfile -t missing < <(packages_missing "${wanted[@]}")
+  [[ ${#missing[@]} == 0 ]] || lacks "packages: ${missing[*]}"
   ebpf_rustc >/dev/null || lacks "a compiler for eBPF (rustup nightly with rust-src, or Debian's rustc-web with libstd-rust-web-dev-bpf)"
   linker_ok || lacks "$TOOLCHAIN_DIR/bin/bpf-linker $BPF_LINKER_VERSION, for the LLVM of that compiler"
   musl_settled || lacks "the rust target $ARCH-unknown-linux-musl"
@@ -286,8 +286,8 @@ fi
 exec 9>/run/lock/sandgate-setup.lock
 flock -n 9 || { say "waiting for another set-up to end"; flock 9; }
 
-missing=$(packages_missing "${wanted[@]}")
-[[ -z $missing ]] || apt_install $missing
+mapfile -t missing < <(packages_missing "${wanted[@]}")
+[[ ${#missing[@]} == 0 ]] || apt_install "${missing[@]}"
 ebpf_rustc >/dev/null || get_ebpf_rustc
 linker_ok || get_linker
 musl_settled || get_musl
