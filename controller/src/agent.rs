@@ -99,7 +99,10 @@ pub struct Agent {
 impl Agent {
     /// Takes over a fresh connection. `key` is the sandbox's 64 hexadecimal digits.
     pub fn new(stream: TcpStream, key: &str) -> Self {
-        Self { frames: Frames::new(stream), key: key.to_owned() }
+        Self {
+            frames: Frames::new(stream),
+            key: key.to_owned(),
+        }
     }
 
     /// Asks whether the agent is up and speaks a version this side knows.
@@ -110,10 +113,12 @@ impl Agent {
         let deadline = Instant::now() + FIRST_WORD;
         self.request(&Request::Ping, deadline).await?;
         match self.frames.reply(deadline).await? {
-            Reply::Pong { protocol: PROTOCOL_VERSION } => Ok(()),
-            Reply::Pong { protocol } => {
-                Err(AgentError::Protocol(format!("the agent speaks version {protocol} of the protocol")))
-            }
+            Reply::Pong {
+                protocol: PROTOCOL_VERSION,
+            } => Ok(()),
+            Reply::Pong { protocol } => Err(AgentError::Protocol(format!(
+                "the agent speaks version {protocol} of the protocol"
+            ))),
             other => Err(unexpected(other)),
         }
     }
@@ -126,8 +131,13 @@ impl Agent {
         let deadline = exec
             .timeout_ms
             .and_then(|limit| Instant::now().checked_add(Duration::from_millis(limit) + EXEC_GRACE));
-        self.request(&Request::Exec(exec), Instant::now() + FIRST_WORD).await?;
-        Ok(ExecStream { frames: self.frames, deadline, ended: false })
+        self.request(&Request::Exec(exec), Instant::now() + FIRST_WORD)
+            .await?;
+        Ok(ExecStream {
+            frames: self.frames,
+            deadline,
+            ended: false,
+        })
     }
 
     /// Writes a file, replacing it, making its parents. Answers its length.
@@ -141,7 +151,11 @@ impl Agent {
         bytes: Bytes,
     ) -> Result<u64, AgentError> {
         let size = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
-        let request = Request::WriteFile { path: path.to_owned(), size, mode };
+        let request = Request::WriteFile {
+            path: path.to_owned(),
+            size,
+            mode,
+        };
         self.request(&request, Instant::now() + FIRST_WORD).await?;
         match self.frames.upload(&bytes, STALL).await? {
             Reply::Written { size: written } if written == size => Ok(size),
@@ -158,14 +172,23 @@ impl Agent {
     /// [`AgentError::Refused`] when it is not there, too large, or not a file.
     pub async fn read_file(mut self, path: &str, max_size: u64) -> Result<FileStream, AgentError> {
         let deadline = Instant::now() + FIRST_WORD;
-        self.request(&Request::ReadFile { path: path.to_owned(), max_size }, deadline).await?;
+        self.request(
+            &Request::ReadFile {
+                path: path.to_owned(),
+                max_size,
+            },
+            deadline,
+        )
+        .await?;
         match self.frames.reply(deadline).await? {
-            Reply::File { size } if size <= max_size => {
-                Ok(FileStream { frames: self.frames, size, left: size })
-            }
-            Reply::File { size } => {
-                Err(AgentError::Protocol(format!("a file of {size} bytes where {max_size} are the limit")))
-            }
+            Reply::File { size } if size <= max_size => Ok(FileStream {
+                frames: self.frames,
+                size,
+                left: size,
+            }),
+            Reply::File { size } => Err(AgentError::Protocol(format!(
+                "a file of {size} bytes where {max_size} are the limit"
+            ))),
             other => Err(unexpected(other)),
         }
     }
@@ -176,17 +199,35 @@ impl Agent {
     /// [`AgentError::Refused`] when it is not there or not a directory.
     pub async fn list(mut self, path: &str, recursive: bool, limit: u32) -> Result<Listing, AgentError> {
         let deadline = Instant::now() + LISTING;
-        self.request(&Request::List { path: path.to_owned(), recursive, limit }, deadline).await?;
+        self.request(
+            &Request::List {
+                path: path.to_owned(),
+                recursive,
+                limit,
+            },
+            deadline,
+        )
+        .await?;
         let most = usize::try_from(limit).unwrap_or(MAX_ENTRIES).min(MAX_ENTRIES);
-        let mut listing = Listing { entries: Vec::new(), truncated: false };
+        let mut listing = Listing {
+            entries: Vec::new(),
+            truncated: false,
+        };
         let mut bytes = 0usize;
         loop {
             let (entries, last, truncated) = match self.frames.reply(deadline).await? {
-                Reply::Entries { entries, last, truncated } => (entries, last, truncated),
+                Reply::Entries {
+                    entries,
+                    last,
+                    truncated,
+                } => (entries, last, truncated),
                 other => return Err(unexpected(other)),
             };
             // An endless row of empty parts ends at the deadline and costs nothing until then.
-            bytes += entries.iter().map(|entry| entry.name.len() + entry.path.len()).sum::<usize>();
+            bytes += entries
+                .iter()
+                .map(|entry| entry.name.len() + entry.path.len())
+                .sum::<usize>();
             if listing.entries.len() + entries.len() > most || bytes > MAX_LISTING_BYTES {
                 return Err(AgentError::Protocol("a listing over the limit".to_owned()));
             }
@@ -199,7 +240,10 @@ impl Agent {
     }
 
     async fn request(&mut self, request: &Request, deadline: Instant) -> Result<(), AgentError> {
-        let hello = Hello { protocol: PROTOCOL_VERSION, key: std::mem::take(&mut self.key) };
+        let hello = Hello {
+            protocol: PROTOCOL_VERSION,
+            key: std::mem::take(&mut self.key),
+        };
         self.frames.send_pair(&hello, request, deadline).await
     }
 }
@@ -237,9 +281,15 @@ impl ExecStream {
             FrameKind::Stderr => Ok(ExecEvent::Stderr(payload)),
             FrameKind::Data => Err(AgentError::Protocol("file bytes from a command".to_owned())),
             FrameKind::Json => match frames::parse_reply(&payload)? {
-                Reply::Exited { exit_code, timed_out, duration_ms } => {
-                    Ok(ExecEvent::Exited { exit_code, timed_out, duration_ms })
-                }
+                Reply::Exited {
+                    exit_code,
+                    timed_out,
+                    duration_ms,
+                } => Ok(ExecEvent::Exited {
+                    exit_code,
+                    timed_out,
+                    duration_ms,
+                }),
                 other => Err(unexpected(other)),
             },
         }
@@ -280,7 +330,9 @@ impl FileStream {
             FrameKind::Data => {
                 let length = u64::try_from(payload.len()).unwrap_or(u64::MAX);
                 if payload.is_empty() || length > self.left {
-                    return Err(AgentError::Protocol("more or less file than announced".to_owned()));
+                    return Err(AgentError::Protocol(
+                        "more or less file than announced".to_owned(),
+                    ));
                 }
                 self.left -= length;
                 Ok(payload)
@@ -296,7 +348,10 @@ impl FileStream {
 /// Turns a reply that was not hoped for into an error.
 fn unexpected(reply: Reply) -> AgentError {
     match reply {
-        Reply::Error { code, message } => AgentError::Refused { code, message: clean(&message) },
+        Reply::Error { code, message } => AgentError::Refused {
+            code,
+            message: clean(&message),
+        },
         Reply::Pong { .. } => AgentError::Protocol("an unexpected pong".to_owned()),
         Reply::Exited { .. } => AgentError::Protocol("an unexpected exit".to_owned()),
         Reply::Written { .. } => AgentError::Protocol("an unexpected write".to_owned()),
@@ -307,5 +362,8 @@ fn unexpected(reply: Reply) -> AgentError {
 
 /// Cuts a text of the sandbox and takes out what could forge log lines or terminal sequences.
 fn clean(text: &str) -> String {
-    text.chars().filter(|character| !character.is_control()).take(MAX_MESSAGE).collect()
+    text.chars()
+        .filter(|character| !character.is_control())
+        .take(MAX_MESSAGE)
+        .collect()
 }

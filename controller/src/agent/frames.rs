@@ -27,7 +27,10 @@ impl Frames {
     pub(super) fn new(stream: TcpStream) -> Self {
         // A missing TCP_NODELAY costs latency, nothing else.
         drop(stream.set_nodelay(true));
-        Self { stream, received: BytesMut::new() }
+        Self {
+            stream,
+            received: BytesMut::new(),
+        }
     }
 
     /// The next frame. The first byte may take for ever (bound it from outside); once it is there, the rest
@@ -59,7 +62,9 @@ impl Frames {
         let mut bytes = Vec::with_capacity(512);
         append_json(&mut bytes, hello)?;
         append_json(&mut bytes, request)?;
-        timeout_at(deadline, self.stream.write_all(&bytes)).await.map_err(|_elapsed| AgentError::Timeout)??;
+        timeout_at(deadline, self.stream.write_all(&bytes))
+            .await
+            .map_err(|_elapsed| AgentError::Timeout)??;
         Ok(())
     }
 
@@ -71,7 +76,11 @@ impl Frames {
         let mut answer = pin!(next_frame(&mut reader, received, stall));
         let mut early = None;
         for part in bytes.chunks(UPLOAD_PART) {
-            let header = FrameHeader { kind: FrameKind::Data, length: part.len() }.encode();
+            let header = FrameHeader {
+                kind: FrameKind::Data,
+                length: part.len(),
+            }
+            .encode();
             let send = async {
                 writer.write_all(&header).await?;
                 writer.write_all(part).await
@@ -89,7 +98,9 @@ impl Frames {
         }
         let (kind, payload) = match early {
             Some(frame) => frame,
-            None => timeout(stall, answer).await.map_err(|_elapsed| AgentError::Timeout)??,
+            None => timeout(stall, answer)
+                .await
+                .map_err(|_elapsed| AgentError::Timeout)??,
         };
         match kind {
             FrameKind::Json => parse_reply(&payload),
@@ -130,7 +141,9 @@ async fn next_frame<R: AsyncRead + Unpin>(
         let read = if received.is_empty() {
             stream.read_buf(received).await?
         } else {
-            timeout(stall, stream.read_buf(received)).await.map_err(|_elapsed| AgentError::Timeout)??
+            timeout(stall, stream.read_buf(received))
+                .await
+                .map_err(|_elapsed| AgentError::Timeout)??
         };
         if read == 0 {
             return Err(AgentError::Closed);
@@ -143,7 +156,13 @@ fn append_json<T: Serialize>(bytes: &mut Vec<u8>, value: &T) -> Result<(), Agent
     if payload.len() > MAX_FRAME {
         return Err(AgentError::RequestTooLarge(payload.len()));
     }
-    bytes.extend_from_slice(&FrameHeader { kind: FrameKind::Json, length: payload.len() }.encode());
+    bytes.extend_from_slice(
+        &FrameHeader {
+            kind: FrameKind::Json,
+            length: payload.len(),
+        }
+        .encode(),
+    );
     bytes.extend_from_slice(&payload);
     Ok(())
 }

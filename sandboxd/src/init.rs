@@ -1,0 +1,73 @@
+//! The duties of PID 1, and what a child must look like before it runs foreign code. The only unsafe code here.
+
+use std::{fs::File, io, os::unix::process::CommandExt as _, process::Command, time::Duration};
+
+use nix::{
+    sys::signal::{SaFlags, SigAction, SigHandler, SigSet, SigmaskHow, Signal, kill, sigaction, sigprocmask},
+    unistd::{Pid, getpid, setsid},
+};
+
+use crate::children::Children;
+
+/// How long processes may take to end after SIGTERM.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// Makes this process unreadable for others of its uid, adopts orphans, and undoes what signal settings its
+/// starter left.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn harden() -> io::Result<()> {
+    nix::sys::prctl::set_dumpable(false)?;
+    // Orphans come to PID 1 by themselves; elsewhere (in tests) they must be asked for.
+    nix::sys::prctl::set_child_subreaper(true)?;
+    rustix::process::umask(rustix::fs::Mode::from_bits_truncate(0o022));
+    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
+    let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
+    for signal in Signal::iterator().filter(|signal| settable(*signal)) {
+        // SAFETY: the default disposition runs no code of ours.
+        #[expect(unsafe_code, reason = "sigaction has no safe form")]
+        let _previous = unsafe { sigaction(signal, &default) }?;
+    }
+    Ok(())
+}
+
+/// SIGKILL and SIGSTOP cannot be set. SIGPIPE stays ignored, as the Rust runtime wants it in this process;
+/// children get the default.
+fn settable(signal: Signal) -> bool {
+    !matches!(signal, Signal::SIGKILL | Signal::SIGSTOP | Signal::SIGPIPE)
+}
+
+/// Puts `/dev/null` in the place of standard input.
+///
+/// # Errors
+/// When `/dev/null` cannot be opened.
+pub fn forget_standard_input() -> io::Result<()> {
+    Ok(nix::unistd::dup2_stdin(File::open("/dev/null")?)?)
+}
+
+/// Gives the child a session and process group of its own, so that it can be killed with all its like.
+pub(crate) fn own_session(command: &mut Command) {
+    let hook = || {
+        setsid()?;
+        Ok(())
+    };
+    // SAFETY: between fork and exec only async-signal-safe calls are allowed; setsid is one, and turning its
+    // errno into an error allocates nothing.
+    #[expect(unsafe_code, reason = "pre_exec has no safe form")]
+    unsafe {
+        command.pre_exec(hook);
+    }
+}
+
+/// Ends every process: SIGTERM, a grace period, and the kernel kills the rest when PID 1 ends.
+pub async fn end_everything(children: &Children) {
+    if getpid().as_raw() == 1 {
+        // Every process but this one: only PID 1 may say so, where -1 means its own namespace.
+        let _nobody = kill(Pid::from_raw(-1), Signal::SIGTERM);
+    } else {
+        children.signal_all(rustix::process::Signal::TERM);
+    }
+    let _stubborn = tokio::time::timeout(GRACE, children.all_gone()).await;
+    children.signal_all(rustix::process::Signal::KILL);
+}
