@@ -1,0 +1,234 @@
+//! The policy document: what people write, what is stored, and what travels on the feed.
+//!
+//! A [`Policy`] can only be made by [`Policy::parse`] (deserialising goes the same way), so one that exists is valid:
+//! every name is canonical, every range is a range, and nothing in it is beyond what this version enforces.
+
+mod fields;
+mod parse;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
+use serde_json::{Map, Value, json};
+
+use crate::{error::PolicyError, names::DomainPattern, ports::PortSpan};
+
+macro_rules! words {
+    ($(#[doc = $doc:literal])+ $name:ident { $($(#[doc = $word_doc:literal])+ $word:ident = $text:literal,)+ }) => {
+        $(#[doc = $doc])+
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+        pub enum $name {
+            $($(#[doc = $word_doc])+ #[serde(rename = $text)] $word,)+
+        }
+
+        impl $name {
+            /// Every word of the kind, as documents spell them.
+            pub(crate) const ALL: &'static [(&'static str, Self)] = &[$(($text, Self::$word),)+];
+
+            /// As documents spell it.
+            pub const fn as_str(self) -> &'static str {
+                match self {
+                    $(Self::$word => $text,)+
+                }
+            }
+        }
+    };
+}
+
+words! {
+    /// What happens to a flow that no rule and no list mentions.
+    Mode {
+        /// Allowed on `allowed_ports`.
+        AllowAll = "allow_all",
+        /// Denied; the allow lists must be empty, so that nobody believes in them.
+        DenyAll = "deny_all",
+        /// Denied.
+        Allowlist = "allowlist",
+        /// Allowed on `allowed_ports`, as with `allow_all`.
+        Denylist = "denylist",
+    }
+}
+
+words! {
+    /// What a rule does with a flow that it matches.
+    Action {
+        /// Lets it through, as far as this tier is concerned.
+        Allow = "allow",
+        /// Refuses it.
+        Deny = "deny",
+    }
+}
+
+words! {
+    /// How a rule knows the name of a flow.
+    RuleProtocol {
+        /// By the SNI or Host that the flow itself shows; for an allow rule the address must be pinned for it too.
+        Http = "http",
+        /// By the names for which the flow's address is pinned; what is inside is not looked at.
+        Tcp = "tcp",
+    }
+}
+
+words! {
+    /// Whether denials are carried out.
+    Enforcement {
+        /// They are.
+        Enforce = "enforce",
+    }
+}
+
+words! {
+    /// What happens while a part that is not the wall itself (audit, credentials) is out of order.
+    FailureMode {
+        /// Flows that need the part are refused.
+        FailClosed = "fail_closed",
+        /// They go on without it.
+        FailOpen = "fail_open",
+    }
+}
+
+/// One rule of `rules`. The first that matches decides.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rule {
+    pub(crate) name: Option<String>,
+    pub(crate) action: Action,
+    pub(crate) protocol: RuleProtocol,
+    pub(crate) domains: Vec<DomainPattern>,
+    pub(crate) cidrs: Vec<IpNet>,
+    /// Not given: every port for a deny rule, `allowed_ports` for an allow rule.
+    pub(crate) ports: Option<Vec<PortSpan>>,
+}
+
+impl Rule {
+    /// The name that its author gave it.
+    pub fn name(&self) -> Option<&str> {
+        self.name.as_deref()
+    }
+
+    /// Allow or deny.
+    pub fn action(&self) -> Action {
+        self.action
+    }
+
+    /// How it knows the name of a flow.
+    pub fn protocol(&self) -> RuleProtocol {
+        self.protocol
+    }
+}
+
+/// A valid policy document of one tier.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Policy {
+    pub(crate) mode: Mode,
+    pub(crate) allowed_domains: Vec<DomainPattern>,
+    pub(crate) denied_domains: Vec<DomainPattern>,
+    pub(crate) allowed_cidrs: Vec<IpNet>,
+    pub(crate) denied_cidrs: Vec<IpNet>,
+    pub(crate) allowed_ports: Vec<u16>,
+    pub(crate) rules: Vec<Rule>,
+    pub(crate) enforcement: Enforcement,
+    pub(crate) failure_mode: FailureMode,
+}
+
+impl Default for Policy {
+    /// In force where nobody wrote a policy: everything public on port 443.
+    fn default() -> Self {
+        Self {
+            mode: Mode::AllowAll,
+            allowed_domains: Vec::new(),
+            denied_domains: Vec::new(),
+            allowed_cidrs: Vec::new(),
+            denied_cidrs: Vec::new(),
+            allowed_ports: vec![443],
+            rules: Vec::new(),
+            enforcement: Enforcement::Enforce,
+            failure_mode: FailureMode::FailClosed,
+        }
+    }
+}
+
+impl Policy {
+    /// Reads a document. Names and ranges come out in canonical form.
+    ///
+    /// `org_id`, `updated_at`, `revision`, `applied` and `effective` are not looked at: answers of the API add them,
+    /// and what was read must be writable.
+    ///
+    /// # Errors
+    ///
+    /// [`PolicyError`] with the path of the first field that is unknown, of the wrong type, out of range, over a
+    /// limit or asks for what this version does not enforce.
+    pub fn parse(value: &Value) -> Result<Self, PolicyError> {
+        parse::policy(value)
+    }
+
+    /// The document with every field, flat. [`Policy::parse`] reads it back to an equal policy.
+    pub fn to_value(&self) -> Value {
+        json!({
+            "mode": self.mode.as_str(),
+            "allowed_domains": texts(&self.allowed_domains),
+            "denied_domains": texts(&self.denied_domains),
+            "allowed_cidrs": texts(&self.allowed_cidrs),
+            "denied_cidrs": texts(&self.denied_cidrs),
+            "allowed_ports": self.allowed_ports,
+            "rules": self.rules.iter().map(Rule::to_value).collect::<Vec<_>>(),
+            "enforcement": self.enforcement.as_str(),
+            "failure_mode": self.failure_mode.as_str(),
+        })
+    }
+
+    /// What happens to a flow that nothing mentions.
+    pub fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    /// Whether denials are carried out.
+    pub fn enforcement(&self) -> Enforcement {
+        self.enforcement
+    }
+
+    /// What happens while audit or credentials are out of order.
+    pub fn failure_mode(&self) -> FailureMode {
+        self.failure_mode
+    }
+
+    /// The ordered rules.
+    pub fn rules(&self) -> &[Rule] {
+        &self.rules
+    }
+}
+
+impl Rule {
+    fn to_value(&self) -> Value {
+        let mut value = Map::new();
+        if let Some(name) = &self.name {
+            value.insert("name".to_owned(), name.as_str().into());
+        }
+        value.insert("action".to_owned(), self.action.as_str().into());
+        value.insert("protocol".to_owned(), self.protocol.as_str().into());
+        value.insert("domains".to_owned(), texts(&self.domains).into());
+        value.insert("cidrs".to_owned(), texts(&self.cidrs).into());
+        if let Some(ports) = &self.ports {
+            value.insert("ports".to_owned(), texts(ports).into());
+        }
+        Value::Object(value)
+    }
+}
+
+fn texts<T: ToString>(items: &[T]) -> Vec<String> {
+    items.iter().map(T::to_string).collect()
+}
+
+impl Serialize for Policy {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.to_value().serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Policy {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let value = Value::deserialize(deserializer)?;
+        Self::parse(&value).map_err(D::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,299 @@
+//! From JSON to [`Policy`]: refuses whatever it does not understand.
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use serde_json::{Value, json};
+
+use super::{
+    Action, Enforcement, FailureMode, Mode, Policy, Rule, RuleProtocol,
+    fields::{Fields, expected, quote},
+};
+use crate::{
+    error::PolicyError,
+    kernel,
+    names::{DomainPattern, NameError},
+    ports::PortSpan,
+    tier::Tier,
+};
+
+/// Fields that answers of the API add to the document.
+const FROM_ANSWERS: [&str; 5] = ["org_id", "updated_at", "revision", "applied", "effective"];
+const KNOWN: [&str; 16] = [
+    "mode",
+    "allowed_domains",
+    "denied_domains",
+    "allowed_cidrs",
+    "denied_cidrs",
+    "allowed_ports",
+    "rules",
+    "enforcement",
+    "failure_mode",
+    "dns",
+    "ech",
+    FROM_ANSWERS[0],
+    FROM_ANSWERS[1],
+    FROM_ANSWERS[2],
+    FROM_ANSWERS[3],
+    FROM_ANSWERS[4],
+];
+const KNOWN_IN_RULE: [&str; 9] = [
+    "name",
+    "action",
+    "domains",
+    "cidrs",
+    "ports",
+    "protocol",
+    "tls",
+    "http",
+    "credential",
+];
+
+/// Rules of one document.
+const MAX_RULES: usize = 250;
+/// Names in one list.
+const MAX_DOMAINS: usize = 1000;
+/// Ranges of addresses in one list. The kernel's table has a limit for all lists together.
+const MAX_CIDRS: usize = 250;
+/// Entries of one list of ports.
+const MAX_PORTS: usize = 64;
+/// Characters of a rule's name.
+const MAX_RULE_NAME: usize = 64;
+
+const NOT_YET: &str = "is not supported by this version";
+
+pub(super) fn policy(value: &Value) -> Result<Policy, PolicyError> {
+    let fields = Fields::of(value, String::new(), &KNOWN)?;
+    let Some(mode) = fields.word("mode", Mode::ALL)? else {
+        let words: Vec<&str> = Mode::ALL.iter().map(|(word, _)| *word).collect();
+        return fields.refuse("mode", format!("is required: one of {}", words.join(", ")));
+    };
+    fields.later("ech", &[json!("deny")])?;
+    dns(&fields)?;
+    let policy = Policy {
+        mode,
+        allowed_domains: domains(&fields, "allowed_domains")?,
+        denied_domains: domains(&fields, "denied_domains")?,
+        allowed_cidrs: cidrs(&fields, "allowed_cidrs", Action::Allow)?,
+        denied_cidrs: cidrs(&fields, "denied_cidrs", Action::Deny)?,
+        allowed_ports: fields
+            .list("allowed_ports", MAX_PORTS, port)?
+            .unwrap_or_else(|| vec![443]),
+        rules: fields.list("rules", MAX_RULES, rule)?.unwrap_or_default(),
+        enforcement: enforcement(&fields)?,
+        failure_mode: fields
+            .word("failure_mode", FailureMode::ALL)?
+            .unwrap_or(FailureMode::FailClosed),
+    };
+    if mode == Mode::DenyAll {
+        let lists = [
+            ("allowed_domains", policy.allowed_domains.is_empty()),
+            ("allowed_cidrs", policy.allowed_cidrs.is_empty()),
+        ];
+        if let Some((list, _)) = lists.iter().find(|(_, empty)| !empty) {
+            return fields.refuse(
+                *list,
+                "must be empty when mode is \"deny_all\", which allows none of it; use mode \"allowlist\"",
+            );
+        }
+    }
+    rule_names(&policy.rules)?;
+    // A document that the kernel cannot hold is refused while its author is there to read why.
+    kernel::table(&[Tier::compile(&policy)]).map_err(|excess| excess.of(&policy))?;
+    Ok(policy)
+}
+
+fn enforcement(fields: &Fields<'_>) -> Result<Enforcement, PolicyError> {
+    if fields.get("enforcement") == Some(&json!("audit")) {
+        return fields.refuse("enforcement", format!("\"audit\" {NOT_YET}; use \"enforce\""));
+    }
+    Ok(fields
+        .word("enforcement", Enforcement::ALL)?
+        .unwrap_or(Enforcement::Enforce))
+}
+
+/// The DNS budget cannot be changed yet: only what is in force anyway may be written.
+fn dns(fields: &Fields<'_>) -> Result<(), PolicyError> {
+    let Some(value) = fields.get("dns") else {
+        return Ok(());
+    };
+    let defaults = [
+        ("types", json!(["A", "AAAA"])),
+        ("unique_names_per_minute", json!(60)),
+        ("query_bytes_per_minute", json!(8192)),
+        ("label_max", json!(40)),
+        ("name_max", json!(128)),
+    ];
+    let known = defaults.each_ref().map(|(name, _)| *name);
+    let budget = Fields::of(value, fields.path("dns"), &known)?;
+    defaults
+        .iter()
+        .try_for_each(|(name, default)| budget.later(name, std::slice::from_ref(default)))
+}
+
+fn rule(path: String, value: &Value) -> Result<Rule, PolicyError> {
+    let fields = Fields::of(value, path, &KNOWN_IN_RULE)?;
+    let Some(action) = fields.word("action", Action::ALL)? else {
+        return fields.refuse("action", "is required: \"allow\" or \"deny\"");
+    };
+    if fields.get("protocol") == Some(&json!("udp")) {
+        return fields.refuse(
+            "protocol",
+            format!("\"udp\" {NOT_YET}; UDP other than DNS is always refused"),
+        );
+    }
+    fields.later("tls", &[json!("auto")])?;
+    fields.later("http", &[json!([])])?;
+    fields.later("credential", &[])?;
+    let rule = Rule {
+        name: rule_name(&fields)?,
+        action,
+        protocol: fields
+            .word("protocol", RuleProtocol::ALL)?
+            .unwrap_or(RuleProtocol::Http),
+        domains: domains(&fields, "domains")?,
+        cidrs: cidrs(&fields, "cidrs", action)?,
+        ports: fields.list("ports", MAX_PORTS, span)?,
+    };
+    if rule.domains.is_empty() && rule.cidrs.is_empty() {
+        return fields.refuse(
+            "domains",
+            "a rule needs at least one entry in `domains` or `cidrs`",
+        );
+    }
+    if rule.ports.as_ref().is_some_and(Vec::is_empty) {
+        return fields.refuse("ports", "must not be empty: a rule without ports matches nothing");
+    }
+    Ok(rule)
+}
+
+fn rule_name(fields: &Fields<'_>) -> Result<Option<String>, PolicyError> {
+    let Some(value) = fields.get("name") else {
+        return Ok(None);
+    };
+    let plain = |name: &str| {
+        !name.is_empty()
+            && name.len() <= MAX_RULE_NAME
+            && name
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || b"-_. ".contains(&byte))
+            && name.trim() == name
+    };
+    match value.as_str() {
+        Some(name) if plain(name) => Ok(Some(name.to_owned())),
+        Some(_) | None => {
+            let expectation = "1 to 64 letters, digits, spaces and `-`, `_`, `.`";
+            Err(expected(fields.path("name"), expectation, value))
+        }
+    }
+}
+
+/// The audit names rules: two of the same name could not be told apart.
+fn rule_names(rules: &[Rule]) -> Result<(), PolicyError> {
+    let mut seen = std::collections::HashMap::new();
+    for (index, rule) in rules.iter().enumerate() {
+        let Some(name) = &rule.name else { continue };
+        if let Some(first) = seen.insert(name, index) {
+            let message = format!("\"{name}\" is the name of rules[{first}] already");
+            return Err(PolicyError::new(format!("rules[{index}].name"), message));
+        }
+    }
+    Ok(())
+}
+
+fn domains(fields: &Fields<'_>, name: &str) -> Result<Vec<DomainPattern>, PolicyError> {
+    Ok(fields.list(name, MAX_DOMAINS, domain)?.unwrap_or_default())
+}
+
+fn domain(path: String, value: &Value) -> Result<DomainPattern, PolicyError> {
+    let Some(text) = value.as_str() else {
+        return Err(expected(
+            path,
+            "a domain such as \"api.example.org\" or \"*.example.org\"",
+            value,
+        ));
+    };
+    DomainPattern::parse(text).map_err(|error| {
+        let hint = match error {
+            NameError::Address => "; addresses belong into the list of CIDRs",
+            NameError::Character if text.contains("://") => "; give the host alone, without scheme and path",
+            NameError::Character if text.contains(':') => "; give the host alone, ports have their own list",
+            NameError::Empty
+            | NameError::TooLong
+            | NameError::LabelTooLong
+            | NameError::EmptyLabel
+            | NameError::Character
+            | NameError::Idna
+            | NameError::Wildcard
+            | NameError::PublicSuffix => "",
+        };
+        PolicyError::new(path, format!("{} {error}{hint}", quote(value)))
+    })
+}
+
+fn cidrs(fields: &Fields<'_>, name: &str, action: Action) -> Result<Vec<IpNet>, PolicyError> {
+    Ok(fields
+        .list(name, MAX_CIDRS, |path, value| cidr(path, value, action))?
+        .unwrap_or_default())
+}
+
+fn cidr(path: String, value: &Value, action: Action) -> Result<IpNet, PolicyError> {
+    let expectation = "a CIDR such as \"203.0.113.0/24\" or an address";
+    let Some(range) = value.as_str().and_then(range) else {
+        return Err(expected(path, expectation, value));
+    };
+    let found = quote(value);
+    if range.addr() != range.network() {
+        let message = format!(
+            "{found} has bits beyond its prefix length; the range is \"{}\"",
+            range.trunc()
+        );
+        return Err(PolicyError::new(path, message));
+    }
+    match (range, action) {
+        (IpNet::V6(range), _) if range.addr().to_ipv4_mapped().is_some() => Err(PolicyError::new(
+            path,
+            format!("{found} is an IPv4 address in IPv6 form; write it as IPv4"),
+        )),
+        (IpNet::V6(_), Action::Allow) => Err(PolicyError::new(
+            path,
+            format!("{found}: allowing IPv6 destinations {NOT_YET}"),
+        )),
+        (IpNet::V4(_), Action::Allow | Action::Deny) | (IpNet::V6(_), Action::Deny) => Ok(range),
+    }
+}
+
+/// A CIDR, or an address for the range of this address alone. Leading zeros and other spellings are refused.
+fn range(text: &str) -> Option<IpNet> {
+    let (address, length) = match text.split_once('/') {
+        Some((address, length)) => (address, Some(length)),
+        None => (text, None),
+    };
+    let length = match length {
+        Some(length) => {
+            let plain = length.bytes().all(|byte| byte.is_ascii_digit());
+            let canonical = length == "0" || !length.starts_with('0');
+            Some(length.parse::<u8>().ok().filter(|_| plain && canonical)?)
+        }
+        None => None,
+    };
+    match address.parse().ok()? {
+        std::net::IpAddr::V4(address) => Some(Ipv4Net::new(address, length.unwrap_or(32)).ok()?.into()),
+        std::net::IpAddr::V6(address) => Some(Ipv6Net::new(address, length.unwrap_or(128)).ok()?.into()),
+    }
+}
+
+fn port(path: String, value: &Value) -> Result<u16, PolicyError> {
+    let port = value
+        .as_u64()
+        .and_then(|port| u16::try_from(port).ok())
+        .filter(|port| *port != 0);
+    port.ok_or_else(|| expected(path, "a port 1-65535", value))
+}
+
+fn span(path: String, value: &Value) -> Result<PortSpan, PolicyError> {
+    let span = match value {
+        Value::Number(_) => return port(path, value).map(PortSpan::one),
+        Value::String(text) => PortSpan::parse(text),
+        Value::Null | Value::Bool(_) | Value::Array(_) | Value::Object(_) => None,
+    };
+    span.ok_or_else(|| expected(path, "a port 1-65535 or a range such as \"8000-8080\"", value))
+}

@@ -1,0 +1,223 @@
+//! The decision as a table: the longest prefix that contains the address, then the range that contains the port.
+//!
+//! Ordered rules and a longest-prefix look-up agree because every prefix that any rule mentions has an entry of its own,
+//! which holds the answer of the whole list for the addresses that no longer prefix covers.
+
+use std::{collections::BTreeSet, net::Ipv4Addr};
+
+use ipnet::{IpNet, Ipv4Net};
+
+use crate::{document::Policy, error::PolicyError, reason::Reason, tier::Tier};
+
+/// Port ranges of one prefix.
+pub const MAX_RANGES: usize = 16;
+/// Prefixes of one sandbox.
+pub const MAX_PREFIXES: usize = 512;
+
+/// What the kernel does with a TCP packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KernelAction {
+    /// Refuses it: no name could change that.
+    Deny(Reason),
+    /// Address and port alone allow it: it is forwarded without a look inside.
+    Pass,
+    /// A name decides: userland must look inside.
+    Proxy,
+    /// The same, and nothing is allowed unless the address is pinned by DNS for this sandbox; refused with
+    /// [`Reason::AddressNotBound`] otherwise.
+    ProxyBound,
+}
+
+/// The table of one sandbox, for TCP over IPv4. The platform's denied ranges are not in it: they come before it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KernelTable {
+    /// Ordered by prefix, each once. Always one for 0.0.0.0/0; at most [`MAX_PREFIXES`].
+    pub entries: Vec<PrefixEntry>,
+}
+
+/// The answer for the addresses of one prefix that no longer prefix of the table contains.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PrefixEntry {
+    /// The prefix.
+    pub prefix: Ipv4Net,
+    /// Ordered, disjoint, at most [`MAX_RANGES`]. What lies between is denied with [`Reason::DefaultDeny`].
+    pub ranges: Vec<PortRange>,
+}
+
+/// The action for some ports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PortRange {
+    /// The first port.
+    pub first: u16,
+    /// The last port, inclusive.
+    pub last: u16,
+    /// What to do.
+    pub action: KernelAction,
+}
+
+impl KernelTable {
+    /// Looks up as the kernel does.
+    pub fn lookup(&self, address: Ipv4Addr, port: u16) -> KernelAction {
+        let longest = self
+            .entries
+            .iter()
+            .filter(|entry| entry.prefix.contains(&address))
+            .max_by_key(|entry| entry.prefix.prefix_len());
+        longest
+            .and_then(|entry| {
+                entry
+                    .ranges
+                    .iter()
+                    .find(|range| (range.first..=range.last).contains(&port))
+            })
+            .map_or(KernelAction::Deny(Reason::DefaultDeny), |range| range.action)
+    }
+}
+
+/// The tiers do not fit into the kernel's table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Excess {
+    Prefixes(usize),
+    Ranges(Ipv4Net),
+}
+
+impl Excess {
+    /// The error for `policy`, which is the one that made the tiers too large.
+    pub(crate) fn of(self, policy: &Policy) -> PolicyError {
+        let ruled: usize = policy.rules.iter().map(|rule| rule.cidrs.len()).sum();
+        match self {
+            Self::Prefixes(count) => {
+                let lists = [
+                    (policy.allowed_cidrs.len(), "allowed_cidrs"),
+                    (policy.denied_cidrs.len(), "denied_cidrs"),
+                    (ruled, "rules"),
+                ];
+                let field = lists.into_iter().max().map_or("rules", |(_, field)| field);
+                let message = format!(
+                    "all tiers together list {count} different IPv4 ranges; the limit for one sandbox is {MAX_PREFIXES}"
+                );
+                PolicyError::new(field, message)
+            }
+            Self::Ranges(prefix) => {
+                let field = if policy.rules.is_empty() {
+                    "allowed_ports"
+                } else {
+                    "rules"
+                };
+                let message = format!(
+                    "the ports open to {prefix} fall into too many separate ranges; the limit is {MAX_RANGES} \
+                     (neighbouring ports count as one)"
+                );
+                PolicyError::new(field, message)
+            }
+        }
+    }
+}
+
+/// What all tiers say together. The first tier that denies gives the reason.
+pub(crate) fn strictest(actions: impl Iterator<Item = KernelAction>) -> KernelAction {
+    let mut strictest = KernelAction::Pass;
+    for action in actions {
+        strictest = match (strictest, action) {
+            (KernelAction::Deny(reason), _) | (_, KernelAction::Deny(reason)) => KernelAction::Deny(reason),
+            (KernelAction::ProxyBound, _) | (_, KernelAction::ProxyBound) => KernelAction::ProxyBound,
+            (KernelAction::Proxy, _) | (_, KernelAction::Proxy) => KernelAction::Proxy,
+            (KernelAction::Pass, KernelAction::Pass) => KernelAction::Pass,
+        };
+    }
+    strictest
+}
+
+/// Flattens the tiers.
+pub(crate) fn table(tiers: &[Tier]) -> Result<KernelTable, Excess> {
+    let networks = tiers
+        .iter()
+        .flat_map(|tier| &tier.rules)
+        .flat_map(|rule| &rule.networks);
+    let listed = networks.filter_map(|network| match network {
+        IpNet::V4(prefix) => Some(*prefix),
+        IpNet::V6(_) => None,
+    });
+    let prefixes: BTreeSet<Ipv4Net> = listed.chain([Ipv4Net::default()]).collect();
+    if prefixes.len() > MAX_PREFIXES {
+        return Err(Excess::Prefixes(prefixes.len()));
+    }
+    let mut entries: Vec<PrefixEntry> = Vec::with_capacity(prefixes.len());
+    // The entries that contain the prefix at hand, the longest last. The order of `Ipv4Net` puts a prefix before those
+    // inside it.
+    let mut around: Vec<usize> = Vec::new();
+    for prefix in prefixes {
+        let ranges = ranges(tiers, prefix)?;
+        while around
+            .last()
+            .is_some_and(|outer| !entries[*outer].prefix.contains(&prefix))
+        {
+            around.pop();
+        }
+        // The look-up finds the same in the entry around it.
+        if around
+            .last()
+            .is_some_and(|outer| entries[*outer].ranges == ranges)
+        {
+            continue;
+        }
+        around.push(entries.len());
+        entries.push(PrefixEntry { prefix, ranges });
+    }
+    Ok(KernelTable { entries })
+}
+
+fn ranges(tiers: &[Tier], prefix: Ipv4Net) -> Result<Vec<PortRange>, Excess> {
+    // A rule's range either contains the whole prefix or nothing of it that a longer entry does not cover.
+    let concerns = |networks: &[IpNet]| {
+        networks
+            .iter()
+            .any(|network| network.contains(&IpNet::V4(prefix)))
+    };
+    let matches: Vec<Vec<bool>> = tiers
+        .iter()
+        .map(|tier| tier.rules.iter().map(|rule| concerns(&rule.networks)).collect())
+        .collect();
+    let all_ports = tiers.iter().zip(&matches).flat_map(|(tier, matches)| {
+        let rules = tier.rules.iter().zip(matches);
+        let relevant = rules
+            .filter(|(rule, listed)| **listed || rule.names_hosts())
+            .map(|(rule, _)| &rule.ports);
+        relevant.chain(&tier.open)
+    });
+    let edges = all_ports
+        .flat_map(|ports| ports.spans())
+        .flat_map(|span| [Some(span.first), span.last.checked_add(1)]);
+    let starts: BTreeSet<u16> = edges.flatten().chain([0]).collect();
+
+    let mut exact: Vec<PortRange> = Vec::new();
+    let ends = starts.iter().skip(1).map(|next| next - 1).chain([u16::MAX]);
+    for (first, last) in starts.iter().copied().zip(ends) {
+        let answers = tiers
+            .iter()
+            .zip(&matches)
+            .map(|(tier, matches)| tier.kernel(first, matches));
+        let action = strictest(answers);
+        match exact.last_mut() {
+            Some(before) if before.action == action => before.last = last,
+            Some(_) | None => exact.push(PortRange { first, last, action }),
+        }
+    }
+    fit(exact).ok_or(Excess::Ranges(prefix))
+}
+
+/// Leaves out what the table says anyway, and gives up the finer reasons of denials before giving up.
+fn fit(mut ranges: Vec<PortRange>) -> Option<Vec<PortRange>> {
+    let implied = [
+        |action: KernelAction| action == KernelAction::Deny(Reason::DefaultDeny),
+        |action: KernelAction| action == KernelAction::Deny(Reason::PortDenied),
+        |action: KernelAction| matches!(action, KernelAction::Deny(_)),
+    ];
+    for implied in implied {
+        ranges.retain(|range| !implied(range.action));
+        if ranges.len() <= MAX_RANGES {
+            return Some(ranges);
+        }
+    }
+    None
+}
