@@ -7,17 +7,41 @@
 //! [`Datapath::set_policy`] with thousands of prefixes (milliseconds).
 
 use std::{
+    collections::BTreeSet,
     net::{Ipv4Addr, SocketAddrV4},
     os::fd::BorrowedFd,
     path::PathBuf,
+    sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use ipnet::Ipv4Net;
+use aya::{TestRun as _, TestRunOptions};
+use ipnet::{IpNet, Ipv4Net};
+use netd_common::{PortSpan, listener, wire};
 use sandgate_api::feed::Endpoint;
 use sandgate_policy::{KernelTable, Platform, Reason};
 
-use crate::router::{RouterError, RouterNamespace};
+use self::{
+    events::SharedSweep,
+    pins::Pins,
+    platform::{Opening, Ranges},
+    programs::Programs,
+    tables::Tables,
+};
+pub use self::{error::DatapathError, events::EventReader};
+use crate::router::RouterNamespace;
+
+mod error;
+mod events;
+mod pins;
+mod platform;
+mod policies;
+mod programs;
+mod reasons;
+mod tables;
+
+/// The oldest kernel that has all that is needed.
+const OLDEST_KERNEL: (u32, u32) = (6, 6);
 
 /// Where the datapath lives.
 #[derive(Debug, Clone)]
@@ -84,34 +108,44 @@ pub struct Counters {
     pub suppressed: u64,
 }
 
-/// Why the kernel half could not do what was asked. Whatever failed is denied, not open.
-#[derive(Debug, thiserror::Error)]
-pub enum DatapathError {
-    /// The router namespace.
-    #[error(transparent)]
-    Router(#[from] RouterError),
-}
-
-/// The kernel half. One per instance.
+/// The kernel half. One per instance; a lock in the run directory keeps a second one out.
 pub struct Datapath {
     router: RouterNamespace,
-}
-
-/// Reads denials. There should be one reader; several would share the events between them.
-pub struct EventReader {}
-
-impl EventReader {
-    /// Waits up to `timeout` for denials and returns those there are, at most a few thousand at a time. Blocking:
-    /// belongs on a thread of its own.
-    pub fn next_batch(&mut self, timeout: Duration) -> Result<Vec<DenyEvent>, DatapathError> {
-        unimplemented!("{timeout:?}")
-    }
+    pins: Pins,
+    ranges: Ranges,
+    sweep: SharedSweep,
+    state: Mutex<State>,
 }
 
 impl Datapath {
     /// Makes or adopts the router namespace, the bpffs, maps, programs and links, and writes the platform's ranges.
+    /// Endpoints of an earlier netd stay in force under their last policies.
     pub fn open(config: &DatapathConfig, platform: &Platform) -> Result<Self, DatapathError> {
-        unimplemented!("{config:?} {platform:?}")
+        require_kernel()?;
+        let pins = Pins::open(&config.run_dir)?;
+        let router = RouterNamespace::open(&config.run_dir)?;
+        if !pins.adoptable() {
+            pins.discard_maps()?;
+        }
+        let mut programs = Programs::load(&pins)?;
+        let sweep = SharedSweep::open(&pins)?;
+        let mut tables = Tables::open(&pins)?;
+        let ranges = Ranges {
+            denied: sandgate_policy::always_denied4().to_vec(),
+            openings: openings(platform),
+            sandboxes: config.sandbox_cidr,
+        };
+        tables.write_platform(&ranges.flatten(&BTreeSet::new())?, true)?;
+        if !sweep.lock().has(0) {
+            sweep.lock().add(0)?;
+        }
+        tables.add_throttle(0)?;
+        // Only now, with maps that say what they must, do the programs of an earlier netd give way.
+        let attached = programs.adopt(&pins)?;
+        let datapath = Self { router, pins, ranges, sweep, state: Mutex::new(State { programs, tables }) };
+        datapath.tidy(&attached)?;
+        datapath.state().tables.complete()?;
+        Ok(datapath)
     }
 
     /// The namespace of everything that faces sandboxes.
@@ -127,38 +161,70 @@ impl Datapath {
         dns_udp: BorrowedFd<'_>,
         dns_tcp: BorrowedFd<'_>,
     ) -> Result<(), DatapathError> {
-        unimplemented!("{tcp:?} {dns_udp:?} {dns_tcp:?}")
+        let mut state = self.state();
+        for (index, socket) in [(listener::TCP, tcp), (listener::DNS_UDP, dns_udp), (listener::DNS_TCP, dns_tcp)] {
+            state.tables.set_listener(index, socket)?;
+        }
+        Ok(())
     }
 
     /// Attaches both programs to the endpoint's interface, denying everything until [`Self::set_policy`]. Idempotent:
     /// an endpoint that is attached already keeps its handle, policy and bound addresses.
     pub fn attach(&self, endpoint: &Endpoint) -> Result<EndpointHandle, DatapathError> {
-        unimplemented!("{endpoint:?}")
+        let mut state = self.state();
+        let State { programs, tables } = &mut *state;
+        if let Some(known) = tables.endpoint(endpoint.ifindex)
+            && (known.address != wire(endpoint.address.octets()) || known.mac != endpoint.mac)
+        {
+            // Another endpoint on a reused index: nothing of the old one may pass to it.
+            self.forget(tables, endpoint.ifindex)?;
+        }
+        if let Some(other) = tables.owner(endpoint.address).filter(|other| *other != endpoint.ifindex) {
+            let gone = self.router.run(|| nix::net::if_::if_indextoname(other).is_err())?;
+            if !gone {
+                return Err(DatapathError::AddressInUse { address: endpoint.address, ifindex: other });
+            }
+            self.forget(tables, other)?;
+        }
+        programs.attach(&self.router, &self.pins, &endpoint.interface, endpoint.ifindex)?;
+        if let Some(known) = tables.endpoint(endpoint.ifindex) {
+            return Ok(EndpointHandle { ordinal: known.ordinal, ifindex: endpoint.ifindex });
+        }
+        let ordinal = tables.next_ordinal()?;
+        self.sweep.lock().add(ordinal)?;
+        tables.add_throttle(ordinal)?;
+        tables.add_endpoint(endpoint.ifindex, ordinal, endpoint.address, endpoint.mac)?;
+        Ok(EndpointHandle { ordinal, ifindex: endpoint.ifindex })
     }
 
     /// Puts a new policy in force, in one step.
     pub fn set_policy(&self, endpoint: EndpointHandle, table: &KernelTable) -> Result<(), DatapathError> {
-        unimplemented!("{endpoint:?} {table:?}")
+        self.state().tables.set_policy(endpoint, table)
     }
 
     /// Denies the endpoint and forgets everything about it. Not an error when it is gone already.
     pub fn detach(&self, endpoint: EndpointHandle) -> Result<(), DatapathError> {
-        unimplemented!("{endpoint:?}")
+        let mut state = self.state();
+        match state.tables.check(endpoint) {
+            Ok(_) => self.forget(&mut state.tables, endpoint.ifindex),
+            Err(DatapathError::Detached { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     /// Endpoints in force, with their addresses; after a restart the adopted ones.
     pub fn known(&self) -> Vec<(EndpointHandle, Ipv4Addr)> {
-        unimplemented!()
+        self.state().tables.known()
     }
 
     /// Adds an address to those that DNS answers gave to the endpoint.
     pub fn bind_address(&self, endpoint: EndpointHandle, address: Ipv4Addr) -> Result<(), DatapathError> {
-        unimplemented!("{endpoint:?} {address}")
+        self.state().tables.bind(endpoint, address)
     }
 
     /// Takes it away again: new connections to it are refused, open ones go on.
     pub fn unbind_address(&self, endpoint: EndpointHandle, address: Ipv4Addr) -> Result<(), DatapathError> {
-        unimplemented!("{endpoint:?} {address}")
+        self.state().tables.unbind(endpoint, address)
     }
 
     /// Admits one connection that netd is about to open from `local` to `sandbox_port`. Call before connecting.
@@ -168,7 +234,7 @@ impl Datapath {
         sandbox_port: u16,
         local: SocketAddrV4,
     ) -> Result<(), DatapathError> {
-        unimplemented!("{endpoint:?} {sandbox_port} {local}")
+        self.state().tables.admit(endpoint, sandbox_port, local)
     }
 
     /// Ends the admission.
@@ -178,21 +244,105 @@ impl Datapath {
         sandbox_port: u16,
         local: SocketAddrV4,
     ) -> Result<(), DatapathError> {
-        unimplemented!("{endpoint:?} {sandbox_port} {local}")
+        self.state().tables.revoke(endpoint, sandbox_port, local)
     }
 
-    /// Replaces the set of this node's own addresses, which no sandbox may reach.
+    /// Replaces the set of this node's own addresses, which no sandbox may reach (unless an operator's exception names
+    /// that very address).
     pub fn set_node_addresses(&self, addresses: &[Ipv4Addr]) -> Result<(), DatapathError> {
-        unimplemented!("{addresses:?}")
+        let entries = self.ranges.flatten(&addresses.iter().copied().collect())?;
+        self.state().tables.write_platform(&entries, false)
     }
 
     /// A reader of denials, also of those that happened while no netd ran.
     pub fn take_events(&self) -> Result<EventReader, DatapathError> {
-        unimplemented!()
+        EventReader::open(&self.pins, self.sweep.clone())
     }
 
     /// The counters.
     pub fn counters(&self) -> Result<Counters, DatapathError> {
-        unimplemented!()
+        self.state().tables.counters()
+    }
+
+    /// Runs a program (`from_sandbox` or `to_sandbox`) on a crafted packet, without sending anything. For tests.
+    pub fn test_run(&self, program: &'static str, run: TestRunOptions<'_>) -> Result<u32, DatapathError> {
+        let mut state = self.state();
+        let program_of = state.programs.program(program)?;
+        self.router
+            .run(|| program_of.test_run(run))?
+            .map(|result| result.return_value)
+            .map_err(error::on_program("run", program))
+    }
+
+    /// Removes what a dead netd could not: endpoints without links, and policies that none uses.
+    fn tidy(&self, attached: &[u32]) -> Result<(), DatapathError> {
+        let mut state = self.state();
+        for (handle, _) in state.tables.known() {
+            if !attached.contains(&handle.ifindex) {
+                self.forget(&mut state.tables, handle.ifindex)?;
+            }
+        }
+        state.tables.tidy()
+    }
+
+    /// First the endpoint, so that everything is denied from here on; then what belongs to it.
+    fn forget(&self, tables: &mut Tables, ifindex: u32) -> Result<(), DatapathError> {
+        let ordinal = tables.remove_endpoint(ifindex)?;
+        Programs::detach(&self.pins, ifindex)?;
+        tables.purge(ordinal)?;
+        self.sweep.lock().remove(ordinal)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // The maps are the truth, and every call leaves them denying or complete.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+struct State {
+    programs: Programs,
+    tables: Tables,
+}
+
+/// The operator's exceptions as far as the kernel sees them.
+fn openings(platform: &Platform) -> Vec<Opening> {
+    platform
+        .exceptions()
+        .iter()
+        .filter_map(|exception| match exception.network() {
+            IpNet::V4(prefix) => {
+                let (first, last) = exception.port().map_or((0, u16::MAX), |port| (port, port));
+                Some(Opening { prefix, ports: PortSpan { first, last } })
+            }
+            IpNet::V6(_) => None,
+        })
+        .collect()
+}
+
+/// TCX links, which survive their maker and are replaced in one step, came with 6.6.
+fn require_kernel() -> Result<(), DatapathError> {
+    let release = nix::sys::utsname::uname()
+        .map_err(|errno| DatapathError::Io { action: "read the kernel's version", source: errno.into() })?
+        .release()
+        .to_string_lossy()
+        .into_owned();
+    let mut numbers = release.split(['.', '-']).map(|part| part.parse::<u32>().unwrap_or(0));
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    if version < OLDEST_KERNEL {
+        let (major, minor) = OLDEST_KERNEL;
+        return Err(DatapathError::Unsupported(format!("it is {release}, {major}.{minor} or newer is needed")));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_machine_is_new_enough_to_build_on() {
+        // The comparison itself: a version is a pair, not a text.
+        assert!((6, 18) > OLDEST_KERNEL && (10, 0) > OLDEST_KERNEL);
+        assert!((6, 1) < OLDEST_KERNEL && (5, 15) < OLDEST_KERNEL);
     }
 }

@@ -1,0 +1,352 @@
+//! The maps that say what is allowed, and what netd remembers of them so that nothing is left behind.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{Ipv4Addr, SocketAddrV4},
+    os::fd::{AsRawFd, BorrowedFd},
+};
+
+use aya::maps::{
+    Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, SockMap,
+    lpm_trie::Key,
+};
+use ipnet::Ipv4Net;
+use netd_common::{
+    BoundKey, Counter, Endpoint, InboundKey, LAYOUT, Meta, PlatformEntry, PolicyKey, Throttle, counter, wire,
+};
+use sandgate_policy::KernelTable;
+
+use super::{
+    Counters, DatapathError, EndpointHandle, error::on_map, events::is_missing, pins::Pins, policies::Policies,
+};
+
+/// Reopens a pinned map under its kind.
+macro_rules! open {
+    ($pins:expr, $kind:ident, $variant:ident, $name:literal) => {
+        $kind::try_from(Map::$variant($pins.map($name)?)).map_err(on_map("open", $name))?
+    };
+}
+
+/// Of one endpoint, beside what stands in its map entry.
+#[derive(Default)]
+struct Belongings {
+    policy: Vec<Key<PolicyKey>>,
+    bound: BTreeSet<Ipv4Addr>,
+    inbound: Vec<InboundKey>,
+}
+
+/// All maps but those of events.
+pub(super) struct Tables {
+    endpoints: HashMap<MapData, u32, Endpoint>,
+    policies: Policies,
+    platform: LpmTrie<MapData, u32, PlatformEntry>,
+    bound: HashMap<MapData, BoundKey, u32>,
+    inbound: HashMap<MapData, InboundKey, u32>,
+    listeners: SockMap<MapData>,
+    throttles: HashMap<MapData, u32, Throttle>,
+    counters: PerCpuArray<MapData, Counter>,
+    meta: Array<MapData, Meta>,
+    /// Mirror of `endpoints`.
+    known: BTreeMap<u32, Endpoint>,
+    /// By ordinal.
+    belongings: BTreeMap<u32, Belongings>,
+}
+
+impl Tables {
+    /// Reopens the pinned maps and reads what they hold.
+    pub(super) fn open(pins: &Pins) -> Result<Self, DatapathError> {
+        let mut tables = Self {
+            endpoints: open!(pins, HashMap, HashMap, "ENDPOINTS"),
+            policies: Policies::new(open!(pins, LpmTrie, LpmTrie, "POLICIES")),
+            platform: open!(pins, LpmTrie, LpmTrie, "PLATFORM"),
+            bound: open!(pins, HashMap, HashMap, "BOUND"),
+            inbound: open!(pins, HashMap, HashMap, "INBOUND"),
+            listeners: open!(pins, SockMap, SockMap, "LISTENERS"),
+            throttles: open!(pins, HashMap, HashMap, "THROTTLES"),
+            counters: open!(pins, PerCpuArray, PerCpuArray, "COUNTERS"),
+            meta: open!(pins, Array, Array, "META"),
+            known: BTreeMap::new(),
+            belongings: BTreeMap::new(),
+        };
+        for entry in tables.endpoints.iter() {
+            let (ifindex, endpoint) = entry.map_err(on_map("list", "ENDPOINTS"))?;
+            tables.known.insert(ifindex, endpoint);
+            tables.belongings.insert(endpoint.ordinal, Belongings::default());
+        }
+        Ok(tables)
+    }
+
+    /// Removes what no endpoint owns, and finds what each owns. After a start.
+    pub(super) fn tidy(&mut self) -> Result<(), DatapathError> {
+        let by_policy: BTreeMap<u32, u32> = self.known.values().map(|known| (known.policy, known.ordinal)).collect();
+        let mut unused = Vec::new();
+        for key in self.policies.keys()? {
+            match by_policy.get(&{ key.data() }.policy).and_then(|ordinal| self.belongings.get_mut(ordinal)) {
+                Some(owner) => owner.policy.push(key),
+                None => unused.push(key),
+            }
+        }
+        self.policies.remove(&unused)?;
+
+        let bound: Vec<BoundKey> = self.bound.keys().collect::<Result<_, _>>().map_err(on_map("list", "BOUND"))?;
+        for key in bound {
+            match self.belongings.get_mut(&key.ordinal) {
+                Some(owner) => {
+                    owner.bound.insert(Ipv4Addr::from(key.address.to_ne_bytes()));
+                }
+                None => missing_is_fine("BOUND", self.bound.remove(&key))?,
+            }
+        }
+        // The sockets of these connections ended with the netd that opened them, or were passed on and are closed by
+        // whoever holds them; those that live on keep their admission until the endpoint goes.
+        let inbound: Vec<InboundKey> =
+            self.inbound.keys().collect::<Result<_, _>>().map_err(on_map("list", "INBOUND"))?;
+        for key in inbound {
+            match self.belongings.get_mut(&key.ordinal) {
+                Some(owner) => owner.inbound.push(key),
+                None => missing_is_fine("INBOUND", self.inbound.remove(&key))?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Says that the pins can be adopted from here on.
+    pub(super) fn complete(&mut self) -> Result<(), DatapathError> {
+        self.change_meta(|meta| meta.layout = LAYOUT).map(drop)
+    }
+
+    fn change_meta(&mut self, change: impl FnOnce(&mut Meta)) -> Result<Meta, DatapathError> {
+        let mut meta = self.meta.get(&0, 0).map_err(on_map("read", "META"))?;
+        change(&mut meta);
+        self.meta.set(0, meta, 0).map_err(on_map("write", "META"))?;
+        Ok(meta)
+    }
+
+    /// An ordinal never given out before.
+    pub(super) fn next_ordinal(&mut self) -> Result<u32, DatapathError> {
+        let exhausted = || DatapathError::Table("all ordinals are used up; `controller down` starts anew".to_owned());
+        let next = self.meta.get(&0, 0).map_err(on_map("read", "META"))?.last_ordinal;
+        let next = next.checked_add(1).ok_or_else(exhausted)?;
+        self.change_meta(|meta| meta.last_ordinal = next)?;
+        Ok(next)
+    }
+
+    fn next_policy(&mut self) -> Result<u32, DatapathError> {
+        let exhausted = || DatapathError::Table("all policy ids are used up; `controller down` starts anew".to_owned());
+        let next = self.meta.get(&0, 0).map_err(on_map("read", "META"))?.last_policy;
+        let next = next.checked_add(1).ok_or_else(exhausted)?;
+        self.change_meta(|meta| meta.last_policy = next)?;
+        Ok(next)
+    }
+
+    pub(super) fn set_listener(&mut self, index: u32, socket: BorrowedFd<'_>) -> Result<(), DatapathError> {
+        self.listeners.set(index, &socket.as_raw_fd(), 0).map_err(on_map("write", "LISTENERS"))
+    }
+
+    pub(super) fn add_throttle(&mut self, ordinal: u32) -> Result<(), DatapathError> {
+        self.throttles.insert(ordinal, Throttle::default(), 0).map_err(on_map("write", "THROTTLES"))
+    }
+
+    /// The entry of an interface.
+    pub(super) fn endpoint(&self, ifindex: u32) -> Option<&Endpoint> {
+        self.known.get(&ifindex)
+    }
+
+    /// The interface that holds an address.
+    pub(super) fn owner(&self, address: Ipv4Addr) -> Option<u32> {
+        let address = wire(address.octets());
+        self.known.iter().find(|(_, known)| known.address == address).map(|(ifindex, _)| *ifindex)
+    }
+
+    pub(super) fn known(&self) -> Vec<(EndpointHandle, Ipv4Addr)> {
+        self.known
+            .iter()
+            .map(|(&ifindex, known)| {
+                let handle = EndpointHandle { ordinal: known.ordinal, ifindex };
+                (handle, Ipv4Addr::from(known.address.to_ne_bytes()))
+            })
+            .collect()
+    }
+
+    /// Makes the endpoint known: from here on its packets are judged, by a policy that allows nothing.
+    pub(super) fn add_endpoint(
+        &mut self,
+        ifindex: u32,
+        ordinal: u32,
+        address: Ipv4Addr,
+        mac: [u8; 6],
+    ) -> Result<(), DatapathError> {
+        let entry = Endpoint { address: wire(address.octets()), ordinal, policy: 0, mac, padding: 0 };
+        self.endpoints.insert(ifindex, entry, 0).map_err(on_map("write", "ENDPOINTS"))?;
+        self.known.insert(ifindex, entry);
+        self.belongings.insert(ordinal, Belongings::default());
+        Ok(())
+    }
+
+    /// Makes the interface unknown; returns the ordinal whose belongings are now to be purged.
+    pub(super) fn remove_endpoint(&mut self, ifindex: u32) -> Result<u32, DatapathError> {
+        missing_is_fine("ENDPOINTS", self.endpoints.remove(&ifindex))?;
+        Ok(self.known.remove(&ifindex).map_or(0, |known| known.ordinal))
+    }
+
+    /// Removes everything under an ordinal.
+    pub(super) fn purge(&mut self, ordinal: u32) -> Result<(), DatapathError> {
+        let Some(belongings) = self.belongings.remove(&ordinal) else {
+            return Ok(());
+        };
+        for key in &belongings.inbound {
+            missing_is_fine("INBOUND", self.inbound.remove(key))?;
+        }
+        for address in belongings.bound {
+            let key = BoundKey { ordinal, address: wire(address.octets()) };
+            missing_is_fine("BOUND", self.bound.remove(&key))?;
+        }
+        self.policies.retire(belongings.policy)?;
+        missing_is_fine("THROTTLES", self.throttles.remove(&ordinal))
+    }
+
+    /// The entry of a handle, if it is still the handle's.
+    pub(super) fn check(&self, endpoint: EndpointHandle) -> Result<Endpoint, DatapathError> {
+        let EndpointHandle { ordinal, ifindex } = endpoint;
+        self.known
+            .get(&ifindex)
+            .filter(|known| known.ordinal == ordinal)
+            .copied()
+            .ok_or(DatapathError::Detached { ordinal, ifindex })
+    }
+
+    fn belongings(&mut self, endpoint: EndpointHandle) -> Result<&mut Belongings, DatapathError> {
+        let EndpointHandle { ordinal, ifindex } = endpoint;
+        self.check(endpoint)?;
+        self.belongings.get_mut(&ordinal).ok_or(DatapathError::Detached { ordinal, ifindex })
+    }
+
+    /// Rules first, then one update of the endpoint's entry.
+    pub(super) fn set_policy(&mut self, endpoint: EndpointHandle, table: &KernelTable) -> Result<(), DatapathError> {
+        let current = self.check(endpoint)?;
+        let policy = self.next_policy()?;
+        let keys = self.policies.write(policy, table)?;
+        let entry = Endpoint { policy, ..current };
+        if let Err(error) = self.endpoints.insert(endpoint.ifindex, entry, 0) {
+            self.policies.remove(&keys)?;
+            return Err(on_map("write", "ENDPOINTS")(error));
+        }
+        self.known.insert(endpoint.ifindex, entry);
+        let old = std::mem::replace(&mut self.belongings(endpoint)?.policy, keys);
+        self.policies.retire(old)
+    }
+
+    pub(super) fn bind(&mut self, endpoint: EndpointHandle, address: Ipv4Addr) -> Result<(), DatapathError> {
+        self.check(endpoint)?;
+        let key = BoundKey { ordinal: endpoint.ordinal, address: wire(address.octets()) };
+        self.bound.insert(key, 1, 0).map_err(on_map("write", "BOUND"))?;
+        self.belongings(endpoint)?.bound.insert(address);
+        Ok(())
+    }
+
+    pub(super) fn unbind(&mut self, endpoint: EndpointHandle, address: Ipv4Addr) -> Result<(), DatapathError> {
+        let key = BoundKey { ordinal: endpoint.ordinal, address: wire(address.octets()) };
+        missing_is_fine("BOUND", self.bound.remove(&key))?;
+        self.belongings(endpoint)?.bound.remove(&address);
+        Ok(())
+    }
+
+    pub(super) fn admit(
+        &mut self,
+        endpoint: EndpointHandle,
+        sandbox_port: u16,
+        local: SocketAddrV4,
+    ) -> Result<(), DatapathError> {
+        self.check(endpoint)?;
+        let key = inbound_key(endpoint, sandbox_port, local);
+        self.inbound.insert(key, 1, 0).map_err(on_map("write", "INBOUND"))?;
+        self.belongings(endpoint)?.inbound.push(key);
+        Ok(())
+    }
+
+    pub(super) fn revoke(
+        &mut self,
+        endpoint: EndpointHandle,
+        sandbox_port: u16,
+        local: SocketAddrV4,
+    ) -> Result<(), DatapathError> {
+        let key = inbound_key(endpoint, sandbox_port, local);
+        missing_is_fine("INBOUND", self.inbound.remove(&key))?;
+        if let Ok(owner) = self.belongings(endpoint) {
+            owner.inbound.retain(|other| *other != key);
+        }
+        Ok(())
+    }
+
+    /// Makes the platform map hold these entries. New ones first, so that no denial lapses. Others go, but for denied
+    /// single addresses when `keep_nodes`: an earlier netd knew them as the node's, and this one has not looked yet.
+    pub(super) fn write_platform(
+        &mut self,
+        entries: &BTreeMap<Ipv4Net, PlatformEntry>,
+        keep_nodes: bool,
+    ) -> Result<(), DatapathError> {
+        let wanted: BTreeMap<(u32, u32), &PlatformEntry> = entries
+            .iter()
+            .map(|(prefix, entry)| ((u32::from(prefix.prefix_len()), wire(prefix.addr().octets())), entry))
+            .collect();
+        let present: Vec<(u32, u32)> = self
+            .platform
+            .keys()
+            .map(|key| key.map(|key| (key.prefix_len(), key.data())))
+            .collect::<Result<_, _>>()
+            .map_err(on_map("list", "PLATFORM"))?;
+        let present: BTreeSet<(u32, u32)> = present.into_iter().collect();
+        for ((length, address), entry) in &wanted {
+            let key = Key::new(*length, *address);
+            let stands = present.contains(&(*length, *address))
+                && self.platform.get(&key, 0).is_ok_and(|standing| standing == **entry);
+            if !stands {
+                self.platform.insert(&key, **entry, 0).map_err(on_map("write", "PLATFORM"))?;
+            }
+        }
+        for (length, address) in present {
+            let key = Key::new(length, address);
+            let is_node = |entry: PlatformEntry| length == 32 && entry.denied == 1 && entry.len == 0;
+            let kept = wanted.contains_key(&(length, address))
+                || keep_nodes && self.platform.get(&key, 0).is_ok_and(is_node);
+            if !kept {
+                missing_is_fine("PLATFORM", self.platform.remove(&key))?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn counters(&self) -> Result<Counters, DatapathError> {
+        let sum = |index: u32| -> Result<u64, DatapathError> {
+            let values = self.counters.get(&index, 0).map_err(on_map("read", "COUNTERS"))?;
+            Ok(values.iter().map(|counter| counter.packets).sum())
+        };
+        Ok(Counters {
+            steered: sum(counter::STEERED)?,
+            dns: sum(counter::DNS)?,
+            inbound: sum(counter::INBOUND)?,
+            refused: sum(counter::REFUSED)?,
+            dropped: sum(counter::DROPPED)?,
+            no_listener: sum(counter::NO_LISTENER)?,
+            delivered: sum(counter::DELIVERED)?,
+            unadmitted: sum(counter::UNADMITTED)?,
+            suppressed: sum(counter::SUPPRESSED)?,
+        })
+    }
+}
+
+fn inbound_key(endpoint: EndpointHandle, sandbox_port: u16, local: SocketAddrV4) -> InboundKey {
+    InboundKey {
+        ordinal: endpoint.ordinal,
+        local_address: wire(local.ip().octets()),
+        local_port: local.port(),
+        sandbox_port,
+    }
+}
+
+fn missing_is_fine(map: &'static str, removed: Result<(), MapError>) -> Result<(), DatapathError> {
+    match removed {
+        Err(error) if !is_missing(&error) => Err(on_map("remove from", map)(error)),
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
