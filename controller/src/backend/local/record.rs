@@ -1,0 +1,304 @@
+//! What is leased to whom: address, user ids, interface. One file per sandbox, so that a later process adopts
+//! what is still there and finds what is left over.
+
+use std::{
+    collections::HashMap,
+    fs, io,
+    net::Ipv4Addr,
+    path::Path,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use ipnet::Ipv4Net;
+use sandgate_api::{agent::AGENT_PORT, feed::Endpoint, id::SandboxId};
+use serde::{Deserialize, Serialize};
+
+use super::{layout::Layout, process::Process};
+use crate::backend::LaunchMetrics;
+
+/// User and group ids of one sandbox.
+pub(super) const IDS: u32 = 65_536;
+/// First id of the first range: above those of people and services.
+const FIRST_ID: u32 = 1_000_000;
+/// How many ranges fit below the highest id.
+const RANGES: u32 = 65_500;
+/// File name of a record.
+const FILE: &str = "lease.json";
+
+/// A sandbox as far as it was made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Record {
+    pub(super) sandbox_id: SandboxId,
+    /// Place in the range of addresses. Everything else that must be unique follows from it.
+    pub(super) index: u32,
+    pub(super) address: Ipv4Addr,
+    /// Ethernet address of the sandbox's end.
+    pub(super) mac: [u8; 6],
+    /// First of its [`IDS`] user and group ids on the node.
+    pub(super) first_id: u32,
+    /// Name of the router end.
+    pub(super) interface: String,
+    /// Index of the router end; 0 until it is there.
+    pub(super) ifindex: u32,
+    /// Its PID 1, once there was one.
+    pub(super) process: Option<Process>,
+}
+
+impl Record {
+    /// The user id on the node of the user `inside` in the sandbox.
+    pub(super) fn id_outside(&self, inside: u32) -> u32 {
+        self.first_id + inside
+    }
+
+    pub(super) fn endpoint(&self) -> Option<Endpoint> {
+        (self.ifindex != 0).then(|| Endpoint {
+            ifindex: self.ifindex,
+            interface: self.interface.clone(),
+            address: self.address,
+            mac: self.mac,
+            agent_port: AGENT_PORT,
+        })
+    }
+
+    /// Writes the record, whole or not at all.
+    pub(super) fn save(&self, layout: &Layout) -> io::Result<()> {
+        let folder = layout.record(self.sandbox_id.as_str());
+        fs::create_dir_all(&folder)?;
+        replace(&folder.join(FILE), &serde_json::to_vec(self)?)
+    }
+
+    /// Reads the record of an earlier process. None: there is none, or only a part of one.
+    fn load(layout: &Layout, name: &str) -> Option<Self> {
+        let bytes = fs::read(layout.record(name).join(FILE)).ok()?;
+        let record: Self = serde_json::from_slice(&bytes).ok()?;
+        (record.sandbox_id.as_str() == name).then_some(record)
+    }
+}
+
+/// Writes beside the file and renames.
+pub(super) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let beside = path.with_extension("new");
+    fs::write(&beside, bytes)?;
+    fs::rename(beside, path)
+}
+
+/// A sandbox known to this process.
+#[derive(Debug, Clone)]
+pub(super) struct Known {
+    pub(super) record: Record,
+    pub(super) metrics: LaunchMetrics,
+}
+
+/// All leases of this instance.
+#[derive(Debug)]
+pub(super) struct Leases {
+    range: Ipv4Net,
+    /// Where this instance's ranges of ids begin, so that two instances rarely share one.
+    offset: u32,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    known: HashMap<SandboxId, Known>,
+    cursor: u32,
+}
+
+/// Why there is no lease.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum NoLease {
+    /// The id has one already.
+    Taken,
+    /// Every address is leased.
+    Exhausted,
+}
+
+impl Leases {
+    /// Adopts what earlier processes left.
+    pub(super) fn open(layout: &Layout, range: Ipv4Net) -> io::Result<Self> {
+        let mut known = HashMap::new();
+        for entry in fs::read_dir(layout.records())? {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            if let Some(record) = Record::load(layout, &name).filter(|record| range.contains(&record.address))
+            {
+                let metrics = LaunchMetrics::default();
+                known.insert(record.sandbox_id.clone(), Known { record, metrics });
+            }
+        }
+        let cursor = fs::read_to_string(layout.cursor())
+            .ok()
+            .and_then(|text| text.trim().parse().ok());
+        let offset = layout.instance().bytes().fold(0_u32, |sum, byte| {
+            sum.wrapping_mul(31).wrapping_add(u32::from(byte))
+        });
+        Ok(Self {
+            range,
+            offset,
+            inner: Mutex::new(Inner {
+                known,
+                cursor: cursor.unwrap_or(0),
+            }),
+        })
+    }
+
+    /// Leases the next address in the ring: one that was given back is the last to be used again.
+    pub(super) fn take(&self, id: &SandboxId) -> Result<Record, NoLease> {
+        let mut inner = self.lock();
+        if inner.known.contains_key(id) {
+            return Err(NoLease::Taken);
+        }
+        let size = 1_u32 << (32 - u32::from(self.range.prefix_len()));
+        let taken: Vec<u32> = inner.known.values().map(|known| known.record.index).collect();
+        let index = (1..=size)
+            .map(|step| (inner.cursor + step) % size)
+            .find(|index| usable(self.range, *index) && !taken.contains(index))
+            .ok_or(NoLease::Exhausted)?;
+        inner.cursor = index;
+        let record = self.record(id, index);
+        let metrics = LaunchMetrics::default();
+        inner.known.insert(
+            id.clone(),
+            Known {
+                record: record.clone(),
+                metrics,
+            },
+        );
+        Ok(record)
+    }
+
+    fn record(&self, id: &SandboxId, index: u32) -> Record {
+        let [_, _, high, low] = index.to_be_bytes();
+        Record {
+            sandbox_id: id.clone(),
+            index,
+            address: Ipv4Addr::from_bits(self.range.network().to_bits() + index),
+            mac: [0x02, 0x53, 0x47, 0x01, high, low],
+            first_id: FIRST_ID + IDS * (self.offset.wrapping_add(index) % RANGES),
+            interface: interface(id),
+            ifindex: 0,
+            process: None,
+        }
+    }
+
+    /// The position in the ring, to be kept over a restart.
+    pub(super) fn cursor(&self) -> u32 {
+        self.lock().cursor
+    }
+
+    pub(super) fn get(&self, id: &SandboxId) -> Option<Known> {
+        self.lock().known.get(id).cloned()
+    }
+
+    /// Changes what is known of a sandbox; nothing when it is gone.
+    pub(super) fn change(&self, id: &SandboxId, change: impl FnOnce(&mut Known)) {
+        if let Some(known) = self.lock().known.get_mut(id) {
+            change(known);
+        }
+    }
+
+    /// Gives the lease back.
+    pub(super) fn release(&self, id: &SandboxId) {
+        self.lock().known.remove(id);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Addresses that end in .0 or .255 look like networks and broadcasts to some software.
+fn usable(range: Ipv4Net, index: u32) -> bool {
+    let last = Ipv4Addr::from_bits(range.network().to_bits() + index).octets()[3];
+    let at_the_edge = index == 0 || range.network().to_bits() + index == range.broadcast().to_bits();
+    !at_the_edge && last != 0 && last != 255
+}
+
+/// Name of the router end: `sg` and the end of the id, at most 15 characters (IFNAMSIZ).
+pub(super) fn interface(id: &SandboxId) -> String {
+    let id = id.as_str().trim_start_matches(SandboxId::PREFIX);
+    format!("sg{}", &id[id.len().saturating_sub(12)..])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn leases(folder: &Path, range: &str) -> (Layout, Leases) {
+        let layout = Layout::new(&folder.join("run"), &folder.join("data"));
+        fs::create_dir_all(layout.records()).unwrap();
+        let leases = Leases::open(&layout, range.parse().unwrap()).unwrap();
+        (layout, leases)
+    }
+
+    #[test]
+    fn an_address_that_was_given_back_is_the_last_to_be_leased_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let (_, leases) = leases(folder.path(), "203.0.113.0/28");
+        let mut seen = Vec::new();
+        for _ in 0..14 {
+            let id = SandboxId::random();
+            seen.push(leases.take(&id).unwrap().address);
+            leases.release(&id);
+        }
+        let mut distinct = seen.clone();
+        distinct.sort();
+        distinct.dedup();
+        assert_eq!(distinct.len(), 14, "{seen:?}");
+        assert!(!seen.contains(&Ipv4Addr::new(203, 0, 113, 0)));
+        assert!(!seen.contains(&Ipv4Addr::new(203, 0, 113, 15)));
+        assert_eq!(leases.take(&SandboxId::random()).unwrap().address, seen[0]);
+    }
+
+    #[test]
+    fn no_two_sandboxes_share_anything() {
+        let folder = tempfile::tempdir().unwrap();
+        let (_, leases) = leases(folder.path(), "203.0.113.0/28");
+        let records: Vec<Record> = (0..14)
+            .map(|_| leases.take(&SandboxId::random()).unwrap())
+            .collect();
+        assert_eq!(leases.take(&SandboxId::random()), Err(NoLease::Exhausted));
+        for (position, one) in records.iter().enumerate() {
+            assert_eq!(leases.take(&one.sandbox_id), Err(NoLease::Taken));
+            for other in &records[position + 1..] {
+                assert_ne!(one.address, other.address);
+                assert_ne!(one.mac, other.mac);
+                assert_ne!(one.interface, other.interface);
+                assert!(one.first_id.abs_diff(other.first_id) >= IDS);
+            }
+        }
+    }
+
+    #[test]
+    fn a_later_process_adopts_the_records() {
+        let folder = tempfile::tempdir().unwrap();
+        let (layout, first) = leases(folder.path(), "10.213.0.0/16");
+        let mut record = first.take(&SandboxId::random()).unwrap();
+        record.ifindex = 7;
+        record.save(&layout).unwrap();
+        fs::create_dir_all(layout.record("sandbox-halfmade")).unwrap();
+        let second = Leases::open(&layout, "10.213.0.0/16".parse().unwrap()).unwrap();
+        assert_eq!(second.get(&record.sandbox_id).unwrap().record, record);
+        assert_eq!(second.lock().known.len(), 1);
+        assert_eq!(
+            second.get(&record.sandbox_id).unwrap().record.endpoint(),
+            record.endpoint()
+        );
+        assert!(record.endpoint().is_some());
+    }
+
+    #[test]
+    fn ids_and_names_stay_within_their_bounds() {
+        let folder = tempfile::tempdir().unwrap();
+        let (_, leases) = leases(folder.path(), "10.213.0.0/16");
+        for index in [1, 65_534] {
+            let record = leases.record(&SandboxId::random(), index);
+            assert!(
+                record
+                    .first_id
+                    .checked_add(IDS - 1)
+                    .is_some_and(|last| last < u32::MAX - 1)
+            );
+            assert_eq!(record.interface.len(), 14);
+        }
+    }
+}
