@@ -1,1 +1,29 @@
+//! The test world: a machine ("node") and an internet of its own in namespaces without uplink.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`world`] | the builder: node, internet, the link between them |
+//! | [`namespace`] | a namespace and the thread that lives in it |
+//! | [`dns`], [`ca`], [`web`], [`collector`] | the internet's servers; each records what reaches it |
+//! | [`capture`] | every packet on the link: the judge of what got out |
+//! | [`node`] | the built programs running on the node |
+//! | [`client`], [`sandbox`] | the API as tests use it |
+//! | [`probe`] | network attempts made from inside a sandbox, and how they ended |
+//! | [`suite`] | a test runner whose groups share a world |
+//! | [`wait`] | waiting for a condition |
+//!
+//! Nothing here can reach a real network: [`world::Builder::build`] makes sure of it.
 
+pub mod ca;
+pub mod capture;
+pub mod client;
+pub mod collector;
+pub mod dns;
+pub mod namespace;
+pub mod node;
+pub mod probe;
+pub mod sandbox;
+pub mod suite;
+pub mod wait;
+pub mod web;
+pub mod world;

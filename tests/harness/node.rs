@@ -1,0 +1,284 @@
+//! The built programs, running on the node of a world as `controller up` starts them.
+
+use std::{
+    env, fs,
+    net::SocketAddr,
+    os::unix::process::ExitStatusExt as _,
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::json;
+
+use crate::{
+    client::Client,
+    sandbox::Organization,
+    wait,
+    world::{RESOLVER, World},
+};
+
+mod traces;
+
+pub use traces::Process;
+
+/// Where the API listens on every node: nodes never share a network namespace.
+const API: &str = "127.0.0.1:8080";
+/// Longest wait for `ready`.
+const START: Duration = Duration::from_secs(60);
+/// Lines of the log that a failure shows.
+const SHOWN: usize = 150;
+
+/// A node with Sandgate on it.
+pub struct Node {
+    world: Arc<World>,
+    binaries: PathBuf,
+    instance: PathBuf,
+    settings: Vec<(String, String)>,
+    up: Mutex<Option<Child>>,
+    log: Arc<Mutex<Vec<String>>>,
+}
+
+impl Node {
+    /// Starts `controller up` with directories of its own and waits until it is ready.
+    ///
+    /// # Errors
+    /// When it does not become ready; with what it wrote.
+    pub fn start(world: &Arc<World>) -> Result<Self> {
+        Self::start_with(world, &[])
+    }
+
+    /// The same with further environment variables.
+    ///
+    /// # Errors
+    /// As [`Node::start`].
+    pub fn start_with(world: &Arc<World>, settings: &[(&str, &str)]) -> Result<Self> {
+        let binaries = binaries();
+        // The last component names the instance: no two worlds may share it.
+        let unique = world.directory().file_name().and_then(|name| name.to_str()).context("the world's directory")?;
+        let instance = world.directory().join(unique);
+        let images = env::var("SANDGATE_IMAGE_DIR").unwrap_or_else(|_| "/var/lib/sandgate/images".to_owned());
+        let mut all = vec![
+            ("SANDGATE_DATA_DIR".to_owned(), world.directory().join("data").display().to_string()),
+            ("SANDGATE_RUN_DIR".to_owned(), instance.display().to_string()),
+            ("SANDGATE_IMAGE_DIR".to_owned(), images),
+            ("SANDGATE_API_ADDR".to_owned(), API.to_owned()),
+            ("SANDGATE_REGISTRATION".to_owned(), "open".to_owned()),
+            ("SANDGATE_DNS_UPSTREAM".to_owned(), format!("{RESOLVER}:53")),
+            ("MAX_SANDBOXES_PER_ORG".to_owned(), "20".to_owned()),
+        ];
+        for variable in ["PATH", "HOME", "SANDGATE_LOG", "RUST_BACKTRACE"] {
+            all.extend(env::var(variable).ok().map(|value| (variable.to_owned(), value)));
+        }
+        all.extend(settings.iter().map(|&(name, value)| (name.to_owned(), value.to_owned())));
+        let log = Arc::default();
+        let node = Self { world: Arc::clone(world), binaries, instance, settings: all, up: Mutex::new(None), log };
+        node.start_again()?;
+        Ok(node)
+    }
+
+    /// The world it stands in.
+    pub fn world(&self) -> &Arc<World> {
+        &self.world
+    }
+
+    /// Starts `controller up` (again) and waits until it is ready.
+    ///
+    /// # Errors
+    /// When it does not become ready; with what it wrote.
+    pub fn start_again(&self) -> Result<()> {
+        let lines = self.log_lines().len();
+        let mut command = self.command("controller", &["up"]);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = self.world.node().run(move || command.spawn()).context("starting controller up")?;
+        follow(child.stdout.take().context("a pipe")?, "out", &self.log);
+        follow(child.stderr.take().context("a pipe")?, "err", &self.log);
+        *lock(&self.up) = Some(child);
+        let is_ready = |line: &String| line.starts_with("out| ") && line.split(|c: char| !c.is_alphanumeric()).any(|word| word == "ready");
+        let ready = wait::within(START, || {
+            if self.log_lines()[lines..].iter().any(is_ready) {
+                return Some(true);
+            }
+            matches!(lock(&self.up).as_mut()?.try_wait(), Ok(Some(_))).then_some(false)
+        });
+        match ready {
+            Some(true) => Ok(()),
+            Some(false) => bail!("controller up ended before it was ready\n{}", self.report()),
+            None => bail!("controller up was not ready after {START:?}\n{}", self.report()),
+        }
+    }
+
+    /// Runs one of the built programs on the node to its end.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn run(&self, program: &str, arguments: &[&str]) -> Result<(ExitStatus, String)> {
+        let mut command = self.command(program, arguments);
+        let output = self.world.node().run(move || command.output())?;
+        let text = [output.stdout, output.stderr].concat();
+        Ok((output.status, String::from_utf8_lossy(&text).into_owned()))
+    }
+
+    fn command(&self, program: &str, arguments: &[&str]) -> Command {
+        let mut command = Command::new(self.binaries.join(program));
+        command.args(arguments).env_clear().envs(self.settings.iter().map(|(name, value)| (name, value)));
+        command
+    }
+
+    /// A caller of the API without key.
+    pub fn client(&self) -> Client {
+        let api: SocketAddr = API.parse().expect("an address");
+        Client::new(&self.world, api)
+    }
+
+    /// Registers an organisation.
+    #[track_caller]
+    pub fn register(&self, name: &str) -> Organization {
+        let body = json!({
+            "email": format!("{name}@example.org"), "organization_name": name, "first_name": "Ada", "last_name": "L",
+        });
+        let answer = self.client().post("/register").json(&body).send().ok();
+        Organization::new(self.client(), &answer)
+    }
+
+    /// Ends `controller up` as an administrator would and gives how it ended.
+    ///
+    /// # Errors
+    /// When it does not end within 30 s.
+    pub fn stop(&self) -> Result<ExitStatus> {
+        self.end(Signal::SIGTERM, Duration::from_secs(30))
+    }
+
+    /// Kills `controller up` and waits until it is gone.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn kill_up(&self) -> Result<ExitStatus> {
+        self.end(Signal::SIGKILL, Duration::from_secs(5))
+    }
+
+    fn end(&self, signal: Signal, limit: Duration) -> Result<ExitStatus> {
+        let mut child = lock(&self.up).take().context("controller up does not run")?;
+        kill(pid(child.id())?, signal)?;
+        let status = wait::within(limit, || child.try_wait().ok().flatten());
+        if status.is_none() {
+            child.kill()?;
+            child.wait()?;
+        }
+        status.with_context(|| format!("controller up did not end within {limit:?} of {signal}"))
+    }
+
+    /// Removes what the instance made, as `controller down` does.
+    ///
+    /// # Errors
+    /// When it fails.
+    pub fn down(&self) -> Result<()> {
+        let (status, text) = self.run("controller", &["down"])?;
+        ensure!(status.success(), "controller down: {status} (signal {:?})\n{text}", status.signal());
+        Ok(())
+    }
+
+    /// Kills a process of the node at once.
+    ///
+    /// # Errors
+    /// When there is no such process.
+    pub fn kill(&self, process: &Process) -> Result<()> {
+        Ok(kill(pid(process.pid)?, Signal::SIGKILL)?)
+    }
+
+    /// netd's process.
+    pub fn netd(&self) -> Option<Process> {
+        self.processes().into_iter().find(|process| process.is("netd", None))
+    }
+
+    /// The controller's serving process.
+    pub fn controller(&self) -> Option<Process> {
+        self.processes().into_iter().find(|process| process.is("controller", Some("serve")))
+    }
+
+    /// Kills netd and waits until another one has taken its place.
+    ///
+    /// # Panics
+    /// When none does within 20 s.
+    pub fn replace(&self, find: impl Fn(&Self) -> Option<Process>) -> Duration {
+        let old = find(self).expect("it runs");
+        self.kill(&old).expect("it runs");
+        let started = Instant::now();
+        wait::until("a new process instead of the killed one", Duration::from_secs(20), || {
+            find(self).filter(|new| new.pid != old.pid)
+        });
+        started.elapsed()
+    }
+
+    /// The run directory: its last component names the instance.
+    pub fn run_dir(&self) -> &Path {
+        &self.instance
+    }
+
+    /// Every line the programs have written, `out| ` or `err| ` before each.
+    pub fn log_lines(&self) -> Vec<String> {
+        lock(&self.log).clone()
+    }
+
+    /// The end of the log, for failures.
+    pub fn report(&self) -> String {
+        let lines = self.log_lines();
+        let skipped = lines.len().saturating_sub(SHOWN);
+        format!("--- the node's log ({skipped} lines before)\n{}\n---", lines[skipped..].join("\n"))
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let stopped = if lock(&self.up).is_some() { self.stop().map(|_| ()) } else { Ok(()) };
+        let down = self.down();
+        let left = self.traces();
+        traces::remove_cgroups(&self.instance);
+        // A second panic would end the test program before the world is cleaned.
+        if !thread::panicking() {
+            stopped.expect("controller up ends when asked");
+            down.expect("controller down succeeds");
+            assert!(left.is_empty(), "`controller down` left behind: {left:#?}");
+        }
+    }
+}
+
+fn lock<T>(value: &Mutex<T>) -> MutexGuard<'_, T> {
+    value.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn pid(number: u32) -> Result<Pid> {
+    Ok(Pid::from_raw(i32::try_from(number)?))
+}
+
+/// Keeps what a program writes.
+fn follow(stream: impl std::io::Read + Send + 'static, name: &'static str, log: &Arc<Mutex<Vec<String>>>) {
+    let log = Arc::clone(log);
+    thread::spawn(move || {
+        let lines = std::io::BufRead::lines(std::io::BufReader::new(stream));
+        for line in lines.map_while(Result::ok) {
+            lock(&log).push(format!("{name}| {line}"));
+        }
+    });
+}
+
+/// The directory with the built programs.
+fn binaries() -> PathBuf {
+    let target = env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
+    let target = target.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../target"));
+    let candidates = match env::var_os("SANDGATE_BIN_DIR") {
+        Some(directory) => vec![PathBuf::from(directory)],
+        None => vec![target.join("release"), target.join("debug")],
+    };
+    let complete = |directory: &&PathBuf| ["controller", "netd", "sandboxd"].iter().all(|name| directory.join(name).is_file());
+    let found = candidates.iter().find(complete).cloned();
+    let found = found.unwrap_or_else(|| panic!("controller, netd and sandboxd are not in {candidates:?}: run `make build`"));
+    fs::canonicalize(&found).unwrap_or(found)
+}

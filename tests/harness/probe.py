@@ -1,0 +1,245 @@
+"""Network attempts from inside a sandbox. Prints one line of JSON for each: how it ended and after how long.
+
+  probe.py '[{"kind": "tcp", "to": "203.0.113.66", "port": 443, "send": "x"}, ...]'
+  probe.py --loop <ms> '[...]'       the same again and again
+
+The test judges by what the outside world saw; these outcomes only tell what a client would feel.
+"""
+import errno
+import json
+import os
+import socket
+import ssl
+import struct
+import sys
+import time
+
+TIMEOUT = 4.0
+CA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ca.pem")
+
+NAMES = {
+    errno.ECONNREFUSED: "refused",
+    errno.ECONNRESET: "reset",
+    errno.EPIPE: "reset",
+    errno.ETIMEDOUT: "timeout",
+    errno.ENETUNREACH: "unreachable",
+    errno.EHOSTUNREACH: "unreachable",
+    errno.EADDRNOTAVAIL: "unreachable",
+    errno.EAFNOSUPPORT: "unreachable",
+    errno.EACCES: "prohibited",
+    errno.EPERM: "denied",
+}
+
+
+def name_of(error):
+    if isinstance(error, ssl.SSLEOFError):
+        return "closed"
+    if isinstance(error, ssl.SSLError):
+        return "tls"
+    if isinstance(error, socket.gaierror):
+        return "no_name"
+    if isinstance(error, TimeoutError):
+        return "timeout"
+    return NAMES.get(getattr(error, "errno", None), type(error).__name__)
+
+
+def open_tcp(attempt, result):
+    """A connection to the first address of `to`."""
+    family, _, _, _, address = socket.getaddrinfo(attempt["to"], attempt["port"], type=socket.SOCK_STREAM)[0]
+    stream = socket.socket(family, socket.SOCK_STREAM)
+    stream.settimeout(attempt.get("timeout", TIMEOUT))
+    stream.connect(address)
+    result["connected"] = True
+    return stream
+
+
+def exchange(stream, data, result):
+    """Sends, then reads until the end or 64 KiB, or until nothing comes any more."""
+    stream.sendall(data)
+    received = b""
+    try:
+        while len(received) < 65536:
+            part = stream.recv(65536)
+            if not part:
+                break
+            received += part
+            stream.settimeout(0.3)
+    except TimeoutError:
+        if not received:
+            result["outcome"] = "silent"
+            return
+    except OSError:
+        if not received:
+            raise
+    result["outcome"] = "answered" if received else "closed"
+    result["data"] = received.decode("latin-1")
+
+
+def tcp(attempt, result):
+    with open_tcp(attempt, result) as stream:
+        exchange(stream, attempt["send"].encode("latin-1"), result)
+
+
+def tls(attempt, result):
+    context = ssl.create_default_context(cafile=attempt.get("ca", CA))
+    if attempt["sni"] is None or attempt.get("unverified"):
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    request = f"GET {attempt.get('path', '/')} HTTP/1.1\r\nHost: {attempt['host']}\r\nConnection: close\r\n\r\n"
+    with open_tcp(attempt, result) as stream:
+        with context.wrap_socket(stream, server_hostname=attempt["sni"]) as secured:
+            exchange(secured, request.encode(), result)
+
+
+def udp(attempt, result):
+    family, _, _, _, address = socket.getaddrinfo(attempt["to"], attempt["port"], type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as stream:
+        stream.settimeout(attempt.get("timeout", 0.7))
+        stream.connect(address)
+        stream.send(attempt["send"].encode("latin-1"))
+        try:
+            result["data"] = stream.recv(65536).decode("latin-1")
+            result["outcome"] = "answered"
+        except TimeoutError:
+            result["outcome"] = "silent"
+
+
+def skip_name(message, at):
+    while message[at]:
+        if message[at] >= 0xC0:
+            return at + 2
+        at += message[at] + 1
+    return at + 1
+
+
+def dns(attempt, result):
+    labels = b"".join(bytes([len(label)]) + label for label in attempt["name"].encode("latin-1").split(b".") if label)
+    query = os.urandom(2) + struct.pack(">5H", 0x0100, 1, 0, 0, 0) + labels + b"\0"
+    query += struct.pack(">2H", attempt["type"], attempt.get("class", 1))
+    if attempt["tcp"]:
+        with open_tcp(attempt, result) as stream:
+            stream.sendall(struct.pack(">H", len(query)) + query)
+            length = struct.unpack(">H", stream.recv(2, socket.MSG_WAITALL))[0]
+            message = stream.recv(length, socket.MSG_WAITALL)
+    else:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stream:
+            stream.settimeout(attempt.get("timeout", 2.0))
+            stream.connect((attempt["to"], attempt["port"]))
+            stream.send(query)
+            message = stream.recv(65536)
+    identifier, flags, questions, answers = struct.unpack(">4H", message[:8])
+    assert message[:2] == query[:2], "another id"
+    result.update(outcome="answered", rcode=flags & 15, truncated=bool(flags & 0x200), addresses=[], kinds=[])
+    at = 12
+    for _ in range(questions):
+        at = skip_name(message, at) + 4
+    for _ in range(answers):
+        at = skip_name(message, at)
+        kind, _, result["ttl"], length = struct.unpack(">2HIH", message[at : at + 10])
+        data = message[at + 10 : at + 10 + length]
+        at += 10 + length
+        result["kinds"].append(kind)
+        if kind in (1, 28):
+            result["addresses"].append(socket.inet_ntop(socket.AF_INET if kind == 1 else socket.AF_INET6, data))
+
+
+def lookup(attempt, result):
+    found = socket.getaddrinfo(attempt["name"], 443, type=socket.SOCK_STREAM)
+    result.update(outcome="answered", addresses=sorted({entry[4][0] for entry in found}))
+
+
+def checksum(data):
+    data += b"\0" * (len(data) % 2)
+    total = sum(struct.unpack(f">{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
+
+
+def icmp(attempt, result):
+    """An echo request; `socket` is `raw` or `dgram`."""
+    kind = socket.SOCK_RAW if attempt["socket"] == "raw" else socket.SOCK_DGRAM
+    with socket.socket(socket.AF_INET, kind, socket.IPPROTO_ICMP) as stream:
+        stream.settimeout(1.0)
+        packet = struct.pack(">BBHHH", 8, 0, 0, 7, 1) + b"canary"
+        packet = packet[:2] + struct.pack(">H", checksum(packet)) + packet[4:]
+        stream.sendto(packet, (attempt["to"], 0))
+        try:
+            result["data"] = stream.recv(4096).decode("latin-1")
+            result["outcome"] = "answered"
+        except TimeoutError:
+            result["outcome"] = "silent"
+
+
+def ipv4(attempt):
+    """An IPv4 packet with a UDP datagram or TCP SYN in it, every field of it free."""
+    source, target = socket.inet_aton(attempt["source"]), socket.inet_aton(attempt["to"])
+    protocol = attempt.get("protocol", 17)
+    if protocol == 17:
+        data = attempt.get("send", "canary").encode("latin-1")
+        body = struct.pack(">4H", 40000, attempt["port"], 8 + len(data), 0) + data
+    elif protocol == 6:
+        body = struct.pack(">2H2I2H2H", 40000, attempt["port"], 1, 0, 0x5000 | attempt.get("flags", 2), 1024, 0, 0)
+        pseudo = source + target + struct.pack(">2H", 6, len(body))
+        body = body[:16] + struct.pack(">H", checksum(pseudo + body)) + body[18:]
+    else:
+        body = attempt.get("send", "canary").encode("latin-1")
+    options = bytes.fromhex(attempt.get("options", ""))
+    first = 0x45 + len(options) // 4
+    header = struct.pack(">BBHHHBBH", first, 0, 20 + len(options) + len(body), 7, attempt.get("fragment", 0), 64, protocol, 0)
+    header += source + target + options
+    header = header[:10] + struct.pack(">H", checksum(header)) + header[12:]
+    return header + body
+
+
+def ipv6(attempt):
+    source, target = (socket.inet_pton(socket.AF_INET6, attempt[end]) for end in ("source", "to"))
+    body = struct.pack(">4H", 40000, attempt["port"], 14, 0) + b"canary"
+    return struct.pack(">IHBB", 0x60000000, len(body), 17, 64) + source + target + body
+
+
+def frame(attempt, result):
+    """Ethernet frames as no well-behaved stack would send them. `tags`: hexadecimal, between the addresses
+    and the packet's own type."""
+    gateway = bytes.fromhex(attempt.get("gateway", "025347000001"))
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as stream:
+        stream.bind(("eth0", 0))
+        own = bytes.fromhex(attempt["mac"]) if "mac" in attempt else stream.getsockname()[4]
+        kind, packet = (0x86DD, ipv6(attempt)) if ":" in attempt["to"] else (0x0800, ipv4(attempt))
+        if "raw" in attempt:
+            kind, packet = attempt["type"], bytes.fromhex(attempt["raw"])
+        tags = bytes.fromhex(attempt.get("tags", ""))
+        stream.send(gateway + own + tags + struct.pack(">H", kind) + packet)
+        result["outcome"] = "sent"
+
+
+KINDS = {"tcp": tcp, "tls": tls, "udp": udp, "dns": dns, "lookup": lookup, "icmp": icmp, "frame": frame}
+
+
+def run(attempt):
+    result = {}
+    started = time.monotonic()
+    try:
+        KINDS[attempt["kind"]](attempt, result)
+    except (OSError, ValueError) as error:
+        result.update(outcome=name_of(error), error=repr(error))
+    result["ms"] = (time.monotonic() - started) * 1000
+    print(json.dumps(result), flush=True)
+
+
+def main():
+    arguments = sys.argv[1:]
+    pause = None
+    if arguments[0] == "--loop":
+        pause = int(arguments[1]) / 1000
+        arguments = arguments[2:]
+    attempts = json.loads(arguments[0])
+    while True:
+        for attempt in attempts:
+            run(attempt)
+        if pause is None:
+            return
+        time.sleep(pause)
+
+
+main()
