@@ -48,8 +48,9 @@ pub struct Verdict {
     /// What decided in this tier: the name of a rule, or its path such as `rules[0]` or `allowed_domains[2]`,
     /// `allowed_ports` or `mode`. `None`: the platform.
     pub rule: Option<String>,
-    /// The answer rests on the name. For a flow without name: `true` means that a name may allow it, so look for one;
-    /// `false` means that the answer is final, and an allowed flow may be forwarded without a look inside.
+    /// For a flow without name: `true` means that it is denied as it is and a name can allow it, so look for one;
+    /// `false` means that the answer is final, and an allowed flow may be forwarded without a look inside. For a flow
+    /// with a name: it is allowed because of the name.
     pub needs_name: bool,
 }
 
@@ -115,10 +116,13 @@ impl SandboxPolicy {
 
     fn decide_shown(&self, flow: &Flow<'_>, name: &DomainName) -> Verdict {
         let judgements = self.judge(flow, Claim::Name(name));
-        let by_name = judgements.iter().any(|judgement| judgement.by_name);
         match judgements.iter().position(|judgement| !judgement.allowed()) {
             Some(tier) => self.verdict(tier, judgements[tier], false),
-            None => self.verdict(self.tiers.len() - 1, judgements[self.tiers.len() - 1], by_name),
+            None => {
+                let nameless = self.judge(flow, Claim::Nothing);
+                let by_name = !nameless.iter().all(Judgement::allowed);
+                self.verdict(self.tiers.len() - 1, judgements[self.tiers.len() - 1], by_name)
+            }
         }
     }
 
@@ -137,6 +141,12 @@ impl SandboxPolicy {
                 ..judgements[first]
             };
             return self.verdict(first, judgement, true);
+        }
+        // The tier that denies whatever the names are says more than one that lacks a name.
+        let address = address::canonical(flow.to.ip());
+        let flat = |tier: &Tier| matches!(tier.kernel_at(address, flow.to.port()), KernelAction::Deny(_));
+        if let Some(tier) = self.tiers.iter().position(flat) {
+            return self.verdict(tier, judgements[tier], false);
         }
         let settled = |judgement: &Judgement| !judgement.allowed() && judgement.reason != Reason::NoName;
         match judgements.iter().position(settled) {

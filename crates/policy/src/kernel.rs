@@ -221,3 +221,6 @@ fn fit(mut ranges: Vec<PortRange>) -> Option<Vec<PortRange>> {
     }
     None
 }
+
+#[cfg(test)]
+mod tests;

@@ -69,7 +69,7 @@ impl DomainName {
         if text.len() > MAX_TEXT {
             return Err(NameError::TooLong);
         }
-        // Before UTS-46, which drops or maps some characters that must not vanish from a name unseen.
+        // Before UTS-46, which does not tell a forbidden character from a broken label.
         if text
             .bytes()
             .any(|byte| byte.is_ascii() && !host_byte(byte) && byte != b'.')
@@ -124,7 +124,8 @@ impl DomainName {
             return false;
         };
         let local = ["alt", "internal", "invalid", "local", "localhost", "onion"];
-        !local.contains(&last) && !(last == "arpa" && rest.rsplit('.').next() == Some("home"))
+        let home = last == "arpa" && rest.rsplit('.').next() == Some("home");
+        !home && !local.contains(&last)
     }
 }
 
@@ -252,13 +253,15 @@ fn address_or(text: &str, error: NameError) -> NameError {
     }
 }
 
-/// Registries' suffixes (`com`, `co.uk`) and top-level names that are on no list. Suffixes of companies that give
-/// names to their customers (`github.io`) are not meant: people allow `*.githubusercontent.com` for good reasons.
+/// Registries' suffixes (`com`, `co.uk`), zones of which every child is one (`kawasaki.jp`), and top-level names that
+/// are on no list. Suffixes of companies that give names to their customers (`github.io`) are not meant: people allow
+/// `*.githubusercontent.com` for good reasons.
 fn is_public_suffix(name: &DomainName) -> bool {
-    match psl::suffix(name.0.as_bytes()) {
-        Some(suffix) => suffix.as_bytes() == name.0.as_bytes() && suffix.typ() != Some(psl::Type::Private),
+    let is_suffix = |name: &str| match psl::suffix(name.as_bytes()) {
+        Some(suffix) => suffix.as_bytes() == name.as_bytes() && suffix.typ() != Some(psl::Type::Private),
         None => true,
-    }
+    };
+    is_suffix(&name.0) || is_suffix(&format!("0.{name}"))
 }
 
 #[cfg(test)]

@@ -82,8 +82,6 @@ pub(crate) struct Judgement {
     /// [`Reason::Allowed`], or why not.
     pub(crate) reason: Reason,
     pub(crate) cause: Cause,
-    /// Rests on the name that the flow shows.
-    pub(crate) by_name: bool,
 }
 
 impl Judgement {
@@ -91,12 +89,15 @@ impl Judgement {
         self.reason == Reason::Allowed
     }
 
-    fn deny(reason: Reason, cause: Cause) -> Self {
+    fn allow(cause: Cause) -> Self {
         Self {
-            reason,
+            reason: Reason::Allowed,
             cause,
-            by_name: false,
         }
+    }
+
+    fn deny(reason: Reason, cause: Cause) -> Self {
+        Self { reason, cause }
     }
 }
 
@@ -172,26 +173,18 @@ impl Tier {
                     passed.deny(rule);
                 }
                 Action::Allow => {
-                    let opened = match rule.allows(flow) {
-                        Match::Address(entry) => Some((entry, false)),
-                        Match::Name(entry) => Some((entry, true)),
-                        Match::Unbound(entry) => {
-                            passed.unbound.get_or_insert(cause(entry));
-                            None
-                        }
-                        Match::None => None,
-                    };
-                    if let Some((entry, by_name)) = opened {
+                    match rule.allows(flow) {
                         // A rule above denies names, and this flow may be for one of them.
-                        if passed.nameless_are_refused && matches!(flow.claim, Claim::Nothing) {
+                        Match::Full(entry)
+                            if passed.nameless_are_refused && matches!(flow.claim, Claim::Nothing) =>
+                        {
                             return Judgement::deny(Reason::NoName, cause(entry));
                         }
-                        let by_name = by_name || passed.nameless_are_refused;
-                        return Judgement {
-                            reason: Reason::Allowed,
-                            cause: cause(entry),
-                            by_name,
-                        };
+                        Match::Full(entry) => return Judgement::allow(cause(entry)),
+                        Match::Unbound(entry) => {
+                            passed.unbound.get_or_insert_with(|| cause(entry));
+                        }
+                        Match::None => {}
                     }
                     passed.allow(rule);
                 }
@@ -303,11 +296,7 @@ impl Tier {
             open = open.or(&ports);
         }
         let judgement = match (allowed, denied) {
-            (Some(cause), _) => Judgement {
-                reason: Reason::Allowed,
-                cause,
-                by_name: true,
-            },
+            (Some(cause), _) => Judgement::allow(cause),
             (None, Some(cause)) => Judgement::deny(Reason::DeniedByRule, cause),
             (None, None) => Judgement::deny(Reason::NameDenied, Cause::Mode),
         };
@@ -354,11 +343,6 @@ impl Passed {
 
     /// A mode that allows everything does so for names that were asked for, wherever the list denies any.
     fn default_allow(&self, flow: &View<'_>) -> Judgement {
-        let allowed = |by_name| Judgement {
-            reason: Reason::Allowed,
-            cause: Cause::Mode,
-            by_name,
-        };
         let pinned = match flow.claim {
             Claim::Nothing if self.nameless_are_refused => {
                 return Judgement::deny(Reason::NoName, Cause::Mode);
@@ -372,16 +356,14 @@ impl Passed {
         if !pinned {
             return Judgement::deny(Reason::AddressNotBound, Cause::Mode);
         }
-        allowed(self.nameless_are_refused)
+        Judgement::allow(Cause::Mode)
     }
 }
 
 /// How an allow rule matched; the number is the entry of its list.
 enum Match {
-    /// By the address, or by what the address is pinned for.
-    Address(usize),
-    /// By the name shown, for which the address is pinned.
-    Name(usize),
+    /// By the address, by what it is pinned for, or by the name shown for which it is pinned.
+    Full(usize),
     /// Only by the name shown.
     Unbound(usize),
     None,
@@ -403,15 +385,15 @@ impl TierRule {
 
     fn allows(&self, flow: &View<'_>) -> Match {
         if let Some(entry) = self.lists(address::canonical(flow.address)) {
-            return Match::Address(entry);
+            return Match::Full(entry);
         }
         match (self.protocol, flow.claim) {
             (RuleProtocol::Tcp, _) => {
                 let pinned = flow.bound.iter().find_map(|name| self.domains.opening(name));
-                pinned.map_or(Match::None, Match::Address)
+                pinned.map_or(Match::None, Match::Full)
             }
             (RuleProtocol::Http, Claim::Name(name)) => match self.domains.opening(name) {
-                Some(entry) if flow.bound.contains(name) => Match::Name(entry),
+                Some(entry) if flow.bound.contains(name) => Match::Full(entry),
                 Some(entry) => Match::Unbound(entry),
                 None => Match::None,
             },

@@ -55,6 +55,10 @@ const MAX_DOMAINS: usize = 1000;
 const MAX_CIDRS: usize = 250;
 /// Entries of one list of ports.
 const MAX_PORTS: usize = 64;
+/// Entries of all rules together, which bound the work of a decision and of compiling.
+const MAX_ALL_DOMAINS: usize = 5000;
+const MAX_ALL_CIDRS: usize = 2000;
+const MAX_ALL_PORTS: usize = 512;
 /// Characters of a rule's name.
 const MAX_RULE_NAME: usize = 64;
 
@@ -90,12 +94,13 @@ pub(super) fn policy(value: &Value) -> Result<Policy, PolicyError> {
         ];
         if let Some((list, _)) = lists.iter().find(|(_, empty)| !empty) {
             return fields.refuse(
-                *list,
+                list,
                 "must be empty when mode is \"deny_all\", which allows none of it; use mode \"allowlist\"",
             );
         }
     }
     rule_names(&policy.rules)?;
+    totals(&policy)?;
     // A document that the kernel cannot hold is refused while its author is there to read why.
     kernel::table(&[Tier::compile(&policy)]).map_err(|excess| excess.of(&policy))?;
     Ok(policy)
@@ -197,6 +202,35 @@ fn rule_names(rules: &[Rule]) -> Result<(), PolicyError> {
         }
     }
     Ok(())
+}
+
+fn totals(policy: &Policy) -> Result<(), PolicyError> {
+    let rules = policy.rules.iter();
+    let counts = [
+        (
+            "domains",
+            MAX_ALL_DOMAINS,
+            rules.clone().map(|rule| rule.domains.len()).sum::<usize>(),
+        ),
+        (
+            "cidrs",
+            MAX_ALL_CIDRS,
+            rules.clone().map(|rule| rule.cidrs.len()).sum(),
+        ),
+        (
+            "ports",
+            MAX_ALL_PORTS,
+            rules.map(|rule| rule.ports.as_ref().map_or(0, Vec::len)).sum(),
+        ),
+    ];
+    match counts.iter().find(|(_, limit, count)| count > limit) {
+        Some((list, limit, count)) => {
+            let message =
+                format!("all rules together have {count} entries in `{list}`; the limit is {limit}");
+            Err(PolicyError::new("rules", message))
+        }
+        None => Ok(()),
+    }
 }
 
 fn domains(fields: &Fields<'_>, name: &str) -> Result<Vec<DomainPattern>, PolicyError> {

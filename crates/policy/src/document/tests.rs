@@ -1,1 +1,442 @@
+use serde_json::{Value, json};
 
+use super::*;
+
+/// The document is refused, at `field`, and the message says `says`.
+#[track_caller]
+fn refused(document: Value, field: &str, says: &str) {
+    let error = Policy::parse(&document).expect_err("the document was accepted");
+    assert_eq!(error.field, field, "{error}");
+    assert!(error.message.contains(says), "{error}");
+    // The feed and the database are as strict, and name the field as well.
+    let on_the_feed = serde_json::from_value::<Policy>(document)
+        .expect_err("the feed took it")
+        .to_string();
+    assert!(on_the_feed.contains(&error.to_string()), "{on_the_feed}");
+}
+
+fn with(field: &str, value: Value) -> Value {
+    let mut document = json!({"mode": "allowlist"});
+    document[field] = value;
+    document
+}
+
+fn with_rule(field: &str, value: Value) -> Value {
+    let mut rule = json!({"action": "allow", "domains": ["ok.test"]});
+    rule[field] = value;
+    json!({"mode": "allowlist", "rules": [{"action": "deny", "domains": ["evil.test"]}, rule]})
+}
+
+#[test]
+fn a_document_of_published_clients_is_read() {
+    let document = json!({
+        "mode": "allowlist",
+        "allowed_domains": ["API.github.com", "*.example.org."],
+        "denied_domains": [],
+        "allowed_ports": [443],
+        "enforcement": "enforce",
+        "failure_mode": "fail_closed",
+    });
+    let policy = Policy::parse(&document).unwrap();
+    assert_eq!(policy.mode(), Mode::Allowlist);
+    assert_eq!(
+        policy.to_value()["allowed_domains"],
+        json!(["api.github.com", "*.example.org"])
+    );
+    assert_eq!(policy.to_value()["allowed_cidrs"], json!([]));
+}
+
+#[test]
+fn what_the_api_answers_can_be_written_back() {
+    let mut answer = Policy::default().to_value();
+    for (field, value) in [
+        ("org_id", json!("org-1")),
+        ("updated_at", json!(null)),
+        ("revision", json!(7)),
+        ("applied", json!(true)),
+        ("effective", json!([{"tier": "organization"}])),
+    ] {
+        answer[field] = value;
+    }
+    assert_eq!(Policy::parse(&answer), Ok(Policy::default()));
+}
+
+#[test]
+fn the_least_document_is_a_mode() {
+    assert_eq!(
+        Policy::parse(&json!({"mode": "allow_all"})),
+        Ok(Policy::default())
+    );
+    refused(
+        json!({}),
+        "mode",
+        "is required: one of allow_all, deny_all, allowlist, denylist",
+    );
+    refused(json!([]), "", "expected an object, got a list");
+    refused(json!(null), "", "expected an object, got null");
+    refused(json!("allow_all"), "", "expected an object, got \"allow_all\"");
+}
+
+#[test]
+fn a_rule_survives_the_way_through_the_store() {
+    let document = json!({
+        "mode": "deny_all",
+        "denied_cidrs": ["203.0.113.7", "2001:db8::/32"],
+        "rules": [
+            {"name": "git", "action": "allow", "protocol": "tcp", "domains": ["git.test"], "ports": ["22", 9418, "8000-8080"]},
+            {"action": "deny", "cidrs": ["203.0.113.0/24"], "tls": "auto", "http": []},
+        ],
+        "ech": "deny",
+        "dns": {"types": ["A", "AAAA"], "label_max": 40},
+        "failure_mode": "fail_open",
+    });
+    let policy = Policy::parse(&document).unwrap();
+    let stored = serde_json::to_string(&policy).unwrap();
+    assert_eq!(serde_json::from_str::<Policy>(&stored).unwrap(), policy);
+    let value = policy.to_value();
+    assert_eq!(value["denied_cidrs"], json!(["203.0.113.7/32", "2001:db8::/32"]));
+    assert_eq!(value["rules"][0]["ports"], json!(["22", "9418", "8000-8080"]));
+    assert_eq!(
+        value["rules"][1].get("ports"),
+        None,
+        "a deny rule without ports still concerns every port"
+    );
+}
+
+#[test]
+fn unknown_fields_are_refused_with_what_may_have_been_meant() {
+    refused(
+        with("allowed_domain", json!([])),
+        "allowed_domain",
+        "did you mean `allowed_domains`?",
+    );
+    refused(
+        with("allowedDomains", json!([])),
+        "allowedDomains",
+        "did you mean `allowed_domains`?",
+    );
+    refused(with("sandbox_id", json!("x")), "sandbox_id", "unknown field");
+    refused(with("", json!("x")), "", "unknown field");
+    refused(
+        with_rule("port", json!(["443"])),
+        "rules[1].port",
+        "did you mean `ports`?",
+    );
+    refused(
+        with_rule("org_id", json!("x")),
+        "rules[1].org_id",
+        "unknown field",
+    );
+    refused(
+        with("dns", json!({"typ": []})),
+        "dns.typ",
+        "did you mean `types`?",
+    );
+    let long = "x".repeat(100_000);
+    let error = Policy::parse(&with(&long, json!(1))).unwrap_err();
+    assert!(error.to_string().len() < 200);
+}
+
+#[test]
+fn words_are_those_of_the_contract() {
+    refused(
+        with("mode", json!("Allowlist")),
+        "mode",
+        "expected one of \"allow_all\"",
+    );
+    refused(with("mode", json!(1)), "mode", "got 1");
+    refused(with("mode", json!(null)), "mode", "got null");
+    refused(
+        with("failure_mode", json!("open")),
+        "failure_mode",
+        "\"fail_closed\", \"fail_open\", got \"open\"",
+    );
+    refused(
+        with("enforcement", json!(true)),
+        "enforcement",
+        "expected \"enforce\", got true",
+    );
+    refused(
+        with_rule("action", json!("block")),
+        "rules[1].action",
+        "\"allow\", \"deny\", got \"block\"",
+    );
+    refused(
+        with_rule("protocol", json!("https")),
+        "rules[1].protocol",
+        "\"http\", \"tcp\", got \"https\"",
+    );
+    refused(
+        json!({"mode": "allowlist", "rules": [{"domains": ["ok.test"]}]}),
+        "rules[0].action",
+        "is required",
+    );
+}
+
+#[test]
+fn ports_are_numbers_with_a_path() {
+    let error = Policy::parse(&with("allowed_ports", json!(["x"]))).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "allowed_ports[0]: expected a port 1-65535, got \"x\""
+    );
+    for bad in [
+        json!(0),
+        json!(65536),
+        json!(-1),
+        json!(443.5),
+        json!(443.0),
+        json!("443"),
+        json!(null),
+        json!([443]),
+    ] {
+        refused(
+            with("allowed_ports", json!([443, bad])),
+            "allowed_ports[1]",
+            "expected a port 1-65535",
+        );
+    }
+    refused(
+        with("allowed_ports", json!(443)),
+        "allowed_ports",
+        "expected a list, got 443",
+    );
+    for bad in [
+        json!("0"),
+        json!("x"),
+        json!("9-8"),
+        json!("1-65536"),
+        json!(" 443"),
+        json!(0),
+        json!({}),
+    ] {
+        refused(
+            with_rule("ports", json!(["443", bad])),
+            "rules[1].ports[1]",
+            "expected a port 1-65535",
+        );
+    }
+    refused(with_rule("ports", json!([])), "rules[1].ports", "matches nothing");
+}
+
+#[test]
+fn domains_are_refused_with_what_is_wrong() {
+    let cases = [
+        (
+            json!("203.0.113.5"),
+            "is an address, not a name; addresses belong into the list of CIDRs",
+        ),
+        (json!("https://ok.test/x"), "without scheme and path"),
+        (json!("ok.test:443"), "ports have their own list"),
+        (json!("*.com"), "wildcard over a public suffix"),
+        (json!("*.co.uk"), "wildcard over a public suffix"),
+        (json!("a.*.test"), "wildcard in a place where none can be"),
+        (json!("ok.test\u{0}evil.test"), "character that is not allowed"),
+        (json!("ok.test.."), "empty label"),
+        (json!(""), "is empty"),
+        (json!(7), "expected a domain such as"),
+        (json!(null), "expected a domain such as"),
+    ];
+    for (bad, says) in cases {
+        let list = json!(["ok.test", "*.wild.test", bad]);
+        refused(with("allowed_domains", list.clone()), "allowed_domains[2]", says);
+        refused(with("denied_domains", list.clone()), "denied_domains[2]", says);
+        refused(with_rule("domains", list), "rules[1].domains[2]", says);
+    }
+    refused(
+        with("allowed_domains", json!("ok.test")),
+        "allowed_domains",
+        "expected a list, got \"ok.test\"",
+    );
+    refused(
+        with("allowed_domains", json!({"0": "ok.test"})),
+        "allowed_domains",
+        "expected a list, got an object",
+    );
+}
+
+#[test]
+fn ranges_are_refused_unless_they_mean_one_thing() {
+    let bad = [
+        "203.0.113.0/33",
+        "203.0.113/24",
+        "203.0.113.0/",
+        "203.0.113.0/024",
+        "203.0.113.0/+8",
+        "010.1.2.3",
+        "203.0.113.0/24/8",
+        "x",
+        "",
+        " 203.0.113.1",
+        "203.0.113.1-203.0.113.9",
+        "fe80::1%eth0",
+        "ok.test",
+    ];
+    for text in bad {
+        for list in ["allowed_cidrs", "denied_cidrs"] {
+            refused(
+                with(list, json!([text])),
+                &format!("{list}[0]"),
+                "expected a CIDR",
+            );
+        }
+        refused(
+            with_rule("cidrs", json!([text])),
+            "rules[1].cidrs[0]",
+            "expected a CIDR",
+        );
+    }
+    refused(
+        with("denied_cidrs", json!(["203.0.113.5/24"])),
+        "denied_cidrs[0]",
+        "the range is \"203.0.113.0/24\"",
+    );
+    refused(
+        with("denied_cidrs", json!(["::ffff:203.0.113.5"])),
+        "denied_cidrs[0]",
+        "write it as IPv4",
+    );
+    refused(
+        with("allowed_cidrs", json!(["2001:db8::/32"])),
+        "allowed_cidrs[0]",
+        "not supported by this version",
+    );
+    assert!(Policy::parse(&with("denied_cidrs", json!(["2001:db8::/32", "0.0.0.0/0"]))).is_ok());
+}
+
+#[test]
+fn what_this_version_does_not_enforce_is_refused() {
+    let later = "not supported by this version";
+    refused(with("enforcement", json!("audit")), "enforcement", later);
+    refused(with("ech", json!("allow")), "ech", later);
+    refused(with("dns", json!({"types": ["A", "TXT"]})), "dns.types", later);
+    refused(
+        with("dns", json!({"unique_names_per_minute": 61})),
+        "dns.unique_names_per_minute",
+        later,
+    );
+    refused(with("dns", json!(null)), "dns", "expected an object");
+    refused(with_rule("protocol", json!("udp")), "rules[1].protocol", later);
+    refused(with_rule("tls", json!("intercept")), "rules[1].tls", later);
+    refused(with_rule("tls", json!("splice")), "rules[1].tls", later);
+    refused(
+        with_rule("http", json!([{"methods": ["GET"]}])),
+        "rules[1].http",
+        later,
+    );
+    refused(
+        with_rule("credential", json!("GITHUB_TOKEN")),
+        "rules[1].credential",
+        later,
+    );
+    refused(with_rule("credential", json!(null)), "rules[1].credential", later);
+}
+
+#[test]
+fn lists_that_could_never_matter_are_refused() {
+    for list in ["allowed_domains", "allowed_cidrs"] {
+        let entry = if list == "allowed_domains" {
+            "ok.test"
+        } else {
+            "203.0.113.0/24"
+        };
+        let document = json!({"mode": "deny_all", list: [entry]});
+        refused(document, list, "must be empty when mode is \"deny_all\"");
+    }
+    refused(
+        json!({"mode": "allowlist", "rules": [{"action": "deny"}]}),
+        "rules[0].domains",
+        "at least one entry",
+    );
+}
+
+#[test]
+fn rules_have_names_that_can_be_told_apart() {
+    for bad in [
+        json!(""),
+        json!(" x"),
+        json!("x\ny"),
+        json!("x".repeat(65)),
+        json!("ж"),
+        json!(7),
+    ] {
+        refused(
+            with_rule("name", bad),
+            "rules[1].name",
+            "expected 1 to 64 letters",
+        );
+    }
+    let twice = json!({"name": "one", "action": "deny", "domains": ["ok.test"]});
+    refused(
+        json!({"mode": "allowlist", "rules": [twice, twice]}),
+        "rules[1].name",
+        "is the name of rules[0] already",
+    );
+}
+
+#[test]
+fn sizes_have_limits() {
+    let many = |count: usize, entry: fn(usize) -> Value| Value::Array((0..count).map(entry).collect());
+    let rule = |_| json!({"action": "deny", "domains": ["ok.test"]});
+    refused(
+        with("rules", many(10_000, rule)),
+        "rules",
+        "has 10000 entries; the limit is 250",
+    );
+    assert!(Policy::parse(&with("rules", many(250, rule))).is_ok());
+    let domain = |index| json!(format!("n{index}.ok.test"));
+    refused(
+        with("allowed_domains", many(1001, domain)),
+        "allowed_domains",
+        "the limit is 1000",
+    );
+    assert!(Policy::parse(&with("allowed_domains", many(1000, domain))).is_ok());
+    let range = |index| json!(format!("203.0.{}.{}", index / 200, index % 200));
+    refused(
+        with("denied_cidrs", many(251, range)),
+        "denied_cidrs",
+        "the limit is 250",
+    );
+    let wide = |index: usize| {
+        let ranges: Vec<String> = (0..200).map(|host| format!("203.0.{index}.{host}")).collect();
+        json!({"action": "allow", "cidrs": ranges})
+    };
+    refused(
+        with("rules", many(3, wide)),
+        "rules",
+        "different IPv4 ranges; the limit for one sandbox is 512",
+    );
+    refused(
+        with("rules", many(11, wide)),
+        "rules",
+        "all rules together have 2200 entries in `cidrs`",
+    );
+    let port = |index: usize| json!(1000 + 2 * index);
+    let mut document = json!({"mode": "allow_all", "allowed_ports": many(17, port)});
+    refused(
+        document.clone(),
+        "allowed_ports",
+        "too many separate ranges; the limit is 16",
+    );
+    document["allowed_ports"] = many(16, port);
+    assert!(Policy::parse(&document).is_ok());
+}
+
+#[test]
+fn an_error_can_be_put_below_the_field_that_holds_the_document() {
+    let error = Policy::parse(&with("allowed_ports", json!([0])))
+        .unwrap_err()
+        .under("network");
+    assert_eq!(
+        error.to_string(),
+        "network.allowed_ports[0]: expected a port 1-65535, got 0"
+    );
+    assert_eq!(
+        Policy::parse(&json!(1)).unwrap_err().to_string(),
+        "expected an object, got 1"
+    );
+    assert_eq!(
+        Policy::parse(&json!(1)).unwrap_err().under("network").field,
+        "network"
+    );
+}
