@@ -117,13 +117,15 @@ pub(super) async fn create(layout: &Layout, name: &str, bytes: u64, owner: u32) 
         .map_err(io::Error::other)?
 }
 
-/// Makes an empty ext4. No journal: a layer does not outlive a crash of its machine, and a journal would be
+/// Makes an empty ext4 of pages: the loop device has blocks of that size. No journal: a layer does not outlive a crash of its machine, and a journal would be
 /// written over and over in a space that somebody else could use. No discard, no zeroing: the file is new.
 async fn format(disk: &Path) -> io::Result<()> {
     let mut command = Command::new("mkfs.ext4");
     command.args([
         "-q",
         "-F",
+        "-b",
+        "4096",
         "-m",
         "0",
         "-i",
