@@ -1,4 +1,30 @@
 //! API and control plane of Sandgate.
+//!
+//! | module | what it owns |
+//! |---|---|
+//! | [`api`] | HTTP: routes, documents, statuses |
+//! | [`service`] | use cases |
+//! | [`lifecycle`] | the life of a sandbox, pure |
+//! | [`store`] | what must survive |
+//! | [`backend`] | where sandboxes run |
+//! | [`node`] | the feed to netd, and the way into sandboxes |
+//! | [`agent`] | the host side of the agent protocol |
+//! | [`spec`] | what a sandbox may use |
+//! | [`up`], [`down`], [`app`] | the three commands |
+//!
+//! A request goes down this list and never up: `api` knows no SQL, `service` no HTTP, `store` and `backend`
+//! not each other.
 
 pub mod agent;
+pub mod api;
+pub mod app;
 pub mod backend;
+pub mod config;
+pub mod down;
+pub mod installation;
+pub mod lifecycle;
+pub mod node;
+pub mod service;
+pub mod spec;
+pub mod store;
+pub mod up;

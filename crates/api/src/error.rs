@@ -26,6 +26,8 @@ pub enum ErrorCode {
     MethodNotAllowed,
     /// 409: the request does not fit the present state.
     Conflict,
+    /// 412: `If-Match` names another revision than the present one.
+    PreconditionFailed,
     /// 413: the body, or a field of it, is too large.
     PayloadTooLarge,
     /// 429: too many requests; `Retry-After` says when.
@@ -46,6 +48,7 @@ impl ErrorCode {
             Self::SandboxNotFound | Self::FileNotFound | Self::NotFound => 404,
             Self::MethodNotAllowed => 405,
             Self::Conflict => 409,
+            Self::PreconditionFailed => 412,
             Self::PayloadTooLarge => 413,
             Self::RateLimited => 429,
             Self::InternalError => 500,

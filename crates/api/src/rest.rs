@@ -1,1 +1,67 @@
 //! Bodies of the REST API, as published clients send and need them.
+//!
+//! Only answers have types here: a request is a document written by a user, and the controller reads it
+//! field by field, so that a refusal can name the field. Every 2xx answer is a JSON object in snake_case
+//! with RFC 3339 times. Published clients are strict about strings (no numbers for text) and reject a
+//! `null` where they expect a value, so an absent value is left out, except where a field's comment says
+//! otherwise.
+
+mod account;
+mod egress;
+mod execute;
+mod file;
+mod sandbox;
+
+pub use account::{ApiKey, ApiKeyCreated, ApiKeyList, FirstKey, Organization, RegisterResponse, User};
+pub use egress::{AuditDecision, AuditPage, AuditRecord, OrganizationEgress, SandboxNetwork, TierPolicy};
+pub use execute::{ExecuteResponse, StreamEvent};
+pub use file::{FileEntry, FileKind, FileList, FileRead, FilesWritten, WrittenFile};
+pub use sandbox::{
+    Isolation, Sandbox, SandboxLifetime, SandboxList, SandboxStatus, StartupBreakdown, StartupMetrics,
+};
+
+use serde::{Deserialize, Serialize};
+
+/// The answer of calls that have nothing else to say. `success` is always the boolean `true`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Success {
+    /// Always true: failures have another status and the error envelope.
+    pub success: bool,
+}
+
+impl Success {
+    /// It worked.
+    pub const OK: Self = Self { success: true };
+}
+
+/// `GET /health` and `GET /ready`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Health {
+    /// `ok`, or `degraded` when something below is not.
+    pub status: String,
+    /// The controller's version.
+    pub version: String,
+    /// `ok` or `failed`.
+    pub database: String,
+    /// `ready`, `starting`, or `failed`.
+    pub backend: String,
+    /// Why the backend is not ready.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backend_error: Option<String>,
+    /// The nodes that enforce.
+    pub nodes: Vec<NodeHealth>,
+}
+
+/// One node in [`Health`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeHealth {
+    /// Its name.
+    pub name: String,
+    /// It follows the feed.
+    pub connected: bool,
+    /// Its canaries are green and it takes new sandboxes.
+    pub ready: bool,
+    /// Why not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}

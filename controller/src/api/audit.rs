@@ -1,0 +1,88 @@
+//! The egress audit.
+
+use axum::{Json, extract::State};
+use sandgate_api::{audit::AuditVerdict, id::SandboxId, rest::AuditPage};
+
+use super::{auth::Authenticated, error::ApiError, query::Parameters};
+use crate::{
+    service::{Scope, Service},
+    store::AuditFilter,
+};
+
+pub(super) async fn list(
+    State(service): State<Service>,
+    Authenticated(caller): Authenticated,
+    parameters: Parameters,
+) -> Result<Json<AuditPage>, ApiError> {
+    caller.may(Scope::NetworkRead)?;
+    Ok(Json(service.audit(caller.org_id(), &filter(&parameters)?).await?))
+}
+
+fn filter(parameters: &Parameters) -> Result<AuditFilter, ApiError> {
+    let sandbox_id = match parameters.text("sandbox_id") {
+        None => None,
+        Some(text) => Some(
+            text.parse::<SandboxId>()
+                .map_err(|error| ApiError::field("sandbox_id", error.to_string()))?,
+        ),
+    };
+    let verdict = match parameters.text("decision") {
+        None => None,
+        Some("allow") => Some(AuditVerdict::Allow),
+        Some("deny") => Some(AuditVerdict::Deny),
+        Some(_) => return Err(ApiError::field("decision", "expected `allow` or `deny`")),
+    };
+    Ok(AuditFilter {
+        sandbox_id,
+        host: parameters
+            .text("host")
+            .map(|host| host.trim_end_matches('.').to_lowercase()),
+        verdict,
+        since: parameters.time("since")?,
+        until: parameters.time("until")?,
+        before: parameters.cursor()?,
+        offset: parameters.whole("offset", 0..=1_000_000)?.unwrap_or(0),
+        limit: parameters.whole("limit", 1..=1_000)?.unwrap_or(50),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn filtered(query: &str) -> Result<AuditFilter, ApiError> {
+        let request = http::Request::builder()
+            .uri(format!("/x?{query}"))
+            .body(())
+            .expect("a request");
+        filter(&Parameters::of(&request.into_parts().0)?)
+    }
+
+    #[test]
+    fn every_filter_is_understood() {
+        let query = "sandbox_id=sandbox-0a&host=API.Example.org.&decision=deny&since=0&until=10&limit=7&offset=3&cursor=9";
+        let filter = filtered(query).expect("a filter");
+        assert_eq!(filter.sandbox_id.map(String::from).as_deref(), Some("sandbox-0a"));
+        assert_eq!(filter.host.as_deref(), Some("api.example.org"));
+        assert_eq!(filter.verdict, Some(AuditVerdict::Deny));
+        assert_eq!((filter.limit, filter.offset, filter.before), (7, 3, Some(9)));
+        assert_eq!(filtered("").expect("defaults").limit, 50);
+    }
+
+    #[test]
+    fn a_refusal_names_the_parameter() {
+        for (query, field) in [
+            ("sandbox_id=x", "sandbox_id"),
+            ("decision=audit", "decision"),
+            ("since=x", "since"),
+            ("until=x", "until"),
+            ("limit=0", "limit"),
+            ("limit=1001", "limit"),
+            ("offset=-1", "offset"),
+            ("cursor=x", "cursor"),
+        ] {
+            let error = filtered(query).expect_err("refused");
+            assert_eq!(error.refused_field().as_deref(), Some(field), "{query}");
+        }
+    }
+}

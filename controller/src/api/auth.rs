@@ -1,0 +1,94 @@
+//! Who asks: the credential, and that the request does not name another organisation.
+
+use axum::extract::FromRequestParts;
+use http::{HeaderMap, header, request::Parts};
+use sandgate_api::error::ErrorCode;
+
+use super::{error::ApiError, query::Parameters};
+use crate::service::{Caller, Service, ServiceError};
+
+/// A caller whose key works.
+pub(super) struct Authenticated(pub(super) Caller);
+
+impl FromRequestParts<Service> for Authenticated {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, service: &Service) -> Result<Self, ApiError> {
+        let key = credential(&parts.headers)?;
+        let caller = service.authenticate(key).await?;
+        if let Some(named) = parts.headers.get("x-org-id") {
+            same_organization(&caller, named.to_str().unwrap_or_default())?;
+        }
+        if let Some(named) = Parameters::of(parts)?.text("org_id") {
+            same_organization(&caller, named)?;
+        }
+        Ok(Self(caller))
+    }
+}
+
+/// Refuses a request that names an organisation other than the caller's: naming never selects one.
+pub(super) fn same_organization(caller: &Caller, named: &str) -> Result<(), ApiError> {
+    if named == caller.org_id().as_str() {
+        return Ok(());
+    }
+    Err(ApiError::new(
+        ErrorCode::Forbidden,
+        "the API key belongs to another organization",
+    ))
+}
+
+/// The same secret is accepted as `Authorization: ApiKey`, `Authorization: Bearer` and `x-api-key`.
+fn credential(headers: &HeaderMap) -> Result<&str, ApiError> {
+    let refused = |message| ApiError::from(ServiceError::Unauthorized(message));
+    if let Some(value) = headers.get(header::AUTHORIZATION) {
+        let value = value
+            .to_str()
+            .map_err(|_not_text| refused("the Authorization header is no text"))?;
+        let (scheme, key) = value.trim().split_once(' ').unwrap_or((value, ""));
+        if !scheme.eq_ignore_ascii_case("bearer") && !scheme.eq_ignore_ascii_case("apikey") {
+            return Err(refused(
+                "expected `Authorization: Bearer <key>` or `Authorization: ApiKey <key>`",
+            ));
+        }
+        return Ok(key.trim());
+    }
+    match headers.get("x-api-key") {
+        Some(value) => Ok(value
+            .to_str()
+            .map_err(|_not_text| refused("the x-api-key header is no text"))?
+            .trim()),
+        None => Err(refused("an API key is needed: `Authorization: Bearer <key>`")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(headers: &[(&'static str, &str)]) -> Option<String> {
+        let mut map = HeaderMap::new();
+        for (name, value) in headers {
+            map.append(*name, value.parse().expect("a header"));
+        }
+        credential(&map).ok().map(str::to_owned)
+    }
+
+    #[test]
+    fn every_form_of_published_clients_is_understood() {
+        for (name, value) in [
+            ("authorization", "Bearer k.e.y"),
+            ("authorization", "bearer k.e.y"),
+            ("authorization", "ApiKey k.e.y"),
+            ("authorization", "ApiKey  k.e.y "),
+            ("x-api-key", "k.e.y"),
+        ] {
+            assert_eq!(key(&[(name, value)]).as_deref(), Some("k.e.y"), "{name}: {value}");
+        }
+        assert_eq!(key(&[]), None);
+        assert_eq!(key(&[("authorization", "Basic a2V5")]), None);
+        assert_eq!(
+            key(&[("authorization", "Basic a2V5"), ("x-api-key", "k.e.y")]),
+            None
+        );
+    }
+}

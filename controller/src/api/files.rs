@@ -1,0 +1,214 @@
+//! Files of a sandbox.
+
+use axum::{
+    Json,
+    body::Body,
+    extract::State,
+    response::{IntoResponse as _, Response},
+};
+use base64::{
+    Engine as _, alphabet,
+    engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig, general_purpose::STANDARD},
+};
+use bytes::Bytes;
+use futures_util::stream;
+use http::header;
+use sandgate_api::rest::{FileList, FileRead, FilesWritten};
+
+use super::{
+    auth::Authenticated,
+    document::{Document, LargeDocument},
+    error::ApiError,
+    path::{self, SandboxPath},
+    query::Parameters,
+};
+use crate::service::{Scope, Service};
+
+/// Most files of one request.
+const MAX_FILES: usize = 1_000;
+
+/// Padding may be left out: there is only one way to read it.
+const LENIENT: GeneralPurpose = GeneralPurpose::new(
+    &alphabet::STANDARD,
+    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
+);
+
+/// `{"files": [{"path", "content"}]}`, or one file as `{"path", "content"}`.
+pub(super) async fn write(
+    State(service): State<Service>,
+    Authenticated(caller): Authenticated,
+    SandboxPath(id): SandboxPath,
+    LargeDocument(mut document): LargeDocument,
+) -> Result<Json<FilesWritten>, ApiError> {
+    caller.may(Scope::SandboxExecute)?;
+    document.organization(&caller)?;
+    let files = files(document)?;
+    let files = service.write_files(caller.org_id(), &id, files).await?;
+    Ok(Json(FilesWritten { success: true, files }))
+}
+
+fn files(mut document: Document) -> Result<Vec<(String, Bytes)>, ApiError> {
+    let Some(listed) = document.documents("files")? else {
+        if document.is_empty() {
+            return Err(ApiError::field("files", "is required"));
+        }
+        return Ok(vec![file(document)?]);
+    };
+    document.finish()?;
+    if listed.is_empty() || listed.len() > MAX_FILES {
+        return Err(ApiError::field(
+            "files",
+            format!("expected 1 to {MAX_FILES} files"),
+        ));
+    }
+    listed.into_iter().map(file).collect()
+}
+
+fn file(mut document: Document) -> Result<(String, Bytes), ApiError> {
+    let path = document.required_text("path")?;
+    path::inside(&document.path("path"), &path)?;
+    if path.ends_with('/') {
+        return Err(ApiError::field(
+            document.path("path"),
+            "names a directory, not a file",
+        ));
+    }
+    let mut content = document.required_text("content")?;
+    let field = document.path("content");
+    document.finish()?;
+    // `base64` of coreutils breaks lines.
+    content.retain(|character| !character.is_ascii_whitespace());
+    match LENIENT.decode(content) {
+        Ok(bytes) => Ok((path, bytes.into())),
+        Err(error) => Err(ApiError::field(field, format!("is not base64: {error}"))),
+    }
+}
+
+pub(super) async fn read(
+    State(service): State<Service>,
+    Authenticated(caller): Authenticated,
+    SandboxPath(id): SandboxPath,
+    parameters: Parameters,
+) -> Result<Json<FileRead>, ApiError> {
+    caller.may(Scope::SandboxExecute)?;
+    let path = wanted(&parameters)?;
+    let content = service.read_file(caller.org_id(), &id, path).await?;
+    Ok(Json(FileRead {
+        path: path.to_owned(),
+        size: u64::try_from(content.len()).unwrap_or(u64::MAX),
+        content: STANDARD.encode(content),
+    }))
+}
+
+pub(super) async fn list(
+    State(service): State<Service>,
+    Authenticated(caller): Authenticated,
+    SandboxPath(id): SandboxPath,
+    parameters: Parameters,
+) -> Result<Json<FileList>, ApiError> {
+    caller.may(Scope::SandboxExecute)?;
+    let directory = parameters.text("path").unwrap_or("/workspace");
+    path::inside("path", directory)?;
+    let recursive = parameters.flag("recursive")?;
+    Ok(Json(
+        service
+            .list_files(caller.org_id(), &id, directory, recursive)
+            .await?,
+    ))
+}
+
+/// The file's bytes as they are. A file that breaks off breaks the connection off.
+pub(super) async fn download(
+    State(service): State<Service>,
+    Authenticated(caller): Authenticated,
+    SandboxPath(id): SandboxPath,
+    parameters: Parameters,
+) -> Result<Response, ApiError> {
+    caller.may(Scope::SandboxExecute)?;
+    let path = wanted(&parameters)?;
+    let file = service.open_file(caller.org_id(), &id, path).await?;
+    let headers = [
+        (header::CONTENT_TYPE, "application/octet-stream".to_owned()),
+        (header::CONTENT_LENGTH, file.size().to_string()),
+        (header::CONTENT_DISPOSITION, "attachment".to_owned()),
+        // The bytes are the sandbox's: no browser may take them for a page of ours.
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff".to_owned()),
+    ];
+    let bytes = stream::unfold(file, |mut file| async move {
+        let part = file.next().await?;
+        Some((part, file))
+    });
+    Ok((headers, Body::from_stream(bytes)).into_response())
+}
+
+fn wanted(parameters: &Parameters) -> Result<&str, ApiError> {
+    let path = parameters.text("path").unwrap_or_default();
+    path::inside("path", path)?;
+    Ok(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn parsed(body: &Value) -> Result<Vec<(String, Bytes)>, ApiError> {
+        files(Document::parse(body.to_string().as_bytes())?)
+    }
+
+    #[test]
+    fn files_come_as_a_list_or_alone() {
+        let expected = vec![("/workspace/a".to_owned(), Bytes::from_static(b"hello"))];
+        for content in ["aGVsbG8=", "aGVs\nbG8=\n", "aGVsbG8"] {
+            let list = json!({"files": [{"path": "/workspace/a", "content": content}]});
+            assert_eq!(parsed(&list).expect("files"), expected, "{content:?}");
+            let alone = json!({"path": "/workspace/a", "content": content});
+            assert_eq!(parsed(&alone).expect("a file"), expected, "{content:?}");
+        }
+        let empty = parsed(&json!({"path": "/a", "content": ""})).expect("an empty file");
+        assert!(empty[0].1.is_empty());
+    }
+
+    #[test]
+    fn a_refusal_names_the_field() {
+        let many: Vec<_> = (0..=MAX_FILES)
+            .map(|_| json!({"path": "/a", "content": ""}))
+            .collect();
+        for (body, field) in [
+            (json!({}), "files"),
+            (json!({"files": []}), "files"),
+            (json!({"files": {}}), "files"),
+            (json!({"files": many}), "files"),
+            (json!({"files": ["a"]}), "files[0]"),
+            (json!({"files": [{"content": ""}]}), "files[0].path"),
+            (json!({"files": [{"path": "/a"}]}), "files[0].content"),
+            (
+                json!({"files": [{"path": "/a", "content": 1}]}),
+                "files[0].content",
+            ),
+            (
+                json!({"files": [{"path": "/a", "content": "%"}]}),
+                "files[0].content",
+            ),
+            (json!({"files": [{"path": "a", "content": ""}]}), "files[0].path"),
+            (
+                json!({"files": [{"path": "/a/../b", "content": ""}]}),
+                "files[0].path",
+            ),
+            (
+                json!({"files": [{"path": "/a/", "content": ""}]}),
+                "files[0].path",
+            ),
+            (
+                json!({"files": [{"path": "/a", "content": "", "x": 1}]}),
+                "files[0].x",
+            ),
+            (json!({"files": [{"path": "/a", "content": ""}], "x": 1}), "x"),
+            (json!({"path": "/a"}), "content"),
+        ] {
+            let error = parsed(&body).expect_err("refused");
+            assert_eq!(error.refused_field().as_deref(), Some(field));
+        }
+    }
+}

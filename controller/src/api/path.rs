@@ -1,0 +1,102 @@
+//! Ids in a request's path, and paths inside a sandbox.
+
+use axum::extract::{FromRequestParts, Path};
+use http::request::Parts;
+use sandgate_api::{
+    error::ErrorCode,
+    id::{ApiKeyId, SandboxId},
+};
+
+use super::error::ApiError;
+use crate::service::ServiceError;
+
+/// Longest path inside a sandbox, in bytes (`PATH_MAX` of Linux, without the NUL).
+const MAX_PATH: usize = 4095;
+
+/// `{id}` of a sandbox's routes. What cannot be an id is a sandbox that does not exist.
+pub(super) struct SandboxPath(pub(super) SandboxId);
+
+/// `{id}` of a key's routes.
+pub(super) struct KeyPath(pub(super) ApiKeyId);
+
+impl<S: Send + Sync> FromRequestParts<S> for SandboxPath {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let id = id(parts, state).await?;
+        let shown = id.chars().take(80).collect();
+        id.parse()
+            .map(Self)
+            .map_err(|_other| ServiceError::SandboxNotFound(shown).into())
+    }
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for KeyPath {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let id = id(parts, state).await?;
+        id.parse()
+            .map(Self)
+            .map_err(|_other| ApiError::new(ErrorCode::NotFound, "there is no such API key"))
+    }
+}
+
+async fn id<S: Send + Sync>(parts: &mut Parts, state: &S) -> Result<String, ApiError> {
+    match Path::<String>::from_request_parts(parts, state).await {
+        Ok(Path(id)) => Ok(id),
+        Err(_malformed) => Err(ApiError::new(ErrorCode::NotFound, "there is no such endpoint")),
+    }
+}
+
+/// Checks a path inside a sandbox: absolute, without `..`.
+pub(super) fn inside(field: &str, path: &str) -> Result<(), ApiError> {
+    let message = if path.is_empty() {
+        "is required"
+    } else if !path.starts_with('/') {
+        "expected an absolute path, for example /workspace/main.py"
+    } else if path.len() > MAX_PATH {
+        "the path is too long"
+    } else if path.contains('\0') {
+        "the path contains a NUL character"
+    } else if path.split('/').any(|part| part == "..") {
+        "`..` is not possible in a path"
+    } else {
+        return Ok(());
+    };
+    Err(ApiError::field(field, message))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_inside_is_absolute_and_goes_only_down() {
+        for path in [
+            "/",
+            "/workspace",
+            "/workspace/a b/ü",
+            "/workspace/..a",
+            "/workspace/a..",
+            "/a//b",
+            "/a/./b",
+        ] {
+            assert!(inside("path", path).is_ok(), "{path:?}");
+        }
+        let long = format!("/{}", "x".repeat(MAX_PATH));
+        for path in [
+            "",
+            "a",
+            "./a",
+            "../a",
+            "/..",
+            "/workspace/../etc",
+            "/workspace/..",
+            "/a\0b",
+            &long,
+        ] {
+            assert!(inside("path", path).is_err(), "{path:?}");
+        }
+    }
+}

@@ -1,0 +1,59 @@
+//! Around every request: its id, its log line, the body of errors.
+
+use std::time::Instant;
+
+use axum::{
+    extract::{MatchedPath, Request},
+    middleware::Next,
+    response::Response,
+};
+use http::{HeaderName, HeaderValue, Method};
+use tracing::Instrument as _;
+
+use super::error::ApiError;
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// Longest id taken over from a client.
+const MAX_ID: usize = 128;
+
+/// Names the request in the log, in the answer's header and in an error's body. The log line holds the
+/// route and never the query, which may hold a token.
+pub(super) async fn around(request: Request, next: Next) -> Response {
+    let id = given_id(&request).unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
+    let route = request
+        .extensions()
+        .get::<MatchedPath>()
+        .map(|path| path.as_str().to_owned());
+    let method: Method = request.method().clone();
+    let span = tracing::info_span!("request", request_id = %id);
+    async move {
+        let began = Instant::now();
+        let mut response = next.run(request).await;
+        let mut code = None;
+        if let Some(error) = response.extensions_mut().remove::<ApiError>() {
+            code = Some(error.code());
+            response = error.render(&id);
+        }
+        if let Ok(value) = HeaderValue::from_str(&id) {
+            response.headers_mut().insert(REQUEST_ID, value);
+        }
+        tracing::info!(
+            target: "access",
+            %method,
+            route = route.as_deref().unwrap_or("-"),
+            status = response.status().as_u16(),
+            ?code,
+            took_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
+        );
+        response
+    }
+    .instrument(span)
+    .await
+}
+
+fn given_id(request: &Request) -> Option<String> {
+    let text = request.headers().get(REQUEST_ID)?.to_str().ok()?;
+    let plain = (1..=MAX_ID).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic());
+    plain.then(|| text.to_owned())
+}

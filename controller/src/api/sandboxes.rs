@@ -1,0 +1,192 @@
+//! Sandboxes: create, look at, list, stop, delete.
+
+use axum::{Json, extract::State};
+use http::StatusCode;
+use sandgate_api::{
+    error::ErrorCode,
+    rest::{Isolation, Sandbox, SandboxLifetime, SandboxList, Success},
+};
+use serde_json::Value;
+
+use super::{auth::Authenticated, document::Document, error::ApiError, path::SandboxPath, query::Parameters};
+use crate::{
+    config::SandboxDefaults,
+    service::{SandboxRequest, Scope, Service},
+    spec::{Cpus, InvalidQuantity, LIFETIME_SECONDS, PIDS, SandboxSpec, Size, check_environment},
+};
+
+/// Documented fields that this version does not have. Accepting them silently would promise what is not kept.
+const UNSUPPORTED: [(&str, &str); 14] = [
+    ("gpu", "GPUs"),
+    ("gpu.count", "GPUs"),
+    ("gpu.type", "GPUs"),
+    ("gpu.memory_gb", "GPUs"),
+    ("desktop_os", "desktops"),
+    ("template", "templates"),
+    ("template_id", "templates"),
+    ("override_cpus", "templates"),
+    ("override_memory", "templates"),
+    ("volumes", "volumes"),
+    ("session_key", "session keys"),
+    ("idle_timeout_seconds", "idle timeouts"),
+    ("bandwidth_mbps", "bandwidth limits"),
+    ("metadata", "metadata"),
+];
+
+pub(super) async fn create(
+    State(service): State<Service>,
+    Authenticated(caller): Authenticated,
+    mut document: Document,
+) -> Result<(StatusCode, Json<Sandbox>), ApiError> {
+    caller.may(Scope::SandboxCreate)?;
+    document.organization(&caller)?;
+    let network = document.value("network");
+    let spec = spec(document, service.sandbox_defaults())?;
+    let policy = network
+        .map(|network| service.parse_policy("network", &network))
+        .transpose()?;
+    let started = service
+        .create_sandbox(caller.org_id(), SandboxRequest { spec, policy })
+        .await?;
+    Ok((StatusCode::CREATED, Json(started.sandbox)))
+}
+
+pub(super) async fn get(
+    State(service): State<Service>,
+    Authenticated(caller): Authenticated,
+    SandboxPath(id): SandboxPath,
+) -> Result<Json<Sandbox>, ApiError> {
+    caller.may(Scope::SandboxRead)?;
+    Ok(Json(service.sandbox(caller.org_id(), &id).await?))
+}
+
+pub(super) async fn status(
+    State(service): State<Service>,
+    Authenticated(caller): Authenticated,
+    SandboxPath(id): SandboxPath,
+) -> Result<Json<SandboxLifetime>, ApiError> {
+    caller.may(Scope::SandboxRead)?;
+    Ok(Json(service.sandbox_lifetime(caller.org_id(), &id).await?))
+}
+
+/// Those that live; with `status=all` also those that have ended and were not deleted.
+pub(super) async fn list(
+    State(service): State<Service>,
+    Authenticated(caller): Authenticated,
+    parameters: Parameters,
+) -> Result<Json<SandboxList>, ApiError> {
+    caller.may(Scope::SandboxRead)?;
+    let with_ended = match parameters.text("status") {
+        None | Some("live") => false,
+        Some("all") => true,
+        Some(_) => return Err(ApiError::field("status", "expected `live` or `all`")),
+    };
+    let limit = parameters.whole("limit", 1..=1_000)?.unwrap_or(1_000);
+    let page = service
+        .sandboxes(caller.org_id(), with_ended, parameters.cursor()?, limit)
+        .await?;
+    Ok(Json(SandboxList {
+        sandboxes: page.sandboxes,
+        next_cursor: page.next.map(|next| next.to_string()),
+    }))
+}
+
+/// The body, if there is one, says nothing.
+pub(super) async fn stop(
+    State(service): State<Service>,
+    Authenticated(caller): Authenticated,
+    SandboxPath(id): SandboxPath,
+) -> Result<Json<Success>, ApiError> {
+    caller.may(Scope::SandboxCreate)?;
+    service.stop_sandbox(caller.org_id(), &id).await?;
+    Ok(Json(Success::OK))
+}
+
+pub(super) async fn delete(
+    State(service): State<Service>,
+    Authenticated(caller): Authenticated,
+    SandboxPath(id): SandboxPath,
+) -> Result<Json<Success>, ApiError> {
+    caller.may(Scope::SandboxCreate)?;
+    service.delete_sandbox(caller.org_id(), &id).await?;
+    Ok(Json(Success::OK))
+}
+
+/// Reads what a sandbox may use, after the fields that do not belong to that have been taken.
+fn spec(mut document: Document, defaults: &SandboxDefaults) -> Result<SandboxSpec, ApiError> {
+    let cpus = quantity(&mut document, "cpus", str::parse::<Cpus>)?;
+    let memory = quantity(&mut document, "memory", Size::memory)?;
+    let disk = quantity(&mut document, "disk", Size::disk)?;
+    let pids = document.whole("pids", PIDS)?;
+    let timeout_seconds = document.whole("timeout_seconds", LIFETIME_SECONDS)?;
+    let env = document.text_map("env")?.unwrap_or_default();
+    check_environment(&env).map_err(|error| ApiError::field("env", error.to_string()))?;
+    let isolation = match document.text("isolation")?.as_deref() {
+        None | Some("container") => Isolation::Container,
+        Some(known @ ("gvisor" | "microvm" | "wasm")) => {
+            let message = format!("isolation: `{known}` is not available here; use `container`");
+            return Err(ApiError::new(ErrorCode::UnsupportedIsolation, message).naming("isolation"));
+        }
+        Some(_) => return Err(ApiError::field("isolation", "expected `container`")),
+    };
+    if let Some(image) = document.text("image")?
+        && image != defaults.image
+    {
+        let message = format!("only the image `{}` is available here", defaults.image);
+        return Err(ApiError::field("image", message));
+    }
+    secrets(&mut document)?;
+    for (field, what) in UNSUPPORTED {
+        match document.value(field) {
+            None => {}
+            // Nothing was asked for.
+            Some(Value::Array(list)) if list.is_empty() => {}
+            Some(Value::Object(fields)) if fields.is_empty() => {}
+            Some(_) => {
+                return Err(ApiError::field(
+                    field,
+                    format!("{what} are not supported by this version"),
+                ));
+            }
+        }
+    }
+    document.finish()?;
+    Ok(SandboxSpec {
+        cpus: cpus.unwrap_or_else(|| defaults.cpus.clone()),
+        memory: memory.unwrap_or_else(|| defaults.memory.clone()),
+        disk: disk.unwrap_or_else(|| defaults.disk.clone()),
+        pids: pids.unwrap_or(defaults.pids),
+        timeout_seconds: timeout_seconds.unwrap_or(defaults.timeout_seconds),
+        env,
+        isolation,
+    })
+}
+
+fn quantity<T>(
+    document: &mut Document,
+    field: &str,
+    parse: impl FnOnce(&str) -> Result<T, InvalidQuantity>,
+) -> Result<Option<T>, ApiError> {
+    let Some(text) = document.text(field)? else {
+        return Ok(None);
+    };
+    parse(&text)
+        .map(Some)
+        .map_err(|error| ApiError::field(document.path(field), error.to_string()))
+}
+
+/// An organisation has no secrets in this version, so `all` and `none` are the same.
+fn secrets(document: &mut Document) -> Result<(), ApiError> {
+    match document.value("secrets") {
+        None => Ok(()),
+        Some(Value::String(text)) if text == "all" || text == "none" => Ok(()),
+        Some(Value::Array(names)) if names.is_empty() => Ok(()),
+        Some(_) => Err(ApiError::field(
+            "secrets",
+            "secrets are not supported by this version",
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests;

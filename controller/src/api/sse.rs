@@ -1,0 +1,224 @@
+//! Server-sent events, in the form that published clients read: one line per event, beginning with exactly
+//! `data: `.
+//!
+//! They split lines as Python does, also at U+0085, U+2028 and U+2029, and give up when 30 s pass without a
+//! byte: so these characters are escaped, and a comment is sent when there is nothing to say.
+
+use std::{convert::Infallible, time::Duration};
+
+use axum::{
+    body::Body,
+    response::{IntoResponse as _, Response},
+};
+use bytes::Bytes;
+use futures_util::stream;
+use http::{HeaderName, header};
+use sandgate_api::rest::StreamEvent;
+
+use crate::{agent::ExecEvent, service::Running};
+
+const KEEP_ALIVE: Duration = Duration::from_secs(8);
+
+/// A command's events: its output, `exit` or `error`, and `done`. The client that goes away takes the
+/// command with it.
+pub(super) fn commands(running: Running) -> Response {
+    let state = Streaming {
+        running: Some(running),
+        stdout: Text::default(),
+        stderr: Text::default(),
+    };
+    let events = stream::unfold(state, |mut state| async move {
+        let bytes = state.next().await?;
+        Some((Ok::<Bytes, Infallible>(bytes), state))
+    });
+    let headers = [
+        (header::CONTENT_TYPE, "text/event-stream"),
+        (header::CACHE_CONTROL, "no-cache"),
+        // Asks proxies on the way not to hold events back.
+        (HeaderName::from_static("x-accel-buffering"), "no"),
+    ];
+    (headers, Body::from_stream(events)).into_response()
+}
+
+struct Streaming {
+    /// None when everything has been said.
+    running: Option<Running>,
+    stdout: Text,
+    stderr: Text,
+}
+
+impl Streaming {
+    async fn next(&mut self) -> Option<Bytes> {
+        loop {
+            let running = self.running.as_mut()?;
+            let event = match tokio::time::timeout(KEEP_ALIVE, running.next()).await {
+                Err(_elapsed) => return Some(Bytes::from_static(b": ping\n\n")),
+                Ok(event) => event,
+            };
+            let (last, event) = match event {
+                Some(Ok(ExecEvent::Stdout(bytes))) => {
+                    let data = self.stdout.push(&bytes);
+                    if data.is_empty() {
+                        continue;
+                    }
+                    return Some(line(&StreamEvent::Stdout { data }));
+                }
+                Some(Ok(ExecEvent::Stderr(bytes))) => {
+                    let data = self.stderr.push(&bytes);
+                    if data.is_empty() {
+                        continue;
+                    }
+                    return Some(line(&StreamEvent::Stderr { data }));
+                }
+                Some(Ok(ExecEvent::Exited {
+                    exit_code,
+                    timed_out,
+                    duration_ms,
+                })) => (
+                    self.rest(),
+                    StreamEvent::Exit {
+                        code: exit_code,
+                        timed_out,
+                        duration_ms,
+                    },
+                ),
+                // Never a made-up exit status.
+                Some(Err(error)) => (
+                    self.rest(),
+                    StreamEvent::Error {
+                        error: error.to_string(),
+                    },
+                ),
+                None => {
+                    let error = "the sandbox ended before the command did".to_owned();
+                    (self.rest(), StreamEvent::Error { error })
+                }
+            };
+            self.running = None;
+            let mut bytes = last;
+            bytes.extend_from_slice(&line(&event));
+            bytes.extend_from_slice(&line(&StreamEvent::Done));
+            return Some(bytes.into());
+        }
+    }
+
+    /// What an output held back because it was half a character.
+    fn rest(&mut self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let (stdout, stderr) = (self.stdout.finish(), self.stderr.finish());
+        if !stdout.is_empty() {
+            bytes.extend_from_slice(&line(&StreamEvent::Stdout { data: stdout }));
+        }
+        if !stderr.is_empty() {
+            bytes.extend_from_slice(&line(&StreamEvent::Stderr { data: stderr }));
+        }
+        bytes
+    }
+}
+
+/// One event.
+fn line(event: &StreamEvent) -> Bytes {
+    // These types hold nothing that JSON cannot say.
+    let json = serde_json::to_string(event).unwrap_or_default();
+    let mut line = String::with_capacity(json.len() + 8);
+    line.push_str("data: ");
+    for character in json.chars() {
+        match character {
+            '\u{85}' => line.push_str("\\u0085"),
+            '\u{2028}' => line.push_str("\\u2028"),
+            '\u{2029}' => line.push_str("\\u2029"),
+            other => line.push(other),
+        }
+    }
+    line.push_str("\n\n");
+    line.into()
+}
+
+/// Turns bytes into text, holding back a character that is not complete yet.
+#[derive(Default)]
+struct Text {
+    held: Vec<u8>,
+}
+
+impl Text {
+    fn push(&mut self, bytes: &[u8]) -> String {
+        let mut all = std::mem::take(&mut self.held);
+        all.extend_from_slice(bytes);
+        let mut text = String::with_capacity(all.len());
+        let mut chunks = all.utf8_chunks().peekable();
+        while let Some(chunk) = chunks.next() {
+            text.push_str(chunk.valid());
+            let invalid = chunk.invalid();
+            if invalid.is_empty() {
+                continue;
+            }
+            let last = chunks.peek().is_none();
+            if last && std::str::from_utf8(invalid).is_err_and(|error| error.error_len().is_none()) {
+                self.held = invalid.to_vec();
+            } else {
+                text.push(char::REPLACEMENT_CHARACTER);
+            }
+        }
+        text
+    }
+
+    fn finish(&mut self) -> String {
+        let text = String::from_utf8_lossy(&self.held).into_owned();
+        self.held.clear();
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_is_one_line_also_for_python() {
+        let data = "a\nb\r\u{85}\u{2028}\u{2029}\u{b}\u{c}\u{1c}é".to_owned();
+        let bytes = line(&StreamEvent::Stdout { data: data.clone() });
+        let text = std::str::from_utf8(&bytes).expect("text");
+        let json = text
+            .strip_prefix("data: ")
+            .and_then(|rest| rest.strip_suffix("\n\n"))
+            .expect("framing");
+        let splits = [
+            '\n', '\r', '\u{b}', '\u{c}', '\u{1c}', '\u{1d}', '\u{1e}', '\u{85}', '\u{2028}', '\u{2029}',
+        ];
+        assert!(!json.contains(splits), "{json:?}");
+        let parsed: StreamEvent = serde_json::from_str(json).expect("JSON");
+        assert_eq!(parsed, StreamEvent::Stdout { data });
+    }
+
+    #[test]
+    fn the_words_are_those_of_the_contract() {
+        let exit = line(&StreamEvent::Exit {
+            code: 3,
+            timed_out: false,
+            duration_ms: 5,
+        });
+        assert!(exit.starts_with(br#"data: {"type":"exit","code":3"#), "{exit:?}");
+        assert_eq!(line(&StreamEvent::Done), "data: {\"type\":\"done\"}\n\n");
+    }
+
+    #[test]
+    fn a_character_in_two_parts_arrives_whole() {
+        let mut text = Text::default();
+        let bytes = "aé😀".as_bytes();
+        let mut arrived = String::new();
+        for byte in bytes {
+            arrived.push_str(&text.push(&[*byte]));
+        }
+        assert_eq!(arrived, "aé😀");
+        assert_eq!(text.finish(), "");
+    }
+
+    #[test]
+    fn what_is_no_text_is_replaced_and_nothing_else_is_lost() {
+        let mut text = Text::default();
+        assert_eq!(text.push(b"a\xffb\xf0\x9f"), "a\u{fffd}b");
+        assert_eq!(text.push(b"c"), "\u{fffd}c");
+        assert_eq!(text.push(b"\xe2\x82"), "");
+        assert_eq!(text.finish(), "\u{fffd}");
+    }
+}

@@ -1,0 +1,189 @@
+//! `controller serve`: puts the parts together and runs them until a signal.
+
+use std::{
+    fs,
+    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use sandgate_api::control::CONTROL_FD_VARIABLE;
+use sandgate_daemon::{handover, signal, tasks::Tasks};
+use tokio::net::TcpListener;
+
+use crate::{
+    api,
+    backend::{LocalBackend, LocalConfig},
+    config::{API_FD_VARIABLE, Config},
+    installation::InstallationKey,
+    node::NodeLink,
+    service::Service,
+    store::Store,
+};
+
+/// How long requests and endings under way are waited for.
+const DRAIN: Duration = Duration::from_secs(8);
+
+/// How often a backend that does not open is tried again.
+const BACKEND_RETRY: Duration = Duration::from_secs(15);
+
+/// What the supervisor passed down.
+#[derive(Debug)]
+pub struct Inherited {
+    control: std::os::fd::OwnedFd,
+    listener: Option<std::os::fd::OwnedFd>,
+}
+
+impl Inherited {
+    /// Takes the descriptors over. Call it before any thread is started.
+    ///
+    /// # Errors
+    /// When there is no control channel: this program is started by `controller up`.
+    pub fn take() -> Result<Self> {
+        let control = handover::inherited(CONTROL_FD_VARIABLE)?.with_context(|| {
+            format!("{CONTROL_FD_VARIABLE} is not set: `controller serve` is started by `controller up`")
+        })?;
+        Ok(Self {
+            control,
+            listener: handover::inherited(API_FD_VARIABLE)?,
+        })
+    }
+}
+
+/// Runs until a signal.
+///
+/// # Errors
+/// When the database, the key or the listener cannot be used. A backend that cannot be used is no error: the
+/// API says so, and it is tried again.
+pub async fn serve(config: Config, inherited: Inherited) -> Result<()> {
+    let tasks = Tasks::new(signal::shutdown().context("installing signal handlers")?);
+    let config = Arc::new(config);
+    make_directory(&config.data_dir)?;
+    let installation = InstallationKey::open(&config.data_dir.join("installation.key"))?;
+    let store = open_store(&config.database).await?;
+    let channel = handover::Channel::from_fd(inherited.control).context("using the control channel")?;
+    let node = NodeLink::start(channel, store.clone(), &tasks);
+    let listener = match inherited.listener {
+        Some(descriptor) => {
+            let listener = std::net::TcpListener::from(descriptor);
+            listener
+                .set_nonblocking(true)
+                .and_then(|()| TcpListener::from_std(listener))
+        }
+        None => TcpListener::bind(config.api_addr).await,
+    };
+    let listener = listener.with_context(|| format!("listening on {}", config.api_addr))?;
+    let service = Service::new(
+        Arc::clone(&config),
+        store.clone(),
+        node,
+        installation,
+        tasks.clone(),
+    );
+    tasks.spawn(
+        "api",
+        api::serve(listener, api::router(service.clone()), tasks.clone()),
+    );
+    tasks.spawn("retention", service.clone().retain());
+    tasks.spawn(
+        "backend",
+        open_backend(service, local_config(&config)?, tasks.clone()),
+    );
+    tracing::info!(address = %config.api_addr, data_dir = %config.data_dir.display(), "the controller serves");
+    tasks.shutdown().cancelled().await;
+    if let Err(forced) = tasks.drain(DRAIN).await {
+        tracing::warn!(
+            tasks = forced.tasks,
+            "some tasks did not end in time; the next start goes on with them"
+        );
+    }
+    store.close().await;
+    Ok(())
+}
+
+/// The database file and what SQLite puts beside it, readable by nobody else.
+///
+/// # Errors
+/// When it cannot be opened.
+pub async fn open_store(path: &Path) -> Result<Store> {
+    fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)
+        .and_then(|file| file.set_permissions(fs::Permissions::from_mode(0o600)))
+        .with_context(|| format!("opening the database {}", path.display()))?;
+    Store::open(path)
+        .await
+        .with_context(|| format!("opening the database {}", path.display()))
+}
+
+/// Makes a directory that sandboxes' root file systems can be reached through, but not listed.
+///
+/// # Errors
+/// When it cannot be made.
+pub fn make_directory(path: &Path) -> Result<()> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o711)
+        .create(path)
+        .with_context(|| format!("making the directory {}", path.display()))
+}
+
+/// What the local backend needs to know.
+///
+/// # Errors
+/// When this program does not know where it stands.
+pub fn local_config(config: &Config) -> Result<LocalConfig> {
+    Ok(LocalConfig {
+        run_dir: config.run_dir.clone(),
+        data_dir: config.data_dir.clone(),
+        image_dir: config.image_dir.clone(),
+        image: config.sandbox.image.clone(),
+        sandbox_cidr: config.sandbox_cidr,
+        sandboxd: beside("sandboxd")?,
+        runtime: config.runtime.clone(),
+        disk_reserve_bytes: config.disk_reserve_bytes,
+    })
+}
+
+/// A program that stands beside this one.
+///
+/// # Errors
+/// When this program does not know where it stands, or nothing of that name is there.
+pub fn beside(name: &str) -> Result<PathBuf> {
+    let own = std::env::current_exe().context("finding this program's own file")?;
+    let path = own.with_file_name(name);
+    anyhow::ensure!(
+        path.is_file(),
+        "{} is missing; `make build` makes it",
+        path.display()
+    );
+    Ok(path)
+}
+
+async fn open_backend(service: Service, config: LocalConfig, tasks: Tasks) {
+    let shutdown = tasks.shutdown();
+    loop {
+        let opened = async {
+            let backend = LocalBackend::open(config.clone()).await?;
+            service.adopt(backend).await.map_err(anyhow::Error::from)
+        };
+        let error = match opened.await {
+            Ok(()) => {
+                tracing::info!("the backend is ready");
+                return;
+            }
+            Err(error) => error,
+        };
+        let reason = format!("{error:#}");
+        tracing::error!(reason, "the backend cannot be used; it is tried again");
+        service.backend_failed(reason);
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            () = tokio::time::sleep(BACKEND_RETRY) => {}
+        }
+    }
+}

@@ -1,0 +1,414 @@
+//! The controller's configuration, from flags and environment: read once, checked, then immutable.
+//!
+//! Every setting is a flag and an environment variable; the flag wins. An empty variable counts as unset.
+//! netd's settings are not read here: `controller up` hands its whole environment down.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use ipnet::Ipv4Net;
+use sandgate_policy::{Platform, PrivateException};
+
+use crate::spec::{Cpus, LIFETIME_SECONDS, Size};
+
+/// Exit status for a bad configuration (`EX_USAGE` of sysexits.h).
+pub const EXIT_USAGE: u8 = 64;
+
+/// Where the connected API listener of `controller up` comes from.
+pub const API_FD_VARIABLE: &str = "SANDGATE_API_FD";
+
+macro_rules! settings {
+    ($($(#[$doc:meta])* $field:ident = $variable:literal, $flag:literal;)*) => {
+        /// Settings as given, unchecked.
+        #[derive(Debug, Clone, Default, clap::Args)]
+        pub struct Settings {
+            $(
+                $(#[$doc])*
+                #[arg(long = $flag, env = $variable, global = true, hide_env_values = true, value_name = "VALUE")]
+                pub $field: Option<String>,
+            )*
+        }
+
+        impl Settings {
+            /// As environment variables, for a child.
+            pub fn variables(&self) -> Vec<(&'static str, String)> {
+                let mut variables = Vec::new();
+                $(
+                    if let Some(value) = &self.$field {
+                        variables.push(($variable, value.clone()));
+                    }
+                )*
+                variables
+            }
+
+            /// Only what the lookup knows.
+            #[cfg(test)]
+            fn from_lookup(lookup: impl Fn(&str) -> Option<String>) -> Self {
+                Self { $($field: lookup($variable),)* }
+            }
+        }
+    };
+}
+
+settings! {
+    /// Database, objects, writable layers, spool [default: /var/lib/sandgate]
+    data_dir = "SANDGATE_DATA_DIR", "data-dir";
+    /// Root file systems, read-only at run time [default: /var/lib/sandgate/images]
+    image_dir = "SANDGATE_IMAGE_DIR", "image-dir";
+    /// Sockets and kernel objects; its last component names the instance [default: /run/sandgate]
+    run_dir = "SANDGATE_RUN_DIR", "run-dir";
+    /// Where the API listens [default: 127.0.0.1:8080]
+    api_addr = "SANDGATE_API_ADDR", "api-addr";
+    /// `open` or `closed`: whether anybody may register [default: open on loopback, else closed]
+    registration = "SANDGATE_REGISTRATION", "registration";
+    /// Addresses of local sandboxes [default: 10.213.0.0/16]
+    sandbox_cidr = "SANDGATE_SANDBOX_CIDR", "sandbox-cidr";
+    /// Operator exceptions to the private ranges, as netd reads them
+    allow_private = "SANDGATE_ALLOW_PRIVATE", "allow-private";
+    /// Name of the root file system below the image directory [default: default]
+    sandbox_image = "SANDBOX_IMAGE", "sandbox-image";
+    /// Processors of a sandbox that asks for none [default: 2]
+    default_cpus = "DEFAULT_CPUS", "default-cpus";
+    /// Memory of a sandbox that asks for none [default: 2Gi]
+    default_memory = "DEFAULT_MEMORY", "default-memory";
+    /// Writable layer of a sandbox that asks for none [default: 2Gi]
+    default_disk = "SANDGATE_DEFAULT_DISK", "default-disk";
+    /// Processes of a sandbox that asks for none [default: 512]
+    default_pids = "SANDGATE_DEFAULT_PIDS", "default-pids";
+    /// Seconds that a sandbox lives when it asks for nothing else [default: 600]
+    default_timeout = "DEFAULT_TIMEOUT", "default-timeout";
+    /// Live sandboxes of one organisation [default: 20]
+    max_sandboxes = "MAX_SANDBOXES_PER_ORG", "max-sandboxes-per-org";
+    /// Disk space that sandboxes never get [default: 2Gi]
+    disk_reserve = "SANDGATE_DISK_RESERVE", "disk-reserve";
+    /// `sqlite://<path>` [default: sandgate.db in the data directory]
+    database_url = "DATABASE_URL", "database-url";
+    /// The OCI runtime [default: runc]
+    runtime = "SANDGATE_RUNC", "runc";
+}
+
+/// Who may register.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Registration {
+    /// Anybody who reaches the API.
+    Open,
+    /// Nobody.
+    Closed,
+}
+
+/// What a sandbox gets when it asks for nothing, and how many there may be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SandboxDefaults {
+    /// Processors.
+    pub cpus: Cpus,
+    /// Memory.
+    pub memory: Size,
+    /// Writable layer.
+    pub disk: Size,
+    /// Processes.
+    pub pids: u64,
+    /// Lifetime in seconds.
+    pub timeout_seconds: u64,
+    /// Live sandboxes of one organisation. The published default of 5 is too low: fork, clone and session
+    /// flows of published clients hold four or five at once, beside whatever else the organisation runs.
+    pub max_per_organization: u32,
+    /// Name of the root file system.
+    pub image: String,
+}
+
+/// The controller's configuration.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Database, writable layers.
+    pub data_dir: PathBuf,
+    /// Root file systems.
+    pub image_dir: PathBuf,
+    /// Sockets and kernel objects.
+    pub run_dir: PathBuf,
+    /// Where the API listens.
+    pub api_addr: SocketAddr,
+    /// Who may register.
+    pub registration: Registration,
+    /// Addresses of local sandboxes.
+    pub sandbox_cidr: Ipv4Net,
+    /// The operator's tier of every policy.
+    pub platform: Platform,
+    /// Defaults and limits of sandboxes.
+    pub sandbox: SandboxDefaults,
+    /// Disk space that sandboxes never get, in bytes.
+    pub disk_reserve_bytes: u64,
+    /// The database file.
+    pub database: PathBuf,
+    /// The OCI runtime: a path, or a name to be found in `PATH`.
+    pub runtime: PathBuf,
+}
+
+/// A setting cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{variable}: {message}")]
+pub struct ConfigError {
+    /// The environment variable (the flag has the same name).
+    pub variable: &'static str,
+    /// What is wrong with it.
+    pub message: String,
+}
+
+impl Config {
+    /// Checks the settings.
+    ///
+    /// # Errors
+    /// Names the first variable that cannot be used.
+    pub fn new(settings: &Settings) -> Result<Self, ConfigError> {
+        let data_dir = directory("SANDGATE_DATA_DIR", &settings.data_dir, "/var/lib/sandgate")?;
+        let api_addr: SocketAddr = read(
+            "SANDGATE_API_ADDR",
+            &settings.api_addr,
+            "127.0.0.1:8080",
+            |text| {
+                text.parse()
+                    .map_err(|_not_one| "expected an address and port, for example 127.0.0.1:8080".to_owned())
+            },
+        )?;
+        let default_registration = if api_addr.ip().is_loopback() {
+            "open"
+        } else {
+            "closed"
+        };
+        Ok(Self {
+            image_dir: directory(
+                "SANDGATE_IMAGE_DIR",
+                &settings.image_dir,
+                "/var/lib/sandgate/images",
+            )?,
+            run_dir: directory("SANDGATE_RUN_DIR", &settings.run_dir, "/run/sandgate")?,
+            api_addr,
+            registration: read(
+                "SANDGATE_REGISTRATION",
+                &settings.registration,
+                default_registration,
+                |text| match text {
+                    "open" => Ok(Registration::Open),
+                    "closed" => Ok(Registration::Closed),
+                    "invite" => Err(
+                        "invitations are not supported by this version; use `open` or `closed`".to_owned(),
+                    ),
+                    other => Err(format!("expected `open` or `closed`, got `{other}`")),
+                },
+            )?,
+            sandbox_cidr: read(
+                "SANDGATE_SANDBOX_CIDR",
+                &settings.sandbox_cidr,
+                "10.213.0.0/16",
+                sandbox_cidr,
+            )?,
+            platform: read("SANDGATE_ALLOW_PRIVATE", &settings.allow_private, "", |text| {
+                if text.is_empty() {
+                    return Ok(Platform::new(Vec::new()));
+                }
+                PrivateException::parse_list(text)
+                    .map(Platform::new)
+                    .map_err(|error| error.to_string())
+            })?,
+            sandbox: sandbox_defaults(settings)?,
+            disk_reserve_bytes: read("SANDGATE_DISK_RESERVE", &settings.disk_reserve, "2Gi", |text| {
+                Size::disk(text)
+                    .map(|size| size.bytes())
+                    .map_err(|error| error.to_string())
+            })?,
+            database: database(settings, &data_dir)?,
+            runtime: PathBuf::from(read("SANDGATE_RUNC", &settings.runtime, "runc", |text| {
+                Ok(text.to_owned())
+            })?),
+            data_dir,
+        })
+    }
+}
+
+fn sandbox_defaults(settings: &Settings) -> Result<SandboxDefaults, ConfigError> {
+    Ok(SandboxDefaults {
+        cpus: read("DEFAULT_CPUS", &settings.default_cpus, "2", |text| {
+            text.parse::<Cpus>().map_err(|error| error.to_string())
+        })?,
+        memory: read("DEFAULT_MEMORY", &settings.default_memory, "2Gi", |text| {
+            Size::memory(text).map_err(|error| error.to_string())
+        })?,
+        disk: read("SANDGATE_DEFAULT_DISK", &settings.default_disk, "2Gi", |text| {
+            Size::disk(text).map_err(|error| error.to_string())
+        })?,
+        pids: read("SANDGATE_DEFAULT_PIDS", &settings.default_pids, "512", |text| {
+            number(text, crate::spec::PIDS)
+        })?,
+        timeout_seconds: read("DEFAULT_TIMEOUT", &settings.default_timeout, "600", |text| {
+            number(text, LIFETIME_SECONDS)
+        })?,
+        max_per_organization: read("MAX_SANDBOXES_PER_ORG", &settings.max_sandboxes, "20", |text| {
+            let limit = number(text, 1..=100_000)?;
+            u32::try_from(limit).map_err(|error| error.to_string())
+        })?,
+        image: read("SANDBOX_IMAGE", &settings.sandbox_image, "default", |text| {
+            let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
+            if text.starts_with('.') || !text.bytes().all(plain) {
+                return Err("expected the name of a root file system in the image directory".to_owned());
+            }
+            Ok(text.to_owned())
+        })?,
+    })
+}
+
+fn read<T>(
+    variable: &'static str,
+    setting: &Option<String>,
+    default: &str,
+    check: impl FnOnce(&str) -> Result<T, String>,
+) -> Result<T, ConfigError> {
+    let text = setting
+        .as_deref()
+        .filter(|text| !text.is_empty())
+        .unwrap_or(default);
+    check(text).map_err(|message| ConfigError { variable, message })
+}
+
+fn directory(
+    variable: &'static str,
+    setting: &Option<String>,
+    default: &str,
+) -> Result<PathBuf, ConfigError> {
+    read(variable, setting, default, |text| {
+        let path = PathBuf::from(text);
+        let plain = path.is_absolute()
+            && path
+                .components()
+                .all(|part| !matches!(part, std::path::Component::ParentDir))
+            && path.file_name().is_some();
+        if plain {
+            Ok(path)
+        } else {
+            Err(format!("expected an absolute path without `..`, got `{text}`"))
+        }
+    })
+}
+
+fn number(text: &str, range: std::ops::RangeInclusive<u64>) -> Result<u64, String> {
+    match text.parse::<u64>() {
+        Ok(number) if range.contains(&number) => Ok(number),
+        Ok(_) | Err(_) => Err(format!(
+            "expected a whole number between {} and {}, got `{text}`",
+            range.start(),
+            range.end()
+        )),
+    }
+}
+
+fn sandbox_cidr(text: &str) -> Result<Ipv4Net, String> {
+    let network: Ipv4Net = text
+        .parse()
+        .map_err(|_not_one| "expected an IPv4 network, for example 10.213.0.0/16".to_owned())?;
+    if network.trunc() != network || !(16..=28).contains(&network.prefix_len()) {
+        return Err(
+            "expected a network address with a prefix between 16 and 28, for example 10.213.0.0/16"
+                .to_owned(),
+        );
+    }
+    Ok(network)
+}
+
+fn database(settings: &Settings, data_dir: &std::path::Path) -> Result<PathBuf, ConfigError> {
+    read("DATABASE_URL", &settings.database_url, "", |url| {
+        if url.is_empty() {
+            return Ok(data_dir.join("sandgate.db"));
+        }
+        // The URL itself stays out of the message: it may hold a password.
+        let scheme = url.split(':').next().unwrap_or_default();
+        match url
+            .strip_prefix("sqlite://")
+            .or_else(|| url.strip_prefix("sqlite:"))
+        {
+            Some(path) if path.starts_with('/') && !path.contains('?') => Ok(PathBuf::from(path)),
+            Some(_) => Err("expected sqlite:// and an absolute path without options".to_owned()),
+            None => Err(format!(
+                "`{scheme}` databases are not supported by this version; use sqlite://<absolute path>"
+            )),
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with(variable: &str, value: &str) -> Result<Config, ConfigError> {
+        Config::new(&Settings::from_lookup(|name| {
+            (name == variable).then(|| value.to_owned())
+        }))
+    }
+
+    #[test]
+    fn the_defaults_are_those_of_the_architecture() {
+        let config = Config::new(&Settings::default()).expect("defaults");
+        assert_eq!(config.api_addr.to_string(), "127.0.0.1:8080");
+        assert_eq!(config.registration, Registration::Open);
+        assert_eq!(config.database, PathBuf::from("/var/lib/sandgate/sandgate.db"));
+        assert_eq!(config.sandbox.max_per_organization, 20);
+        assert_eq!(config.sandbox.timeout_seconds, 600);
+        assert_eq!(config.sandbox_cidr.to_string(), "10.213.0.0/16");
+    }
+
+    #[test]
+    fn registration_is_closed_where_strangers_can_reach_it() {
+        assert_eq!(
+            with("SANDGATE_API_ADDR", "0.0.0.0:80").map(|c| c.registration),
+            Ok(Registration::Closed)
+        );
+        assert_eq!(
+            with("SANDGATE_API_ADDR", "[::1]:80").map(|c| c.registration),
+            Ok(Registration::Open)
+        );
+    }
+
+    #[test]
+    fn an_empty_variable_counts_as_unset() {
+        assert_eq!(
+            with("DEFAULT_TIMEOUT", "").map(|config| config.sandbox.timeout_seconds),
+            Ok(600)
+        );
+    }
+
+    #[test]
+    fn a_bad_value_names_its_variable() {
+        for (variable, value) in [
+            ("SANDGATE_DATA_DIR", "relative"),
+            ("SANDGATE_DATA_DIR", "/a/../b"),
+            ("SANDGATE_RUN_DIR", "/"),
+            ("SANDGATE_IMAGE_DIR", "x"),
+            ("SANDGATE_API_ADDR", "8080"),
+            ("SANDGATE_API_ADDR", "localhost:8080"),
+            ("SANDGATE_REGISTRATION", "maybe"),
+            ("SANDGATE_REGISTRATION", "invite"),
+            ("SANDGATE_SANDBOX_CIDR", "10.213.0.1/16"),
+            ("SANDGATE_SANDBOX_CIDR", "10.213.0.0/30"),
+            ("SANDGATE_SANDBOX_CIDR", "fd00::/64"),
+            ("SANDGATE_ALLOW_PRIVATE", "10.0.0.5"),
+            ("SANDBOX_IMAGE", "../etc"),
+            ("DEFAULT_CPUS", "lots"),
+            ("DEFAULT_MEMORY", "2"),
+            ("SANDGATE_DEFAULT_DISK", "x"),
+            ("SANDGATE_DEFAULT_PIDS", "0"),
+            ("DEFAULT_TIMEOUT", "59"),
+            ("DEFAULT_TIMEOUT", "86401"),
+            ("MAX_SANDBOXES_PER_ORG", "0"),
+            ("MAX_SANDBOXES_PER_ORG", "-1"),
+            ("SANDGATE_DISK_RESERVE", "none"),
+            ("DATABASE_URL", "postgres://user:secret@host/db"),
+            ("DATABASE_URL", "sqlite://relative.db"),
+        ] {
+            let error = with(variable, value).err().map(|error| error.variable);
+            assert_eq!(error, Some(variable), "{variable}={value}");
+        }
+    }
+
+    #[test]
+    fn a_refused_database_url_is_not_repeated() {
+        let error = with("DATABASE_URL", "postgres://user:secret@host/db").expect_err("refused");
+        assert!(!error.to_string().contains("secret"), "{error}");
+        assert!(error.message.contains("postgres"), "{error}");
+    }
+}

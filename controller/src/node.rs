@@ -1,0 +1,261 @@
+//! The node that enforces: what it has acknowledged, and the way into its sandboxes.
+//!
+//! netd connects to the controller, never the other way round, by sockets passed over the control channel
+//! ([`sandgate_api::control`]). The feed server ([`feed`]) tells it what to enforce and hears what it has
+//! applied; [`dial`] asks it for connections into sandboxes. A netd that restarts passes fresh sockets and
+//! is a new conversation; nothing here survives a conversation but what was acknowledged, which stays
+//! enforced in the kernel.
+
+mod dial;
+mod feed;
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use sandgate_api::{
+    control::{MAX_PACKET, Open},
+    feed::{FeedAck, Revision},
+    id::SandboxId,
+};
+use sandgate_daemon::{handover::Channel, tasks::Tasks};
+use tokio::{net::TcpStream, sync::watch};
+
+pub use dial::DialFailure;
+
+use crate::store::Store;
+
+/// Most sandboxes whose last refusal is remembered.
+const MAX_REFUSALS: usize = 10_000;
+
+/// Longest text taken over from the node, in characters.
+const MAX_TEXT: usize = 512;
+
+/// Name of the one node of an embedded installation.
+pub const LOCAL_NODE: &str = "local";
+
+/// What the node says about itself.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct NodeState {
+    /// It follows the feed.
+    pub connected: bool,
+    /// Its canaries are green and it takes new sandboxes. Never true while it is not connected.
+    pub ready: bool,
+    /// Why it is not ready.
+    pub reason: Option<String>,
+    /// Everything up to this revision is enforced, but for refusals.
+    pub acknowledged: Revision,
+    /// Open feed bodies: while netd restarts, the new one may come before the old one is seen to end.
+    followers: u32,
+}
+
+/// Whether a revision is in force.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Enforcement {
+    /// It is.
+    Applied,
+    /// The node cannot enforce it for the sandbox, which is denied everything.
+    Refused(String),
+    /// The node has not said so in time.
+    Pending,
+}
+
+/// The way to the node. Clones share it.
+#[derive(Clone)]
+pub struct NodeLink {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    state: watch::Sender<NodeState>,
+    /// By sandbox: the last revision at which the node reported an error about it, and the error.
+    refusals: Mutex<HashMap<SandboxId, (Revision, String)>>,
+    dialer: dial::Dialer,
+}
+
+impl NodeLink {
+    /// Serves the node on its control channel until the tasks drain.
+    pub fn start(channel: Channel, store: Store, tasks: &Tasks) -> Self {
+        let channel = Arc::new(channel);
+        let shared = Arc::new(Shared {
+            state: watch::channel(NodeState::default()).0,
+            refusals: Mutex::default(),
+            dialer: dial::Dialer::new(Arc::clone(&channel), tasks.clone()),
+        });
+        let link = Self { shared };
+        tasks.spawn(
+            "control channel",
+            serve_control(channel, link.clone(), store, tasks.clone()),
+        );
+        link
+    }
+
+    /// What the node says about itself.
+    pub fn state(&self) -> NodeState {
+        self.shared.state.borrow().clone()
+    }
+
+    /// The same, to wait for changes.
+    pub fn watch(&self) -> watch::Receiver<NodeState> {
+        self.shared.state.subscribe()
+    }
+
+    /// Has the node connect to a port inside a sandbox.
+    ///
+    /// # Errors
+    /// When the node is away, or what it says.
+    pub async fn dial(&self, id: &SandboxId, port: u16) -> Result<TcpStream, DialFailure> {
+        self.shared.dialer.dial(id, port).await
+    }
+
+    /// Waits until the node has acknowledged the revision, with what it says about these sandboxes.
+    pub async fn enforced(&self, revision: Revision, concerns: &[SandboxId], wait: Duration) -> Enforcement {
+        let mut state = self.watch();
+        let acknowledged = state.wait_for(|state| state.acknowledged >= revision);
+        match tokio::time::timeout(wait, acknowledged).await {
+            Ok(Ok(_state)) => self.outcome(revision, concerns),
+            Ok(Err(_gone)) => Enforcement::Pending,
+            Err(_elapsed) => Enforcement::Pending,
+        }
+    }
+
+    /// The same without waiting.
+    pub fn is_enforced(&self, revision: Revision, concerns: &[SandboxId]) -> Enforcement {
+        if self.shared.state.borrow().acknowledged < revision {
+            return Enforcement::Pending;
+        }
+        self.outcome(revision, concerns)
+    }
+
+    fn outcome(&self, revision: Revision, concerns: &[SandboxId]) -> Enforcement {
+        let refusals = self
+            .shared
+            .refusals
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        concerns
+            .iter()
+            .filter_map(|id| refusals.get(id))
+            .find(|(refused, _)| *refused >= revision)
+            .map_or(Enforcement::Applied, |(_, message)| {
+                Enforcement::Refused(message.clone())
+            })
+    }
+
+    /// Forgets what the node said about a sandbox that is gone.
+    pub fn forget(&self, id: &SandboxId) {
+        self.shared
+            .refusals
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(id);
+    }
+
+    fn follow(&self) {
+        self.shared.state.send_modify(|state| {
+            state.followers += 1;
+            state.connected = true;
+            state.ready = false;
+            state.reason = Some("the node has not reported yet".to_owned());
+        });
+        tracing::info!(node = LOCAL_NODE, "the node follows the feed");
+    }
+
+    fn unfollow(&self) {
+        self.shared.state.send_modify(|state| {
+            state.followers = state.followers.saturating_sub(1);
+            if state.followers == 0 {
+                state.connected = false;
+                state.ready = false;
+                state.reason = Some("the node does not follow the feed".to_owned());
+            }
+        });
+        tracing::info!(node = LOCAL_NODE, "a feed connection of the node ended");
+    }
+
+    fn acknowledge(&self, ack: FeedAck) {
+        {
+            let mut refusals = self
+                .shared
+                .refusals
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            for error in ack.errors {
+                let message: String = clean(&error.message);
+                tracing::warn!(sandbox_id = %error.sandbox_id, message, "the node cannot enforce a policy");
+                if refusals.len() < MAX_REFUSALS || refusals.contains_key(&error.sandbox_id) {
+                    refusals.insert(error.sandbox_id, (ack.revision, message));
+                }
+            }
+        }
+        self.shared.state.send_if_modified(|state| {
+            let before = state.clone();
+            state.acknowledged = state.acknowledged.max(ack.revision);
+            state.ready = ack.ready && state.connected;
+            state.reason = ack
+                .not_ready_reason
+                .as_deref()
+                .map(clean)
+                .filter(|_| !state.ready);
+            if before.ready != state.ready {
+                tracing::info!(
+                    node = LOCAL_NODE,
+                    ready = state.ready,
+                    reason = state.reason,
+                    "the node's readiness changed"
+                );
+            }
+            before != *state
+        });
+    }
+}
+
+fn clean(text: &str) -> String {
+    text.chars()
+        .filter(|character| !character.is_control())
+        .take(MAX_TEXT)
+        .collect()
+}
+
+/// Receives what netd opens.
+async fn serve_control(channel: Arc<Channel>, link: NodeLink, store: Store, tasks: Tasks) {
+    let shutdown = tasks.shutdown();
+    let mut buffer = [0; MAX_PACKET];
+    loop {
+        let received = tokio::select! {
+            () = shutdown.cancelled() => return,
+            received = channel.recv(&mut buffer) => received,
+        };
+        let (length, descriptor) = match received {
+            Ok((0, _)) => {
+                tracing::error!("the control channel is closed: the supervisor is gone");
+                return;
+            }
+            Ok(received) => received,
+            Err(error) => {
+                tracing::warn!(%error, "a packet on the control channel was lost");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        match (serde_json::from_slice::<Open>(&buffer[..length]), descriptor) {
+            (Ok(Open::Feed), Some(descriptor)) => {
+                let stream = std::os::unix::net::UnixStream::from(descriptor);
+                tasks.spawn(
+                    "feed connection",
+                    feed::serve(stream, link.clone(), store.clone(), shutdown.clone()),
+                );
+            }
+            (Ok(Open::Dial), _) => {
+                tracing::warn!("the node asked for a dial socket; it is the controller that dials")
+            }
+            (Ok(Open::Feed), None) => tracing::warn!("the node opened a feed without a socket"),
+            (Err(error), _) => tracing::warn!(%error, "an unknown packet on the control channel"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,212 @@
+//! The feed server: HTTP/1.1 on sockets that netd passed in.
+
+use std::{convert::Infallible, io, time::Duration};
+
+use axum::{
+    Router,
+    body::Body,
+    extract::{DefaultBodyLimit, Query, State},
+    response::{IntoResponse as _, Response},
+    routing::{get, post},
+};
+use bytes::Bytes;
+use futures_util::stream;
+use http::StatusCode;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use sandgate_api::feed::{AuditBatch, FeedAck, FeedFrame, HEARTBEAT_SECONDS, Revision};
+use serde::Deserialize;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::NodeLink;
+use crate::store::{Store, StoreError};
+
+/// Largest acknowledgement or batch of records, in bytes.
+const MAX_BODY: usize = 16 * 1024 * 1024;
+
+#[derive(Clone)]
+struct Context {
+    link: NodeLink,
+    store: Store,
+    shutdown: CancellationToken,
+}
+
+#[derive(Debug, Deserialize)]
+struct Position {
+    node: String,
+    since: Option<Revision>,
+}
+
+/// Serves one socket until netd closes it or the controller drains.
+pub(super) async fn serve(
+    stream: std::os::unix::net::UnixStream,
+    link: NodeLink,
+    store: Store,
+    shutdown: CancellationToken,
+) {
+    let stream = match stream
+        .set_nonblocking(true)
+        .and_then(|()| tokio::net::UnixStream::from_std(stream))
+    {
+        Ok(stream) => stream,
+        Err(error) => {
+            tracing::warn!(%error, "the node passed a socket that cannot be used");
+            return;
+        }
+    };
+    let router = Router::new()
+        .route("/feed", get(follow))
+        .route("/feed/ack", post(acknowledge))
+        .route("/feed/audit", post(audit))
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .with_state(Context {
+            link,
+            store,
+            shutdown: shutdown.clone(),
+        });
+    // The socket's other end is netd alone, which may be silent for as long as it likes.
+    let connection = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(None)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    let ended = tokio::select! {
+        ended = connection => ended,
+        () = shutdown.cancelled() => return,
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "a feed connection ended");
+    }
+}
+
+async fn follow(State(context): State<Context>, Query(position): Query<Position>) -> Response {
+    if position.node != super::LOCAL_NODE {
+        return (StatusCode::NOT_FOUND, "no such node").into_response();
+    }
+    let follower = Follower {
+        revision: context.store.watch_revision(),
+        position: Point::Start(position.since),
+        _connected: Connected::new(context.link.clone()),
+        context,
+    };
+    let frames = stream::unfold(follower, |mut follower| async move {
+        let frame = follower.next().await?;
+        Some((Ok::<Bytes, Infallible>(frame), follower))
+    });
+    (
+        [(http::header::CONTENT_TYPE, "application/x-ndjson")],
+        Body::from_stream(frames),
+    )
+        .into_response()
+}
+
+/// The node counts as connected while this exists.
+struct Connected(NodeLink);
+
+impl Connected {
+    fn new(link: NodeLink) -> Self {
+        link.follow();
+        Self(link)
+    }
+}
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        self.0.unfollow();
+    }
+}
+
+enum Point {
+    Start(Option<Revision>),
+    After(Revision),
+}
+
+struct Follower {
+    context: Context,
+    revision: watch::Receiver<Revision>,
+    position: Point,
+    _connected: Connected,
+}
+
+impl Follower {
+    /// The next line; none when the store fails, so that the node comes back for a fresh start.
+    async fn next(&mut self) -> Option<Bytes> {
+        let since = match self.position {
+            Point::Start(since) => since,
+            Point::After(sent) => {
+                let heartbeat = tokio::time::sleep(Duration::from_secs(HEARTBEAT_SECONDS));
+                tokio::select! {
+                    () = self.context.shutdown.cancelled() => return None,
+                    changed = self.revision.wait_for(|revision| *revision > sent) => {
+                        changed.ok()?;
+                    }
+                    () = heartbeat => return line(&FeedFrame::Heartbeat { revision: sent }),
+                }
+                Some(sent)
+            }
+        };
+        let change = match self.context.store.feed_since(since).await {
+            Ok(change) => change,
+            Err(error) => {
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "the feed cannot be read"
+                );
+                return None;
+            }
+        };
+        self.position = Point::After(change.revision);
+        line(&change.frame)
+    }
+}
+
+fn line(frame: &FeedFrame) -> Option<Bytes> {
+    let mut text = serde_json::to_vec(frame)
+        .inspect_err(|error| tracing::error!(%error, "a feed frame cannot be written"))
+        .ok()?;
+    text.push(b'\n');
+    Some(text.into())
+}
+
+async fn acknowledge(State(context): State<Context>, body: Bytes) -> Response {
+    let ack: FeedAck = match serde_json::from_slice(&body) {
+        Ok(ack) => ack,
+        Err(error) => return refused(&error),
+    };
+    context.link.acknowledge(ack);
+    done()
+}
+
+async fn audit(State(context): State<Context>, body: Bytes) -> Response {
+    let batch: AuditBatch = match serde_json::from_slice(&body) {
+        Ok(batch) => batch,
+        Err(error) => return refused(&error),
+    };
+    match context.store.insert_audit(&batch.events).await {
+        Ok(()) => done(),
+        Err(error) => failed(&error),
+    }
+}
+
+fn done() -> Response {
+    ([(http::header::CONTENT_TYPE, "application/json")], "{}").into_response()
+}
+
+fn refused(error: &serde_json::Error) -> Response {
+    tracing::warn!(%error, "the node sent what is not understood");
+    (StatusCode::BAD_REQUEST, error.to_string()).into_response()
+}
+
+fn failed(error: &StoreError) -> Response {
+    tracing::error!(
+        error = error as &dyn std::error::Error,
+        "audit records cannot be stored"
+    );
+    (
+        StatusCode::SERVICE_UNAVAILABLE,
+        io::Error::other("the store failed").to_string(),
+    )
+        .into_response()
+}

@@ -1,0 +1,270 @@
+//! Use cases. They know the store, the node and the backend, but no HTTP and no SQL.
+//!
+//! One file per area; each adds its methods to [`Service`]. Every method takes the organisation it acts
+//! for, and whatever belongs to another one does not exist for it.
+
+mod accounts;
+mod audit;
+mod commands;
+mod files;
+mod keeper;
+mod keys;
+mod policies;
+mod reconcile;
+mod sandboxes;
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+};
+
+use sandgate_api::{
+    id::SandboxId,
+    rest::{Health, NodeHealth},
+};
+use sandgate_daemon::tasks::Tasks;
+use tokio::sync::watch;
+
+pub use accounts::Registration;
+pub use commands::{Command, Output, Running};
+pub use files::MAX_FILE;
+pub use keys::{Caller, IssuedKey, KeyRequest, Scope};
+pub use policies::{NetworkView, OrganizationView};
+pub use sandboxes::{SandboxPage, SandboxRequest, Started};
+
+use crate::{
+    agent::AgentError,
+    backend::LocalBackend,
+    config::Config,
+    installation::InstallationKey,
+    lifecycle::Cause,
+    node::{DialFailure, LOCAL_NODE, NodeLink},
+    store::{Conflict, Store, StoreError},
+};
+
+/// Everything the use cases need. Clones share it.
+#[derive(Clone)]
+pub struct Service {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    config: Arc<Config>,
+    store: Store,
+    node: NodeLink,
+    installation: InstallationKey,
+    tasks: Tasks,
+    backend: watch::Sender<BackendState>,
+    keepers: Mutex<HashMap<SandboxId, keeper::Keeper>>,
+}
+
+/// Whether sandboxes can be made.
+#[derive(Clone)]
+pub enum BackendState {
+    /// It is being probed, or what ran before is being adopted.
+    Starting,
+    /// It can make sandboxes, and everything it has is looked after.
+    Ready(Arc<LocalBackend>),
+    /// It cannot; for the operator.
+    Failed(String),
+}
+
+/// A use case did not do what it was asked. Nothing was changed, unless the message says so.
+#[derive(Debug, thiserror::Error)]
+pub enum ServiceError {
+    /// A field is not acceptable.
+    #[error("{message}")]
+    Invalid {
+        /// Which one, as a path.
+        field: String,
+        /// What would be right.
+        message: String,
+    },
+    /// No credential, or one that does not work.
+    #[error("{0}")]
+    Unauthorized(&'static str),
+    /// The caller may not do this.
+    #[error("{0}")]
+    Forbidden(String),
+    /// A limit of the organisation is reached.
+    #[error("{0}")]
+    Quota(String),
+    /// No such sandbox in this organisation.
+    #[error("there is no sandbox {0}")]
+    SandboxNotFound(String),
+    /// No such file in the sandbox.
+    #[error("{0}")]
+    FileNotFound(String),
+    /// No such other thing in this organisation.
+    #[error("there is no {0}")]
+    NotFound(String),
+    /// It does not fit the present state.
+    #[error("{0}")]
+    Conflict(String),
+    /// Somebody else changed it first.
+    #[error("the policy was changed meanwhile: it is at revision {current}")]
+    Stale {
+        /// The revision it has.
+        current: u64,
+    },
+    /// Larger than is possible here.
+    #[error("{0}")]
+    TooLarge(String),
+    /// A part of the system is not there at the moment; nothing was begun.
+    #[error("{0}")]
+    Unavailable(String),
+    /// Our fault.
+    #[error(transparent)]
+    Store(StoreError),
+    /// Our fault.
+    #[error("{0}")]
+    Internal(String),
+}
+
+impl From<StoreError> for ServiceError {
+    fn from(error: StoreError) -> Self {
+        let conflict = match error {
+            StoreError::Conflict(conflict) => conflict,
+            StoreError::Failed(_) | StoreError::Migrate(_) | StoreError::Corrupt { .. } => {
+                return Self::Store(error);
+            }
+        };
+        match conflict {
+            Conflict::EmailTaken | Conflict::WrongState => Self::Conflict(conflict.to_string()),
+            Conflict::QuotaReached { .. } | Conflict::TooManyKeys { .. } => Self::Quota(conflict.to_string()),
+            Conflict::StaleRevision { current } => Self::Stale { current },
+        }
+    }
+}
+
+impl From<DialFailure> for ServiceError {
+    /// Nothing has been asked of the sandbox yet, so whoever may try again, may.
+    fn from(failure: DialFailure) -> Self {
+        match failure {
+            DialFailure::Refused(refused) => {
+                Self::Conflict(format!("the sandbox cannot be reached: {refused}"))
+            }
+            DialFailure::Silent | DialFailure::Away | DialFailure::Io(_) => {
+                Self::Unavailable(failure.to_string())
+            }
+        }
+    }
+}
+
+impl From<AgentError> for ServiceError {
+    /// Never a 5xx: published clients repeat a request that failed so, and a command must not run twice.
+    fn from(error: AgentError) -> Self {
+        use sandgate_api::agent::AgentErrorCode as Code;
+        match error {
+            AgentError::Refused { code, message } => match code {
+                Code::NotFound => Self::FileNotFound(message),
+                Code::IsDirectory | Code::NotDirectory => Self::Invalid {
+                    field: "path".to_owned(),
+                    message,
+                },
+                Code::PermissionDenied => Self::Forbidden(message),
+                Code::TooLarge => Self::TooLarge(message),
+                Code::Invalid | Code::NoSpace | Code::Unauthorized | Code::Internal => {
+                    Self::Conflict(message)
+                }
+            },
+            AgentError::RequestTooLarge(_) => Self::TooLarge(error.to_string()),
+            AgentError::Io(_) | AgentError::Closed | AgentError::Timeout | AgentError::Protocol(_) => {
+                Self::Conflict(error.to_string())
+            }
+        }
+    }
+}
+
+impl Service {
+    /// Puts the parts together. The backend is added when it has been opened.
+    pub fn new(
+        config: Arc<Config>,
+        store: Store,
+        node: NodeLink,
+        installation: InstallationKey,
+        tasks: Tasks,
+    ) -> Self {
+        let backend = watch::channel(BackendState::Starting).0;
+        let shared = Shared {
+            config,
+            store,
+            node,
+            installation,
+            tasks,
+            backend,
+            keepers: Mutex::new(HashMap::new()),
+        };
+        Self {
+            shared: Arc::new(shared),
+        }
+    }
+
+    /// Sandboxes cannot be made here; `reason` is for the operator.
+    pub fn backend_failed(&self, reason: String) {
+        self.shared.backend.send_replace(BackendState::Failed(reason));
+    }
+
+    /// How everything is.
+    pub async fn health(&self) -> Health {
+        let database = match self.shared.store.check().await {
+            Ok(()) => "ok",
+            Err(error) => {
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "the database does not answer"
+                );
+                "failed"
+            }
+        };
+        let (backend, backend_error) = match &*self.shared.backend.borrow() {
+            BackendState::Starting => ("starting", None),
+            BackendState::Ready(_) => ("ready", None),
+            BackendState::Failed(reason) => ("failed", Some(reason.clone())),
+        };
+        let node = self.shared.node.state();
+        Health {
+            status: if database == "ok" { "ok" } else { "degraded" }.to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            database: database.to_owned(),
+            backend: backend.to_owned(),
+            backend_error,
+            nodes: vec![NodeHealth {
+                name: LOCAL_NODE.to_owned(),
+                connected: node.connected,
+                ready: node.ready,
+                reason: node.reason,
+            }],
+        }
+    }
+
+    /// A sandbox could be created now.
+    pub fn is_ready(health: &Health) -> bool {
+        health.status == "ok" && health.backend == "ready" && health.nodes.iter().any(|node| node.ready)
+    }
+
+    fn backend(&self) -> Result<Arc<LocalBackend>, ServiceError> {
+        match &*self.shared.backend.borrow() {
+            BackendState::Ready(backend) => Ok(Arc::clone(backend)),
+            BackendState::Starting => Err(ServiceError::Unavailable("the controller is starting".to_owned())),
+            BackendState::Failed(_) => Err(ServiceError::Unavailable(
+                "this node cannot run sandboxes; see its health".to_owned(),
+            )),
+        }
+    }
+
+    /// Ends a sandbox and waits until it is gone; at once when nothing looks after it any more.
+    async fn end(&self, id: &SandboxId, cause: Cause) {
+        let progress = {
+            let keepers = self
+                .shared
+                .keepers
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner);
+            keepers.get(id).map(|keeper| keeper.end(cause))
+        };
+        if let Some(progress) = progress {
+            keeper::gone(progress).await;
+        }
+    }
+}

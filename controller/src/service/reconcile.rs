@@ -1,0 +1,148 @@
+//! After a start: what is in the store and what really runs are brought together, and nothing is forgotten.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use jiff::{SignedDuration, Timestamp};
+use sandgate_api::{id::SandboxId, rest::SandboxStatus};
+
+use super::{BackendState, Service};
+use crate::{
+    backend::{BackendError, LocalBackend},
+    lifecycle::{Cause, State},
+    store::StoreError,
+};
+
+/// How often old records are forgotten.
+const RETENTION_INTERVAL: Duration = Duration::from_secs(600);
+
+/// How long records of egress are kept.
+const AUDIT_AGE: SignedDuration = SignedDuration::from_hours(30 * 24);
+
+/// Most records of egress that are kept.
+const AUDIT_RECORDS: u64 = 1_000_000;
+
+/// How long ended sandboxes can be looked at.
+const ENDED_AGE: SignedDuration = SignedDuration::from_hours(30 * 24);
+
+/// Records forgotten in one transaction: the writer must not be held for long.
+const RETENTION_STEP: u32 = 2_000;
+
+/// The start could not be completed.
+#[derive(Debug, thiserror::Error)]
+pub enum ReconcileError {
+    /// The backend does not know what exists.
+    #[error("the backend cannot say what exists")]
+    Backend(#[from] BackendError),
+    /// The store does not know what should exist.
+    #[error("the store cannot say what should exist")]
+    Store(#[from] StoreError),
+}
+
+impl Service {
+    /// Takes the backend into use: adopts what runs, takes away what nobody knows, marks as ended what is
+    /// gone. Then sandboxes can be created.
+    ///
+    /// # Errors
+    /// When backend or store cannot say what there is.
+    pub async fn adopt(&self, backend: LocalBackend) -> Result<(), ReconcileError> {
+        let backend = Arc::new(backend);
+        let mut found: HashMap<SandboxId, bool> = backend
+            .inventory()
+            .await?
+            .into_iter()
+            .map(|found| (found.sandbox_id, found.running))
+            .collect();
+        for record in self.shared.store.live_sandboxes().await? {
+            let running = found.remove(&record.id);
+            let state = start_state(record.status, running);
+            tracing::info!(sandbox_id = %record.id, status = record.status.as_str(), ?running, ?state, "after a restart");
+            drop(self.keep(Arc::clone(&backend), record, state));
+        }
+        for id in found.into_keys() {
+            tracing::warn!(sandbox_id = %id, "a sandbox that nobody knows is taken away");
+            self.shared
+                .tasks
+                .spawn("stray sandbox", destroy_stray(Arc::clone(&backend), id));
+        }
+        self.shared.backend.send_replace(BackendState::Ready(backend));
+        Ok(())
+    }
+
+    /// Forgets old records now and then, until the tasks drain.
+    pub async fn retain(self) {
+        let shutdown = self.shared.tasks.shutdown();
+        loop {
+            if let Err(error) = self.forget_old(Timestamp::now()).await {
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "old records cannot be forgotten"
+                );
+            }
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                () = tokio::time::sleep(RETENTION_INTERVAL) => {}
+            }
+        }
+    }
+
+    async fn forget_old(&self, now: Timestamp) -> Result<(), StoreError> {
+        let store = &self.shared.store;
+        let oldest = now.saturating_sub(AUDIT_AGE).unwrap_or(Timestamp::MIN);
+        while store.prune_audit(oldest, AUDIT_RECORDS, RETENTION_STEP).await? >= u64::from(RETENTION_STEP) {}
+        let ended = now.saturating_sub(ENDED_AGE).unwrap_or(Timestamp::MIN);
+        while store.prune_sandboxes(ended, RETENTION_STEP).await? >= u64::from(RETENTION_STEP) {}
+        store.prune_removals().await
+    }
+}
+
+/// Where a stored sandbox goes on. `running`: whether the backend has it, and whether its first process is
+/// alive.
+fn start_state(status: SandboxStatus, running: Option<bool>) -> State {
+    match (status, running) {
+        (SandboxStatus::Running, Some(true)) => State::Running,
+        (SandboxStatus::Running, Some(false)) => State::ending(Cause::Died),
+        (SandboxStatus::Running, None) => State::ending(Cause::Lost),
+        (SandboxStatus::Creating, _) => State::ending(Cause::Interrupted),
+        (SandboxStatus::Terminating | SandboxStatus::Terminated | SandboxStatus::Error, _) => {
+            State::ending(Cause::Stopped)
+        }
+    }
+}
+
+async fn destroy_stray(backend: Arc<LocalBackend>, id: SandboxId) {
+    let mut pause = Duration::from_millis(200);
+    while let Err(error) = backend.destroy(&id).await {
+        tracing::error!(sandbox_id = %id, %error, "a stray sandbox cannot be taken away");
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_secs(30));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_runs_is_adopted_and_everything_else_ends() {
+        let table = [
+            (SandboxStatus::Running, Some(true), State::Running),
+            (SandboxStatus::Running, Some(false), State::ending(Cause::Died)),
+            (SandboxStatus::Running, None, State::ending(Cause::Lost)),
+            (
+                SandboxStatus::Creating,
+                Some(true),
+                State::ending(Cause::Interrupted),
+            ),
+            (SandboxStatus::Creating, None, State::ending(Cause::Interrupted)),
+            (
+                SandboxStatus::Terminating,
+                Some(true),
+                State::ending(Cause::Stopped),
+            ),
+            (SandboxStatus::Terminating, None, State::ending(Cause::Stopped)),
+        ];
+        for (status, running, expected) in table {
+            assert_eq!(start_state(status, running), expected, "{status:?} {running:?}");
+        }
+    }
+}

@@ -1,0 +1,351 @@
+//! Sandboxes: create, look at, list, stop, delete.
+
+use std::time::{Duration, Instant};
+
+use jiff::{SignedDuration, Timestamp};
+use sandgate_api::{
+    id::{OrgId, SandboxId},
+    rest::{Sandbox, SandboxLifetime, SandboxStatus, StartupMetrics},
+};
+use sandgate_policy::Policy;
+use tokio::sync::watch;
+
+use super::{
+    Service, ServiceError,
+    keeper::{self, Failure, Progress},
+};
+use crate::{
+    config::SandboxDefaults,
+    lifecycle::{Cause, State},
+    spec::{LIFETIME_SECONDS, SandboxSpec},
+    store::{NewSandbox, SandboxRecord},
+};
+
+/// How long a stop waits for the sandbox to be gone; it goes on without the caller.
+const STOP_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// A sandbox to be created, checked.
+#[derive(Debug, Clone)]
+pub struct SandboxRequest {
+    /// What it may use.
+    pub spec: SandboxSpec,
+    /// Its own egress policy.
+    pub policy: Option<Policy>,
+}
+
+/// A created sandbox.
+#[derive(Debug, Clone)]
+pub struct Started {
+    /// As it is shown.
+    pub sandbox: Sandbox,
+}
+
+/// A page of sandboxes.
+#[derive(Debug, Clone)]
+pub struct SandboxPage {
+    /// Newest first.
+    pub sandboxes: Vec<Sandbox>,
+    /// Where the next page begins.
+    pub next: Option<i64>,
+}
+
+/// Takes a sandbox down when its creation is not awaited to the end.
+struct Unwanted {
+    service: Service,
+    id: Option<SandboxId>,
+}
+
+impl Drop for Unwanted {
+    fn drop(&mut self) {
+        let Some(id) = self.id.take() else { return };
+        tracing::info!(sandbox_id = %id, "the client went away during a creation");
+        let keepers = &self.service.shared.keepers;
+        let keepers = keepers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(keeper) = keepers.get(&id) {
+            drop(keeper.end(Cause::Abandoned));
+        }
+    }
+}
+
+impl Service {
+    /// What a sandbox gets when it asks for nothing.
+    pub fn sandbox_defaults(&self) -> &SandboxDefaults {
+        &self.shared.config.sandbox
+    }
+
+    /// Creates a sandbox and waits until it can be used. Dropping the future takes it down again.
+    ///
+    /// # Errors
+    /// Quota, capacity, a node that is away; nothing is left then.
+    pub async fn create_sandbox(
+        &self,
+        org_id: &OrgId,
+        request: SandboxRequest,
+    ) -> Result<Started, ServiceError> {
+        let asked = Instant::now();
+        let backend = self.backend()?;
+        if !self.shared.node.state().ready {
+            return Err(ServiceError::Unavailable(
+                "the node that enforces egress is not ready".to_owned(),
+            ));
+        }
+        if let Some(policy) = &request.policy {
+            let organization = self.shared.store.organization_policy(org_id).await?;
+            self.check_tiers(organization.as_ref().map(|stored| &stored.policy), Some(policy))
+                .map_err(|error| super::policies::invalid("network", error))?;
+        }
+        let now = Timestamp::now();
+        let lifetime = SignedDuration::try_from(Duration::from_secs(request.spec.timeout_seconds))
+            .map_err(|error| ServiceError::Internal(error.to_string()))?;
+        let new = NewSandbox {
+            id: SandboxId::random(),
+            org_id: org_id.clone(),
+            spec: request.spec,
+            policy: request.policy,
+            created_at: now,
+            expires_at: now + lifetime,
+        };
+        let mut unwanted = Unwanted {
+            service: self.clone(),
+            id: None,
+        };
+        // The insertion and the keeper must not be separated by a client that goes away in between.
+        let progress = self.insert_and_keep(backend, new.clone()).await?;
+        unwanted.id = Some(new.id.clone());
+        let settled = keeper::settled(progress).await;
+        unwanted.id = None;
+        let record = self.record(org_id, &new.id).await?;
+        started(record, settled, asked)
+    }
+
+    /// Runs to its end also when the caller goes away.
+    async fn insert_and_keep(
+        &self,
+        backend: std::sync::Arc<crate::backend::LocalBackend>,
+        new: NewSandbox,
+    ) -> Result<watch::Receiver<Progress>, ServiceError> {
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        let service = self.clone();
+        self.shared.tasks.spawn("insert sandbox", async move {
+            let limit = service.shared.config.sandbox.max_per_organization;
+            let inserted = service.shared.store.insert_sandbox(&new, limit).await;
+            let kept = inserted.map(|record| {
+                let id = record.id.clone();
+                (id, service.keep(backend, record, State::NEW))
+            });
+            if let Err(Ok((id, _unheard))) = sender.send(kept) {
+                drop(Unwanted {
+                    service,
+                    id: Some(id),
+                });
+            }
+        });
+        match receiver.await {
+            Ok(Ok((_id, progress))) => Ok(progress),
+            Ok(Err(error)) => Err(error.into()),
+            Err(_stopped) => Err(ServiceError::Unavailable(
+                "the controller is shutting down".to_owned(),
+            )),
+        }
+    }
+
+    /// One sandbox.
+    ///
+    /// # Errors
+    /// [`ServiceError::SandboxNotFound`].
+    pub async fn sandbox(&self, org_id: &OrgId, id: &SandboxId) -> Result<Sandbox, ServiceError> {
+        Ok(shown(self.record(org_id, id).await?, None))
+    }
+
+    /// How much of its life a sandbox has used.
+    ///
+    /// # Errors
+    /// [`ServiceError::SandboxNotFound`].
+    pub async fn sandbox_lifetime(
+        &self,
+        org_id: &OrgId,
+        id: &SandboxId,
+    ) -> Result<SandboxLifetime, ServiceError> {
+        Ok(lifetime(&self.record(org_id, id).await?, Timestamp::now()))
+    }
+
+    /// A page of the organisation's sandboxes: the live ones, or also those that have ended.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn sandboxes(
+        &self,
+        org_id: &OrgId,
+        with_ended: bool,
+        before: Option<i64>,
+        limit: u32,
+    ) -> Result<SandboxPage, ServiceError> {
+        let records = self
+            .shared
+            .store
+            .sandboxes(org_id, with_ended, before, limit)
+            .await?;
+        let full = records.len() >= usize::try_from(limit).unwrap_or(usize::MAX);
+        let next = records.last().map(|record| record.sequence).filter(|_| full);
+        Ok(SandboxPage {
+            sandboxes: records.into_iter().map(|record| shown(record, None)).collect(),
+            next,
+        })
+    }
+
+    /// Takes a sandbox down. Doing it again is no error.
+    ///
+    /// # Errors
+    /// [`ServiceError::SandboxNotFound`] when the organisation never had it.
+    pub async fn stop_sandbox(&self, org_id: &OrgId, id: &SandboxId) -> Result<(), ServiceError> {
+        let Some(record) = self.shared.store.sandbox(org_id, id).await? else {
+            return self.was_deleted(org_id, id).await;
+        };
+        self.take_down(&record).await
+    }
+
+    /// Takes a sandbox down and forgets it. Doing it again is no error.
+    ///
+    /// # Errors
+    /// [`ServiceError::SandboxNotFound`] when the organisation never had it.
+    pub async fn delete_sandbox(&self, org_id: &OrgId, id: &SandboxId) -> Result<(), ServiceError> {
+        let Some(record) = self.shared.store.sandbox(org_id, id).await? else {
+            return self.was_deleted(org_id, id).await;
+        };
+        self.take_down(&record).await?;
+        Ok(self.shared.store.mark_deleted(id, Timestamp::now()).await?)
+    }
+
+    async fn was_deleted(&self, org_id: &OrgId, id: &SandboxId) -> Result<(), ServiceError> {
+        if self.shared.store.had_sandbox(org_id, id).await? {
+            return Ok(());
+        }
+        Err(ServiceError::SandboxNotFound(id.to_string()))
+    }
+
+    async fn take_down(&self, record: &SandboxRecord) -> Result<(), ServiceError> {
+        if !record.status.is_live() {
+            return Ok(());
+        }
+        // Without the backend nobody looks after it yet.
+        self.backend()?;
+        if tokio::time::timeout(STOP_TIMEOUT, self.end(&record.id, Cause::Stopped))
+            .await
+            .is_err()
+        {
+            tracing::warn!(sandbox_id = %record.id, "a sandbox takes long to end; it goes on");
+        }
+        Ok(())
+    }
+
+    /// The stored sandbox.
+    pub(super) async fn record(&self, org_id: &OrgId, id: &SandboxId) -> Result<SandboxRecord, ServiceError> {
+        self.shared
+            .store
+            .sandbox(org_id, id)
+            .await?
+            .ok_or_else(|| ServiceError::SandboxNotFound(id.to_string()))
+    }
+
+    /// The stored sandbox, which must be one that can be used.
+    pub(super) async fn running(
+        &self,
+        org_id: &OrgId,
+        id: &SandboxId,
+    ) -> Result<SandboxRecord, ServiceError> {
+        let record = self.record(org_id, id).await?;
+        match record.status {
+            SandboxStatus::Running => Ok(record),
+            SandboxStatus::Creating
+            | SandboxStatus::Terminating
+            | SandboxStatus::Terminated
+            | SandboxStatus::Error => Err(ServiceError::Conflict(format!(
+                "the sandbox is {}, not running",
+                record.status.as_str()
+            ))),
+        }
+    }
+}
+
+fn started(
+    record: SandboxRecord,
+    settled: Option<Progress>,
+    asked: Instant,
+) -> Result<Started, ServiceError> {
+    let Some(progress) = settled else {
+        return Err(ServiceError::Unavailable(
+            "the controller is shutting down".to_owned(),
+        ));
+    };
+    if progress.state == State::Running {
+        let breakdown = progress.breakdown;
+        let metrics = StartupMetrics {
+            total_ms: u64::try_from(asked.elapsed().as_millis()).unwrap_or(u64::MAX),
+            pod_creation_ms: breakdown.prepare_ms + breakdown.enforce_ms + breakdown.launch_ms,
+            pod_ready_ms: breakdown.agent_ms,
+            breakdown,
+        };
+        return Ok(Started {
+            sandbox: shown(record, Some(metrics)),
+        });
+    }
+    Err(match progress.failure {
+        Some(Failure::NoCapacity(message)) => ServiceError::Conflict(format!("no capacity: {message}")),
+        Some(Failure::NotEnforceable(message)) => {
+            ServiceError::Conflict(format!("the node cannot enforce the policy: {message}"))
+        }
+        Some(Failure::NodeSilent) => {
+            ServiceError::Unavailable("the node did not acknowledge the sandbox's policy in time".to_owned())
+        }
+        Some(Failure::Internal) => ServiceError::Internal("the sandbox could not be created".to_owned()),
+        None => ServiceError::Conflict("the sandbox was stopped while it was being created".to_owned()),
+    })
+}
+
+fn shown(record: SandboxRecord, startup_metrics: Option<StartupMetrics>) -> Sandbox {
+    Sandbox {
+        sandbox_id: record.id,
+        org_id: record.org_id,
+        session_id: record.session_id,
+        status: record.status,
+        status_reason: record.status_reason,
+        pod_ip: None,
+        created_at: record.created_at,
+        expires_at: record.expires_at,
+        cpus: record.spec.cpus.to_string(),
+        memory: record.spec.memory.to_string(),
+        disk: record.spec.disk.to_string(),
+        pids: record.spec.pids,
+        isolation: record.spec.isolation,
+        timeout_seconds: record.spec.timeout_seconds,
+        startup_metrics,
+    }
+}
+
+fn lifetime(record: &SandboxRecord, now: Timestamp) -> SandboxLifetime {
+    let max_lifetime_seconds = *LIFETIME_SECONDS.end();
+    let longest = SignedDuration::from_secs(i64::try_from(max_lifetime_seconds).unwrap_or(i64::MAX));
+    let max_expires_at = record
+        .created_at
+        .saturating_add(longest)
+        .unwrap_or(Timestamp::MAX);
+    let seconds = |duration: SignedDuration| u64::try_from(duration.as_secs()).unwrap_or(0);
+    let used = now.min(record.expires_at).duration_since(record.created_at);
+    let whole = record.expires_at.duration_since(record.created_at);
+    let percent = if whole.is_positive() {
+        used.as_secs_f64() / whole.as_secs_f64() * 100.0
+    } else {
+        100.0
+    };
+    SandboxLifetime {
+        sandbox_id: record.id.clone(),
+        status: record.status,
+        status_reason: record.status_reason.clone(),
+        expires_at: record.expires_at,
+        max_expires_at,
+        max_lifetime_seconds,
+        remaining_extend_seconds: seconds(max_expires_at.duration_since(record.expires_at)),
+        lifetime_used_seconds: seconds(used),
+        lifetime_used_percent: percent.clamp(0.0, 100.0),
+    }
+}

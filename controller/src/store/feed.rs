@@ -1,0 +1,153 @@
+//! The feed's position and what a node must know.
+//!
+//! A removal is remembered, so that a node that was away for a while gets it as a delta. Old removals are
+//! forgotten; a node that asks from before that point gets a snapshot.
+
+use jiff::Timestamp;
+use sandgate_api::{
+    feed::{FeedFrame, FeedSandbox, PolicyTier, Revision, TierName},
+    id::SandboxId,
+};
+use sqlx::{Row as _, Sqlite, SqliteConnection, Transaction, sqlite::SqliteRow};
+
+use super::{Store, StoreError, document, millis, parse, to_revision, to_stored};
+
+/// How many removals are kept for nodes that were away.
+const KEPT_REMOVALS: i64 = 10_000;
+
+/// What the feed has to say since a revision.
+#[derive(Debug, Clone, PartialEq)]
+pub struct FeedChange {
+    /// The frame to send.
+    pub frame: FeedFrame,
+    /// The state's revision after it.
+    pub revision: Revision,
+}
+
+impl Store {
+    /// Makes the position if this is a new database. It starts at the clock, so that a node that followed
+    /// an earlier database of the same machine is never thought to be up to date.
+    pub(super) async fn open_feed(&self) -> Result<Revision, StoreError> {
+        let start = millis(Timestamp::now());
+        sqlx::query("INSERT INTO feed (one, revision, horizon) VALUES (1, ?, ?) ON CONFLICT DO NOTHING")
+            .bind(start)
+            .bind(start)
+            .execute(&self.writer)
+            .await?;
+        let revision: i64 = sqlx::query_scalar("SELECT revision FROM feed")
+            .fetch_one(&self.writer)
+            .await?;
+        to_revision(revision)
+    }
+
+    /// What changed since `since`, as one consistent reading: a snapshot when `since` is absent, from
+    /// before the horizon or from the future, else a delta (possibly an empty one).
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn feed_since(&self, since: Option<Revision>) -> Result<FeedChange, StoreError> {
+        let mut transaction = self.readers.begin().await?;
+        let (revision, horizon): (i64, i64) = sqlx::query_as("SELECT revision, horizon FROM feed")
+            .fetch_one(&mut *transaction)
+            .await?;
+        let revision = to_revision(revision)?;
+        let known = since.filter(|since| (to_revision(horizon).unwrap_or(0)..=revision).contains(since));
+        let frame = match known {
+            None => FeedFrame::Snapshot {
+                revision,
+                sandboxes: attached_after(&mut transaction, 0).await?,
+            },
+            Some(since) => FeedFrame::Delta {
+                revision,
+                upserts: attached_after(&mut transaction, since).await?,
+                removed: removed_after(&mut transaction, since).await?,
+            },
+        };
+        transaction.commit().await?;
+        Ok(FeedChange { frame, revision })
+    }
+
+    /// Forgets the oldest removals.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn prune_removals(&self) -> Result<(), StoreError> {
+        let mut transaction = self.write().await?;
+        let cut: Option<i64> =
+            sqlx::query_scalar("SELECT revision FROM feed_removals ORDER BY revision DESC LIMIT 1 OFFSET ?")
+                .bind(KEPT_REMOVALS)
+                .fetch_optional(&mut *transaction)
+                .await?;
+        let Some(cut) = cut else { return Ok(()) };
+        sqlx::query("DELETE FROM feed_removals WHERE revision <= ?")
+            .bind(cut)
+            .execute(&mut *transaction)
+            .await?;
+        sqlx::query("UPDATE feed SET horizon = max(horizon, ?)")
+            .bind(cut)
+            .execute(&mut *transaction)
+            .await?;
+        transaction.commit().await?;
+        Ok(())
+    }
+}
+
+/// Takes the next revision. Must be called in the transaction that makes the change.
+pub(super) async fn next_revision(
+    transaction: &mut Transaction<'static, Sqlite>,
+) -> Result<Revision, StoreError> {
+    let revision: i64 = sqlx::query_scalar("UPDATE feed SET revision = revision + 1 RETURNING revision")
+        .fetch_one(&mut **transaction)
+        .await?;
+    to_revision(revision)
+}
+
+async fn attached_after(
+    connection: &mut SqliteConnection,
+    since: Revision,
+) -> Result<Vec<FeedSandbox>, StoreError> {
+    let rows = sqlx::query(
+        "SELECT s.id, s.org_id, s.endpoint, o.document AS organization, p.document AS sandbox \
+         FROM sandboxes s \
+         LEFT JOIN organization_policies o ON o.org_id = s.org_id \
+         LEFT JOIN sandbox_policies p ON p.sandbox_id = s.id \
+         WHERE s.endpoint IS NOT NULL AND s.feed_revision > ? ORDER BY s.feed_revision",
+    )
+    .bind(to_stored(since))
+    .fetch_all(connection)
+    .await?;
+    rows.iter().map(feed_sandbox).collect()
+}
+
+async fn removed_after(
+    connection: &mut SqliteConnection,
+    since: Revision,
+) -> Result<Vec<SandboxId>, StoreError> {
+    let ids: Vec<String> =
+        sqlx::query_scalar("SELECT sandbox_id FROM feed_removals WHERE revision > ? ORDER BY revision")
+            .bind(to_stored(since))
+            .fetch_all(connection)
+            .await?;
+    ids.iter().map(|id| parse("sandbox id", id)).collect()
+}
+
+fn feed_sandbox(row: &SqliteRow) -> Result<FeedSandbox, StoreError> {
+    let mut tiers = Vec::new();
+    for (tier, column) in [
+        (TierName::Organization, "organization"),
+        (TierName::Sandbox, "sandbox"),
+    ] {
+        if let Some(text) = row.try_get::<Option<&str>, _>(column)? {
+            tiers.push(PolicyTier {
+                tier,
+                policy: document("policy", text)?,
+            });
+        }
+    }
+    Ok(FeedSandbox {
+        sandbox_id: parse("sandbox id", row.try_get("id")?)?,
+        org_id: parse("organisation id", row.try_get("org_id")?)?,
+        endpoint: document("endpoint", row.try_get("endpoint")?)?,
+        tiers,
+    })
+}

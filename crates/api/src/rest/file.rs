@@ -1,0 +1,76 @@
+//! Files of a sandbox.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+/// `POST /sandbox/:id/files`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FilesWritten {
+    /// Always true.
+    pub success: bool,
+    /// In the order of the request.
+    pub files: Vec<WrittenFile>,
+}
+
+/// One file of [`FilesWritten`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WrittenFile {
+    /// Absolute path.
+    pub path: String,
+    /// Length in bytes.
+    pub size: u64,
+}
+
+/// `GET /sandbox/:id/files?path=`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileRead {
+    /// Absolute path.
+    pub path: String,
+    /// Base64 (standard alphabet, padded).
+    pub content: String,
+    /// Length of the file, before the encoding, in bytes.
+    pub size: u64,
+}
+
+/// `GET /sandbox/:id/files/list?path=`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileList {
+    /// The directory.
+    pub path: String,
+    /// Sorted by path.
+    pub files: Vec<FileEntry>,
+    /// There are more than are listed.
+    pub truncated: bool,
+}
+
+/// One entry of [`FileList`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileEntry {
+    /// Last component of the path.
+    pub name: String,
+    /// Absolute path.
+    pub path: String,
+    /// What it is.
+    #[serde(rename = "type")]
+    pub kind: FileKind,
+    /// Length in bytes; 0 for what is not a file.
+    pub size: u64,
+    /// Last change of the content.
+    pub modified_at: Timestamp,
+    /// Permission bits in octal, for example `0644`.
+    pub mode: String,
+}
+
+/// What a [`FileEntry`] is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FileKind {
+    /// A regular file.
+    File,
+    /// A directory.
+    Directory,
+    /// A symbolic link.
+    Symlink,
+    /// A socket, FIFO or device.
+    Other,
+}
