@@ -7,16 +7,14 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use netd_common::{
-    BoundKey, Endpoint, GATEWAY_MAC, InboundKey, POLICY_BITS, PolicyKey, action, counter, limit, listener, mark,
-    reason,
+    BoundKey, Endpoint, GATEWAY_MAC, InboundKey, POLICY_BITS, PolicyKey, action, counter, limit, listener,
+    mark, reason,
 };
 
 use crate::{
     events,
     maps::{BOUND, ENDPOINTS, INBOUND, PLATFORM, POLICIES, count},
-    packet::{
-        ETHERNET, ETHERTYPE_IPV4, FRAGMENT_BITS, IPV4_PLAIN, PROTOCOL_TCP, PROTOCOL_UDP, Packet, at, linearize, mac_at,
-    },
+    packet::{ETHERNET, ETHERTYPE_IPV4, Headers, IPV4_PLAIN, PROTOCOL_TCP, PROTOCOL_UDP, Packet, linearize},
     steer,
 };
 
@@ -46,7 +44,9 @@ pub fn from_sandbox(ctx: TcContext) -> i32 {
     // SAFETY: netd replaces whole entries and never writes into one.
     let Some(endpoint) = (unsafe { ENDPOINTS.get(ifindex) }) else {
         // What can be read is read, for the event alone.
-        let _verdict = read(&ctx, &mut packet);
+        if let Some(headers) = Headers::of(&ctx) {
+            let _verdict = read(&ctx, headers, &mut packet);
+        }
         return drop(&ctx, 0, &packet, reason::UNKNOWN_SANDBOX);
     };
     let verdict = match check(&ctx, &mut packet, endpoint) {
@@ -85,32 +85,32 @@ fn refuse(ctx: &TcContext, ordinal: u32, packet: &Packet, code: u8) -> i32 {
 
 /// Reads the headers; `Err` says why the packet must be dropped whoever sent it.
 #[inline(always)]
-fn read(ctx: &TcContext, packet: &mut Packet) -> Result<(), u8> {
-    packet.ethertype = u16::from_be(at(ctx, 12).ok_or(reason::MALFORMED)?);
+fn read(ctx: &TcContext, headers: Headers, packet: &mut Packet) -> Result<(), u8> {
+    packet.ethertype = headers.ethertype();
     // SAFETY: the context of a classifier. A tag may have been moved out of the frame into the buffer's description.
     if packet.ethertype != ETHERTYPE_IPV4 || unsafe { (*ctx.skb.skb).vlan_present } != 0 {
         return Err(reason::PROTOCOL_DENIED);
     }
-    let first: u8 = at(ctx, ETHERNET).ok_or(reason::MALFORMED)?;
-    let length = u16::from_be(at(ctx, ETHERNET + 2).ok_or(reason::MALFORMED)?);
-    let fragment = u16::from_be(at(ctx, ETHERNET + 6).ok_or(reason::MALFORMED)?);
-    packet.protocol = at(ctx, ETHERNET + 9).ok_or(reason::MALFORMED)?;
-    packet.source = at(ctx, ETHERNET + 12).ok_or(reason::MALFORMED)?;
-    packet.destination = at(ctx, ETHERNET + 16).ok_or(reason::MALFORMED)?;
+    packet.protocol = headers.protocol();
+    packet.source = headers.source();
+    packet.destination = headers.destination();
+    let first = headers.first_byte();
     if first != IPV4_PLAIN {
         // Another version than the frame says is nonsense; options are only refused.
-        return Err(if first >> 4 == 4 && first > IPV4_PLAIN { reason::PROTOCOL_DENIED } else { reason::MALFORMED });
+        let options = first >> 4 == 4 && first > IPV4_PLAIN;
+        return Err(if options { reason::PROTOCOL_DENIED } else { reason::MALFORMED });
     }
-    if fragment & FRAGMENT_BITS != 0 {
+    if headers.is_fragment() {
         return Err(reason::FRAGMENT);
     }
     // What the length field does not cover, the stack cuts off: the ports must lie before that.
-    let headers = match packet.protocol {
+    let shortest = match packet.protocol {
         PROTOCOL_TCP => 40,
         PROTOCOL_UDP => 28,
         _ => return Err(reason::PROTOCOL_DENIED),
     };
-    if length < headers || ETHERNET as u32 + u32::from(length) > ctx.len() {
+    let length = headers.total_length();
+    if length < shortest || ETHERNET as u32 + u32::from(length) > ctx.len() {
         return Err(reason::MALFORMED);
     }
     packet.read_ports(ctx).ok_or(reason::MALFORMED)
@@ -119,19 +119,17 @@ fn read(ctx: &TcContext, packet: &mut Packet) -> Result<(), u8> {
 /// Reads the headers and checks that the packet is of this endpoint and of a kind that can be judged.
 #[inline(always)]
 fn check(ctx: &TcContext, packet: &mut Packet, endpoint: &Endpoint) -> Result<(), u8> {
-    let readable = read(ctx, packet);
-    if !mac_at(ctx, 6, &endpoint.mac) {
+    let headers = Headers::of(ctx).ok_or(reason::MALFORMED)?;
+    let readable = read(ctx, headers, packet);
+    if !headers.is_from(&endpoint.mac) {
         return Err(reason::SPOOFED_SOURCE);
     }
     // Of frames that are not IPv4 no address was read, and they are dropped for what they are.
-    if packet.source != endpoint.address && packet.source != 0 {
+    if packet.ethertype == ETHERTYPE_IPV4 && packet.source != endpoint.address {
         return Err(reason::SPOOFED_SOURCE);
     }
     readable?;
-    if packet.source != endpoint.address {
-        return Err(reason::SPOOFED_SOURCE);
-    }
-    if !mac_at(ctx, 0, &GATEWAY_MAC) {
+    if !headers.is_to(&GATEWAY_MAC) {
         // The stack would ignore it, and a refusal would never be answered.
         return Err(reason::PROTOCOL_DENIED);
     }
@@ -166,7 +164,10 @@ fn judge(packet: &Packet, endpoint: &Endpoint) -> Verdict {
     }
     let key = Key::new(
         POLICY_BITS + 32,
-        PolicyKey { policy: endpoint.policy, address: packet.destination },
+        PolicyKey {
+            policy: endpoint.policy,
+            address: packet.destination,
+        },
     );
     let Some(table) = POLICIES.get(&key) else {
         return Verdict::Refuse(reason::DEFAULT_DENY);
@@ -266,7 +267,10 @@ fn finish(ctx: &TcContext, endpoint: &Endpoint, packet: &Packet, given: bool, co
 
 #[inline(always)]
 fn is_bound(endpoint: &Endpoint, packet: &Packet) -> bool {
-    let key = BoundKey { ordinal: endpoint.ordinal, address: packet.destination };
+    let key = BoundKey {
+        ordinal: endpoint.ordinal,
+        address: packet.destination,
+    };
     // SAFETY: the value is not read.
     unsafe { BOUND.get(key) }.is_some()
 }

@@ -36,7 +36,8 @@ pub static LISTENERS: SockMap<{ listener::COUNT }> = SockMap::new();
 pub static THROTTLES: HashMap<u32, Throttle, { limit::ENDPOINTS + 1 }, SPARSE> = HashMap::new();
 /// ordinal -> denials that were too fast for the ring.
 #[btf_map]
-pub static SUPPRESSED: PerCpuHashMap<u32, SuppressedTable, { limit::ENDPOINTS + 1 }, SPARSE> = PerCpuHashMap::new();
+pub static SUPPRESSED: PerCpuHashMap<u32, SuppressedTable, { limit::ENDPOINTS + 1 }, SPARSE> =
+    PerCpuHashMap::new();
 /// Denied packets.
 #[btf_map]
 pub static EVENTS: RingBuf<Event, { limit::EVENT_BYTES }> = RingBuf::new();

@@ -14,7 +14,7 @@ pub const PROTOCOL_UDP: u8 = 17;
 /// First byte of an IPv4 header without options.
 pub const IPV4_PLAIN: u8 = 0x45;
 /// "More fragments" and the offset: any of them set means a fragment.
-pub const FRAGMENT_BITS: u16 = 0x3fff;
+const FRAGMENT_BITS: u16 = 0x3fff;
 
 const TCP_SYN: u8 = 0x02;
 const TCP_RST: u8 = 0x04;
@@ -92,15 +92,78 @@ pub fn at<T: Copy>(ctx: &TcContext, offset: usize) -> Option<T> {
     Some(unsafe { core::ptr::read_volatile(start as *const T) })
 }
 
-/// Whether six bytes of the frame equal `mac`.
-#[inline(always)]
-pub fn mac_at(ctx: &TcContext, offset: usize, mac: &[u8; 6]) -> bool {
-    let (Some(a), Some(b), Some(c)) =
-        (at::<u16>(ctx, offset), at::<u16>(ctx, offset + 2), at::<u16>(ctx, offset + 4))
-    else {
-        return false;
-    };
-    a == u16::from_ne_bytes([mac[0], mac[1]])
-        && b == u16::from_ne_bytes([mac[2], mac[3]])
-        && c == u16::from_ne_bytes([mac[4], mac[5]])
+/// The Ethernet header and an IPv4 header without options, checked once: with a check for each field the compiler
+/// makes code that mixes pointers and values, which the verifier refuses.
+#[derive(Clone, Copy)]
+pub struct Headers(usize);
+
+impl Headers {
+    /// `None`: the frame is shorter.
+    #[inline(always)]
+    pub fn of(ctx: &TcContext) -> Option<Self> {
+        let start = ctx.data();
+        (start + ETHERNET + IPV4 <= ctx.data_end()).then_some(Self(start))
+    }
+
+    #[inline(always)]
+    fn load<T: Copy>(self, offset: usize) -> T {
+        // SAFETY: every caller stays below the length that `of` checked, and the verifier checks that they do.
+        unsafe { core::ptr::read_volatile((self.0 + offset) as *const T) }
+    }
+
+    #[inline(always)]
+    pub fn ethertype(self) -> u16 {
+        u16::from_be(self.load(12))
+    }
+
+    /// Version and header length.
+    #[inline(always)]
+    pub fn first_byte(self) -> u8 {
+        self.load(ETHERNET)
+    }
+
+    /// Of the whole IPv4 packet.
+    #[inline(always)]
+    pub fn total_length(self) -> u16 {
+        u16::from_be(self.load(ETHERNET + 2))
+    }
+
+    #[inline(always)]
+    pub fn is_fragment(self) -> bool {
+        u16::from_be(self.load(ETHERNET + 6)) & FRAGMENT_BITS != 0
+    }
+
+    #[inline(always)]
+    pub fn protocol(self) -> u8 {
+        self.load(ETHERNET + 9)
+    }
+
+    #[inline(always)]
+    pub fn source(self) -> u32 {
+        self.load(ETHERNET + 12)
+    }
+
+    #[inline(always)]
+    pub fn destination(self) -> u32 {
+        self.load(ETHERNET + 16)
+    }
+
+    #[inline(always)]
+    pub fn is_to(self, mac: &[u8; 6]) -> bool {
+        self.mac_is(0, mac)
+    }
+
+    #[inline(always)]
+    pub fn is_from(self, mac: &[u8; 6]) -> bool {
+        self.mac_is(6, mac)
+    }
+
+    #[inline(always)]
+    fn mac_is(self, offset: usize, mac: &[u8; 6]) -> bool {
+        let half = |index: usize| u16::from_ne_bytes([mac[index], mac[index + 1]]);
+        let differences = (self.load::<u16>(offset) ^ half(0))
+            | (self.load::<u16>(offset + 2) ^ half(2))
+            | (self.load::<u16>(offset + 4) ^ half(4));
+        differences == 0
+    }
 }

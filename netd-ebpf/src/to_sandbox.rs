@@ -10,8 +10,8 @@ use netd_common::{Endpoint, InboundKey, counter, mark};
 use crate::{
     maps::{ENDPOINTS, INBOUND, count},
     packet::{
-        ETHERNET, ETHERTYPE_IPV4, FRAGMENT_BITS, IPV4, IPV4_PLAIN, PROTOCOL_ICMP, PROTOCOL_TCP, PROTOCOL_UDP, Packet,
-        at, linearize,
+        ETHERNET, ETHERTYPE_IPV4, Headers, IPV4, IPV4_PLAIN, PROTOCOL_ICMP, PROTOCOL_TCP, PROTOCOL_UDP, Packet, at,
+        linearize,
     },
 };
 
@@ -42,17 +42,20 @@ pub fn to_sandbox(ctx: TcContext) -> i32 {
 /// A mark admits only what its owner would send, so that a socket that got hold of one opens nothing.
 #[inline(always)]
 fn admits(ctx: &TcContext, endpoint: &Endpoint, marked: u32) -> Option<()> {
-    let mut packet = Packet::EMPTY;
-    if u16::from_be(at(ctx, 12)?) != ETHERTYPE_IPV4 || at::<u8>(ctx, ETHERNET)? != IPV4_PLAIN {
+    let headers = Headers::of(ctx)?;
+    if headers.ethertype() != ETHERTYPE_IPV4
+        || headers.first_byte() != IPV4_PLAIN
+        || headers.is_fragment()
+        || headers.destination() != endpoint.address
+    {
         return None;
     }
-    let fragment = u16::from_be(at(ctx, ETHERNET + 6)?);
-    packet.protocol = at(ctx, ETHERNET + 9)?;
-    packet.source = at(ctx, ETHERNET + 12)?;
-    packet.destination = at(ctx, ETHERNET + 16)?;
-    if packet.destination != endpoint.address || fragment & FRAGMENT_BITS != 0 {
-        return None;
-    }
+    let mut packet = Packet {
+        protocol: headers.protocol(),
+        source: headers.source(),
+        destination: headers.destination(),
+        ..Packet::EMPTY
+    };
     if packet.protocol == PROTOCOL_ICMP {
         let kind: u8 = at(ctx, ETHERNET + IPV4)?;
         // The kernel's answer to a refused datagram reflects its mark.

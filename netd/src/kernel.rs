@@ -21,6 +21,7 @@ use netd_common::{PortSpan, listener, wire};
 use sandgate_api::feed::Endpoint;
 use sandgate_policy::{KernelTable, Platform, Reason};
 
+pub use self::{error::DatapathError, events::EventReader};
 use self::{
     events::SharedSweep,
     pins::Pins,
@@ -28,7 +29,6 @@ use self::{
     programs::Programs,
     tables::Tables,
 };
-pub use self::{error::DatapathError, events::EventReader};
 use crate::router::RouterNamespace;
 
 mod error;
@@ -142,7 +142,13 @@ impl Datapath {
         tables.add_throttle(0)?;
         // Only now, with maps that say what they must, do the programs of an earlier netd give way.
         let attached = programs.adopt(&pins)?;
-        let datapath = Self { router, pins, ranges, sweep, state: Mutex::new(State { programs, tables }) };
+        let datapath = Self {
+            router,
+            pins,
+            ranges,
+            sweep,
+            state: Mutex::new(State { programs, tables }),
+        };
         datapath.tidy(&attached)?;
         datapath.state().tables.complete()?;
         Ok(datapath)
@@ -162,7 +168,11 @@ impl Datapath {
         dns_tcp: BorrowedFd<'_>,
     ) -> Result<(), DatapathError> {
         let mut state = self.state();
-        for (index, socket) in [(listener::TCP, tcp), (listener::DNS_UDP, dns_udp), (listener::DNS_TCP, dns_tcp)] {
+        for (index, socket) in [
+            (listener::TCP, tcp),
+            (listener::DNS_UDP, dns_udp),
+            (listener::DNS_TCP, dns_tcp),
+        ] {
             state.tables.set_listener(index, socket)?;
         }
         Ok(())
@@ -179,22 +189,33 @@ impl Datapath {
             // Another endpoint on a reused index: nothing of the old one may pass to it.
             self.forget(tables, endpoint.ifindex)?;
         }
-        if let Some(other) = tables.owner(endpoint.address).filter(|other| *other != endpoint.ifindex) {
-            let gone = self.router.run(|| nix::net::if_::if_indextoname(other).is_err())?;
-            if !gone {
-                return Err(DatapathError::AddressInUse { address: endpoint.address, ifindex: other });
+        if let Some(other) = tables
+            .owner(endpoint.address)
+            .filter(|other| *other != endpoint.ifindex)
+        {
+            if programs.hold(&self.pins, other)? {
+                return Err(DatapathError::AddressInUse {
+                    address: endpoint.address,
+                    ifindex: other,
+                });
             }
             self.forget(tables, other)?;
         }
         programs.attach(&self.router, &self.pins, &endpoint.interface, endpoint.ifindex)?;
         if let Some(known) = tables.endpoint(endpoint.ifindex) {
-            return Ok(EndpointHandle { ordinal: known.ordinal, ifindex: endpoint.ifindex });
+            return Ok(EndpointHandle {
+                ordinal: known.ordinal,
+                ifindex: endpoint.ifindex,
+            });
         }
         let ordinal = tables.next_ordinal()?;
         self.sweep.lock().add(ordinal)?;
         tables.add_throttle(ordinal)?;
         tables.add_endpoint(endpoint.ifindex, ordinal, endpoint.address, endpoint.mac)?;
-        Ok(EndpointHandle { ordinal, ifindex: endpoint.ifindex })
+        Ok(EndpointHandle {
+            ordinal,
+            ifindex: endpoint.ifindex,
+        })
     }
 
     /// Puts a new policy in force, in one step.
@@ -312,7 +333,10 @@ fn openings(platform: &Platform) -> Vec<Opening> {
         .filter_map(|exception| match exception.network() {
             IpNet::V4(prefix) => {
                 let (first, last) = exception.port().map_or((0, u16::MAX), |port| (port, port));
-                Some(Opening { prefix, ports: PortSpan { first, last } })
+                Some(Opening {
+                    prefix,
+                    ports: PortSpan { first, last },
+                })
             }
             IpNet::V6(_) => None,
         })
@@ -322,15 +346,22 @@ fn openings(platform: &Platform) -> Vec<Opening> {
 /// TCX links, which survive their maker and are replaced in one step, came with 6.6.
 fn require_kernel() -> Result<(), DatapathError> {
     let release = nix::sys::utsname::uname()
-        .map_err(|errno| DatapathError::Io { action: "read the kernel's version", source: errno.into() })?
+        .map_err(|errno| DatapathError::Io {
+            action: "read the kernel's version",
+            source: errno.into(),
+        })?
         .release()
         .to_string_lossy()
         .into_owned();
-    let mut numbers = release.split(['.', '-']).map(|part| part.parse::<u32>().unwrap_or(0));
+    let mut numbers = release
+        .split(['.', '-'])
+        .map(|part| part.parse::<u32>().unwrap_or(0));
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
     if version < OLDEST_KERNEL {
         let (major, minor) = OLDEST_KERNEL;
-        return Err(DatapathError::Unsupported(format!("it is {release}, {major}.{minor} or newer is needed")));
+        return Err(DatapathError::Unsupported(format!(
+            "it is {release}, {major}.{minor} or newer is needed"
+        )));
     }
     Ok(())
 }

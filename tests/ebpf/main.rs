@@ -1,1 +1,15 @@
-fn main(){}
+//! The wall itself, with a real kernel: crafted packets through the programs, and real traffic between namespaces.
+//!
+//! Needs root. Without it the tests are skipped, loudly; with `REQUIRE_ROOT=1` that is a failure. Nothing here has a
+//! way out: the namespaces have no uplink.
+
+mod adoption;
+mod cases;
+mod classifier;
+mod inbound;
+mod packet;
+mod refusal;
+mod sockets;
+mod steering;
+mod to_sandbox;
+mod world;

@@ -130,7 +130,11 @@ pub(super) fn on_map<E: Into<MapError>>(
     action: &'static str,
     map: &'static str,
 ) -> impl FnOnce(E) -> DatapathError {
-    move |source| DatapathError::Map { action, map, source: Box::new(source.into()) }
+    move |source| DatapathError::Map {
+        action,
+        map,
+        source: Box::new(source.into()),
+    }
 }
 
 /// Turns an error of a program call into ours.
@@ -138,7 +142,11 @@ pub(super) fn on_program<E: Into<ProgramError>>(
     action: &'static str,
     program: &'static str,
 ) -> impl FnOnce(E) -> DatapathError {
-    move |source| DatapathError::Program { action, program, source: Box::new(source.into()) }
+    move |source| DatapathError::Program {
+        action,
+        program,
+        source: Box::new(source.into()),
+    }
 }
 
 /// Turns an error of a file operation into ours.
@@ -147,5 +155,9 @@ pub(super) fn on_file<E: Into<io::Error>>(
     path: &std::path::Path,
 ) -> impl FnOnce(E) -> DatapathError {
     let path = path.to_owned();
-    move |source| DatapathError::File { action, path, source: source.into() }
+    move |source| DatapathError::File {
+        action,
+        path,
+        source: source.into(),
+    }
 }

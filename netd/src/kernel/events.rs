@@ -30,7 +30,11 @@ impl EventReader {
     pub(super) fn open(pins: &Pins, sweep: SharedSweep) -> Result<Self, DatapathError> {
         let map = Map::RingBuf(pins.map("EVENTS")?);
         let ring = RingBuf::try_from(map).map_err(on_map("open", "EVENTS"))?;
-        Ok(Self { ring, sweep, last_sweep: Instant::now() })
+        Ok(Self {
+            ring,
+            sweep,
+            last_sweep: Instant::now(),
+        })
     }
 
     /// Waits up to `timeout` for denials and returns those there are, at most a few thousand at a time. Blocking:
@@ -96,7 +100,11 @@ impl SharedSweep {
             .map_err(on_map("open", "SUPPRESSED"))?;
         let reported =
             HashMap::try_from(Map::HashMap(pins.map("REPORTED")?)).map_err(on_map("open", "REPORTED"))?;
-        Ok(Self(Arc::new(Mutex::new(Sweep { suppressed, reported, waiting: Vec::new() }))))
+        Ok(Self(Arc::new(Mutex::new(Sweep {
+            suppressed,
+            reported,
+            waiting: Vec::new(),
+        }))))
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Sweep> {
@@ -108,11 +116,22 @@ impl SharedSweep {
 impl Sweep {
     /// Makes room for an endpoint's counts. Before the endpoint itself.
     pub(super) fn add(&mut self, ordinal: u32) -> Result<(), DatapathError> {
-        let cpus = aya::util::nr_cpus().map_err(|(_, source)| DatapathError::Io { action: "count CPUs", source })?;
-        let zero = PerCpuValues::try_from(vec![SuppressedTable::default(); cpus])
-            .map_err(|source| DatapathError::Io { action: "count CPUs", source })?;
-        self.reported.insert(ordinal, Reported::default(), 0).map_err(on_map("write", "REPORTED"))?;
-        self.suppressed.insert(ordinal, zero, 0).map_err(on_map("write", "SUPPRESSED"))
+        let cpus = aya::util::nr_cpus().map_err(|(_, source)| DatapathError::Io {
+            action: "count CPUs",
+            source,
+        })?;
+        let zero = PerCpuValues::try_from(vec![SuppressedTable::default(); cpus]).map_err(|source| {
+            DatapathError::Io {
+                action: "count CPUs",
+                source,
+            }
+        })?;
+        self.reported
+            .insert(ordinal, Reported::default(), 0)
+            .map_err(on_map("write", "REPORTED"))?;
+        self.suppressed
+            .insert(ordinal, zero, 0)
+            .map_err(on_map("write", "SUPPRESSED"))
     }
 
     pub(super) fn has(&self, ordinal: u32) -> bool {
@@ -168,7 +187,9 @@ impl Sweep {
             }
         }
         if changed {
-            self.reported.insert(ordinal, reported, 0).map_err(on_map("write", "REPORTED"))?;
+            self.reported
+                .insert(ordinal, reported, 0)
+                .map_err(on_map("write", "REPORTED"))?;
         }
         Ok(())
     }
@@ -181,7 +202,10 @@ fn aggregate(ordinal: u32, code: usize, repeated: u64, latest: &Suppressed) -> D
         ethertype: if latest.destination == 0 { 0 } else { 0x0800 },
         protocol: latest.protocol,
         src: SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0),
-        dst: SocketAddrV4::new(Ipv4Addr::from(latest.destination.to_ne_bytes()), latest.destination_port),
+        dst: SocketAddrV4::new(
+            Ipv4Addr::from(latest.destination.to_ne_bytes()),
+            latest.destination_port,
+        ),
         reason: reasons::from_code(u8::try_from(code).unwrap_or(0)),
         repeated,
         monotonic: Duration::from_nanos(latest.time_ns),
@@ -227,7 +251,10 @@ mod tests {
         let read = decode(&bytes).unwrap();
         assert_eq!(read.src, "10.213.0.1:40000".parse().unwrap());
         assert_eq!(read.dst, "203.0.113.7:443".parse().unwrap());
-        assert_eq!((read.ordinal, read.ifindex, read.protocol, read.ethertype), (3, 9, 6, 0x0800));
+        assert_eq!(
+            (read.ordinal, read.ifindex, read.protocol, read.ethertype),
+            (3, 9, 6, 0x0800)
+        );
         assert_eq!(read.reason, sandgate_policy::Reason::AddressNotBound);
         assert_eq!(read.monotonic, Duration::from_nanos(7_000_000_001));
         assert_eq!(decode(&bytes[1..]), None);

@@ -31,13 +31,23 @@ const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 /// Name, key size, value size and number of entries of each map.
 const SHAPES: [(&str, usize, usize, usize); 12] = [
     ("ENDPOINTS", 4, size_of::<Endpoint>(), limit::ENDPOINTS),
-    ("POLICIES", 4 + size_of::<PolicyKey>(), size_of::<PortTable>(), limit::PREFIXES),
+    (
+        "POLICIES",
+        4 + size_of::<PolicyKey>(),
+        size_of::<PortTable>(),
+        limit::PREFIXES,
+    ),
     ("PLATFORM", 4 + 4, size_of::<PlatformEntry>(), limit::PLATFORM),
     ("BOUND", size_of::<BoundKey>(), 4, limit::BOUND),
     ("INBOUND", size_of::<InboundKey>(), 4, limit::INBOUND),
     ("LISTENERS", 4, 4, listener::COUNT),
     ("THROTTLES", 4, size_of::<Throttle>(), limit::ENDPOINTS + 1),
-    ("SUPPRESSED", 4, size_of::<SuppressedTable>(), limit::ENDPOINTS + 1),
+    (
+        "SUPPRESSED",
+        4,
+        size_of::<SuppressedTable>(),
+        limit::ENDPOINTS + 1,
+    ),
     ("EVENTS", 0, 0, limit::EVENT_BYTES),
     ("COUNTERS", 4, size_of::<Counter>(), counter::COUNT),
     ("REPORTED", 4, size_of::<Reported>(), limit::ENDPOINTS + 1),
@@ -70,11 +80,26 @@ impl Pins {
         })?;
         let root = run_dir.join("bpf");
         fs::create_dir_all(&root).map_err(on_file("create", &root))?;
-        if statfs(&root).map_err(on_file("statfs", &root))?.filesystem_type().0 != BPF_FS_MAGIC {
-            mount(Some("bpffs"), &root, Some("bpf"), MsFlags::empty(), Some("mode=0700"))
-                .map_err(on_file("mount a bpf file system at", &root))?;
+        if statfs(&root)
+            .map_err(on_file("statfs", &root))?
+            .filesystem_type()
+            .0
+            != BPF_FS_MAGIC
+        {
+            mount(
+                Some("bpffs"),
+                &root,
+                Some("bpf"),
+                MsFlags::empty(),
+                Some("mode=0700"),
+            )
+            .map_err(on_file("mount a bpf file system at", &root))?;
         }
-        let pins = Self { maps: root.join("maps"), links: root.join("links"), _lock: lock };
+        let pins = Self {
+            maps: root.join("maps"),
+            links: root.join("links"),
+            _lock: lock,
+        };
         for folder in [&pins.maps, &pins.links] {
             fs::create_dir_all(folder).map_err(on_file("create", folder))?;
         }
@@ -117,17 +142,20 @@ impl Pins {
     /// Whether the pinned maps are all there, complete and of our layout.
     pub(super) fn adoptable(&self) -> bool {
         let shapes_fit = SHAPES.iter().all(|(name, key, value, entries)| {
-            self.map(name).and_then(|map| map.info().map_err(on_map("look at", name))).is_ok_and(|info| {
-                let sizes = [info.key_size(), info.value_size(), info.max_entries()];
-                sizes.map(|size| size as usize) == [*key, *value, *entries]
-            })
+            self.map(name)
+                .and_then(|map| map.info().map_err(on_map("look at", name)))
+                .is_ok_and(|info| {
+                    let sizes = [info.key_size(), info.value_size(), info.max_entries()];
+                    sizes.map(|size| size as usize) == [*key, *value, *entries]
+                })
         });
         shapes_fit
             && self
                 .map("META")
                 .and_then(|map| {
                     let meta = aya::maps::Array::<_, Meta>::try_from(aya::maps::Map::Array(map));
-                    meta.and_then(|meta| meta.get(&0, 0)).map_err(on_map("read", "META"))
+                    meta.and_then(|meta| meta.get(&0, 0))
+                        .map_err(on_map("read", "META"))
                 })
                 .is_ok_and(|meta| meta.layout == LAYOUT)
     }

@@ -52,7 +52,10 @@ impl Ranges {
                 limit::PLATFORM
             )));
         }
-        prefixes.into_iter().map(|prefix| Ok((prefix, self.entry(prefix, nodes.contains(&prefix))?))).collect()
+        prefixes
+            .into_iter()
+            .map(|prefix| Ok((prefix, self.entry(prefix, nodes.contains(&prefix))?)))
+            .collect()
     }
 
     fn entry(&self, prefix: Ipv4Net, is_node: bool) -> Result<PlatformEntry, DatapathError> {
@@ -67,9 +70,19 @@ impl Ranges {
         }
         let opens = |opening: &&Opening| {
             let opened = opening.prefix.trunc();
-            if is_node { opened == prefix } else { opened.contains(&prefix) }
+            if is_node {
+                opened == prefix
+            } else {
+                opened.contains(&prefix)
+            }
         };
-        let spans = merge(self.openings.iter().filter(opens).map(|opening| opening.ports).collect());
+        let spans = merge(
+            self.openings
+                .iter()
+                .filter(opens)
+                .map(|opening| opening.ports)
+                .collect(),
+        );
         if spans.len() > limit::RANGES {
             return Err(DatapathError::Table(format!(
                 "{} separate ranges of ports are opened for {prefix}, at most {} fit",
@@ -91,7 +104,9 @@ fn merge(mut spans: Vec<PortSpan>) -> Vec<PortSpan> {
     let mut merged: Vec<PortSpan> = Vec::new();
     for span in spans {
         match merged.last_mut() {
-            Some(last) if u32::from(span.first) <= u32::from(last.last) + 1 => last.last = last.last.max(span.last),
+            Some(last) if u32::from(span.first) <= u32::from(last.last) + 1 => {
+                last.last = last.last.max(span.last)
+            }
             Some(_) | None => merged.push(span),
         }
     }
@@ -107,17 +122,27 @@ mod tests {
     }
 
     fn opening(prefix: &str, first: u16, last: u16) -> Opening {
-        Opening { prefix: net(prefix), ports: PortSpan { first, last } }
+        Opening {
+            prefix: net(prefix),
+            ports: PortSpan { first, last },
+        }
     }
 
     fn ranges(openings: Vec<Opening>) -> Ranges {
-        Ranges { denied: vec![net("10.0.0.0/8"), net("127.0.0.0/8")], openings, sandboxes: net("10.213.0.0/16") }
+        Ranges {
+            denied: vec![net("10.0.0.0/8"), net("127.0.0.0/8")],
+            openings,
+            sandboxes: net("10.213.0.0/16"),
+        }
     }
 
     /// What the kernel's longest prefix says.
     fn denies(entries: &BTreeMap<Ipv4Net, PlatformEntry>, address: &str, port: u16) -> bool {
         let address: Ipv4Addr = address.parse().unwrap();
-        let longest = entries.iter().filter(|(prefix, _)| prefix.contains(&address)).max_by_key(|(p, _)| p.prefix_len());
+        let longest = entries
+            .iter()
+            .filter(|(prefix, _)| prefix.contains(&address))
+            .max_by_key(|(p, _)| p.prefix_len());
         longest.is_some_and(|(_, entry)| {
             let open = &entry.exceptions[..entry.len as usize];
             entry.denied == 1 && !open.iter().any(|span| (span.first..=span.last).contains(&port))
@@ -138,7 +163,10 @@ mod tests {
 
     #[test]
     fn sandboxes_cannot_be_opened() {
-        let openings = vec![opening("10.0.0.0/8", 0, u16::MAX), opening("10.213.0.9/32", 0, u16::MAX)];
+        let openings = vec![
+            opening("10.0.0.0/8", 0, u16::MAX),
+            opening("10.213.0.9/32", 0, u16::MAX),
+        ];
         let entries = ranges(openings).flatten(&BTreeSet::new()).unwrap();
         assert!(denies(&entries, "10.213.0.9", 443));
         assert!(denies(&entries, "10.213.1.1", 1));
@@ -148,12 +176,16 @@ mod tests {
     #[test]
     fn a_node_is_opened_only_by_its_own_address() {
         let nodes = BTreeSet::from(["10.1.0.4".parse().unwrap(), "203.0.113.9".parse().unwrap()]);
-        let entries = ranges(vec![opening("10.1.0.0/16", 0, u16::MAX)]).flatten(&nodes).unwrap();
+        let entries = ranges(vec![opening("10.1.0.0/16", 0, u16::MAX)])
+            .flatten(&nodes)
+            .unwrap();
         assert!(denies(&entries, "10.1.0.4", 22));
         assert!(denies(&entries, "203.0.113.9", 443));
         assert!(!denies(&entries, "203.0.113.8", 443));
         assert!(!denies(&entries, "10.1.0.5", 22));
-        let entries = ranges(vec![opening("10.1.0.4/32", 22, 22)]).flatten(&nodes).unwrap();
+        let entries = ranges(vec![opening("10.1.0.4/32", 22, 22)])
+            .flatten(&nodes)
+            .unwrap();
         assert!(!denies(&entries, "10.1.0.4", 22));
         assert!(denies(&entries, "10.1.0.4", 23));
     }
@@ -161,8 +193,13 @@ mod tests {
     #[test]
     fn touching_spans_share_a_slot_and_too_many_are_refused() {
         let touching = (0..40).map(|port| opening("10.0.0.5/32", port, port)).collect();
-        assert_eq!(ranges(touching).flatten(&BTreeSet::new()).unwrap()[&net("10.0.0.5/32")].len, 1);
-        let apart = (0..40).map(|port| opening("10.0.0.5/32", port * 2, port * 2)).collect();
+        assert_eq!(
+            ranges(touching).flatten(&BTreeSet::new()).unwrap()[&net("10.0.0.5/32")].len,
+            1
+        );
+        let apart = (0..40)
+            .map(|port| opening("10.0.0.5/32", port * 2, port * 2))
+            .collect();
         assert!(ranges(apart).flatten(&BTreeSet::new()).is_err());
     }
 }

@@ -3,10 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use aya::maps::{
-    LpmTrie, MapData,
-    lpm_trie::Key,
-};
+use aya::maps::{LpmTrie, MapData, lpm_trie::Key};
 use netd_common::{POLICY_BITS, PolicyKey, PortRange, PortTable, action, limit, reason, wire};
 use sandgate_policy::{KernelAction, KernelTable, PrefixEntry};
 
@@ -24,13 +21,24 @@ pub(super) struct Policies {
 
 impl Policies {
     pub(super) fn new(map: LpmTrie<MapData, PolicyKey, PortTable>) -> Self {
-        Self { map, retired: Vec::new() }
+        Self {
+            map,
+            retired: Vec::new(),
+        }
     }
 
     /// Writes a policy under a fresh id. On failure nothing of it stays.
-    pub(super) fn write(&mut self, id: u32, table: &KernelTable) -> Result<Vec<Key<PolicyKey>>, DatapathError> {
+    pub(super) fn write(
+        &mut self,
+        id: u32,
+        table: &KernelTable,
+    ) -> Result<Vec<Key<PolicyKey>>, DatapathError> {
         self.free(false)?;
-        let entries: Vec<_> = table.entries.iter().map(|entry| encode(id, entry)).collect::<Result<_, _>>()?;
+        let entries: Vec<_> = table
+            .entries
+            .iter()
+            .map(|entry| encode(id, entry))
+            .collect::<Result<_, _>>()?;
         let mut written = Vec::with_capacity(entries.len());
         for (key, ports) in entries {
             if let Err(error) = self.map.insert(&key, ports, 0) {
@@ -50,7 +58,10 @@ impl Policies {
 
     /// Keys by policy of everything in the map, for adoption.
     pub(super) fn keys(&self) -> Result<Vec<Key<PolicyKey>>, DatapathError> {
-        self.map.keys().collect::<Result<_, _>>().map_err(on_map("list", MAP))
+        self.map
+            .keys()
+            .collect::<Result<_, _>>()
+            .map_err(on_map("list", MAP))
     }
 
     /// Removes entries at once.
@@ -66,7 +77,9 @@ impl Policies {
 
     fn free(&mut self, all: bool) -> Result<(), DatapathError> {
         let due = |since: &Instant| all || since.elapsed() >= GRACE;
-        let (free, keep) = std::mem::take(&mut self.retired).into_iter().partition(|(since, _)| due(since));
+        let (free, keep) = std::mem::take(&mut self.retired)
+            .into_iter()
+            .partition(|(since, _)| due(since));
         self.retired = keep;
         let free: Vec<(Instant, Vec<Key<PolicyKey>>)> = free;
         free.iter().try_for_each(|(_, keys)| self.remove(keys))
@@ -105,7 +118,13 @@ fn encode(id: u32, entry: &PrefixEntry) -> Result<(Key<PolicyKey>, PortTable), D
             KernelAction::ProxyBound => (action::PROXY_BOUND, 0),
         };
         debug_assert!(usize::from(code) < reason::COUNT);
-        *slot = PortRange { first: range.first, last: range.last, action, reason: code, padding: 0 };
+        *slot = PortRange {
+            first: range.first,
+            last: range.last,
+            action,
+            reason: code,
+            padding: 0,
+        };
         ports.len += 1;
     }
     let address = wire(entry.prefix.trunc().addr().octets());

@@ -24,8 +24,10 @@ use crate::router::RouterNamespace;
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/netd-ebpf"));
 
 /// Our programs and where they hang.
-const PROGRAMS: [(&str, TcAttachType); 2] =
-    [("from_sandbox", TcAttachType::Ingress), ("to_sandbox", TcAttachType::Egress)];
+const PROGRAMS: [(&str, TcAttachType); 2] = [
+    ("from_sandbox", TcAttachType::Ingress),
+    ("to_sandbox", TcAttachType::Egress),
+];
 
 /// The loaded object.
 pub(super) struct Programs {
@@ -39,9 +41,13 @@ impl Programs {
         for (name, path) in pins.map_paths() {
             loader.map_pin_path(name, path);
         }
-        let mut object = loader.load(OBJECT).map_err(|error| DatapathError::Load(Box::new(error)))?;
+        let mut object = loader
+            .load(OBJECT)
+            .map_err(|error| DatapathError::Load(Box::new(error)))?;
         for (name, _) in PROGRAMS {
-            program(&mut object, name)?.load().map_err(on_program("load", name))?;
+            program(&mut object, name)?
+                .load()
+                .map_err(on_program("load", name))?;
         }
         Ok(Self { object })
     }
@@ -64,7 +70,11 @@ impl Programs {
                 live.push((ifindex, 1));
             }
         }
-        Ok(live.into_iter().filter(|(_, count)| *count == PROGRAMS.len()).map(|(ifindex, _)| ifindex).collect())
+        Ok(live
+            .into_iter()
+            .filter(|(_, count)| *count == PROGRAMS.len())
+            .map(|(ifindex, _)| ifindex)
+            .collect())
     }
 
     /// Attaches both programs to an interface of the router namespace, before all others, or finds them there.
@@ -80,7 +90,11 @@ impl Programs {
             let found = if_nametoindex(interface).ok();
             if found != Some(ifindex) {
                 let name = interface.to_owned();
-                return Err(DatapathError::Interface { name, announced: ifindex, found });
+                return Err(DatapathError::Interface {
+                    name,
+                    announced: ifindex,
+                    found,
+                });
             }
             for (name, side) in PROGRAMS {
                 let path = pins.link(ifindex, name);
@@ -94,9 +108,17 @@ impl Programs {
         })?
     }
 
+    /// Whether an interface lives that one of our pinned links hangs on.
+    pub(super) fn hold(&mut self, pins: &Pins, ifindex: u32) -> Result<bool, DatapathError> {
+        let (name, _) = PROGRAMS[0];
+        self.replace(&pins.link(ifindex, name), name)
+    }
+
     /// Unpins an interface's links; the programs are detached with them.
     pub(super) fn detach(pins: &Pins, ifindex: u32) -> Result<(), DatapathError> {
-        PROGRAMS.iter().try_for_each(|(name, _)| pins::remove(&pins.link(ifindex, name)))
+        PROGRAMS
+            .iter()
+            .try_for_each(|(name, _)| pins::remove(&pins.link(ifindex, name)))
     }
 
     /// Puts our program into a pinned link; false when there is none, or its interface is gone.
@@ -111,7 +133,11 @@ impl Programs {
         let program = program(&mut self.object, name)?;
         match program.attach_to_link(link) {
             // Taken back and closed here: the pin keeps it.
-            Ok(id) => program.take_link(id).map(drop).map(|()| true).map_err(on_program("adopt", name)),
+            Ok(id) => program
+                .take_link(id)
+                .map(drop)
+                .map(|()| true)
+                .map_err(on_program("adopt", name)),
             Err(error) if is_dead(&error) => Ok(false),
             Err(error) => Err(on_program("replace", name)(error)),
         }
@@ -130,9 +156,10 @@ impl Programs {
             .and_then(|id| program.take_link(id))
             .map_err(on_program("attach", name))?;
         let link = FdLink::try_from(link).map_err(on_link(name))?;
-        link.pin(path)
-            .map(drop)
-            .map_err(|source| DatapathError::Pin { path: path.to_owned(), source: Box::new(source) })
+        link.pin(path).map(drop).map_err(|source| DatapathError::Pin {
+            path: path.to_owned(),
+            source: Box::new(source),
+        })
     }
 
     fn stands_first(
@@ -141,11 +168,17 @@ impl Programs {
         side: TcAttachType,
         interface: &str,
     ) -> Result<(), DatapathError> {
-        let ours = program(&mut self.object, name)?.info().map_err(on_program("look at", name))?.id();
+        let ours = program(&mut self.object, name)?
+            .info()
+            .map_err(on_program("look at", name))?
+            .id();
         let (_, chain) = SchedClassifier::query_tcx(interface, side).map_err(on_program("query", name))?;
         match chain.first() {
             Some(first) if first.id() == ours => Ok(()),
-            Some(_) | None => Err(DatapathError::NotFirst { program: name, name: interface.to_owned() }),
+            Some(_) | None => Err(DatapathError::NotFirst {
+                program: name,
+                name: interface.to_owned(),
+            }),
         }
     }
 
@@ -167,7 +200,10 @@ fn program<'object>(
 }
 
 fn on_link(program: &'static str) -> impl FnOnce(LinkError) -> DatapathError {
-    move |source| DatapathError::Link { program, source: Box::new(source) }
+    move |source| DatapathError::Link {
+        program,
+        source: Box::new(source),
+    }
 }
 
 /// Whether a link update failed because the link's interface is gone.

@@ -6,10 +6,7 @@ use std::{
     os::fd::{AsRawFd, BorrowedFd},
 };
 
-use aya::maps::{
-    Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, SockMap,
-    lpm_trie::Key,
-};
+use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, SockMap, lpm_trie::Key};
 use ipnet::Ipv4Net;
 use netd_common::{
     BoundKey, Counter, Endpoint, InboundKey, LAYOUT, Meta, PlatformEntry, PolicyKey, Throttle, counter, wire,
@@ -17,7 +14,8 @@ use netd_common::{
 use sandgate_policy::KernelTable;
 
 use super::{
-    Counters, DatapathError, EndpointHandle, error::on_map, events::is_missing, pins::Pins, policies::Policies,
+    Counters, DatapathError, EndpointHandle, error::on_map, events::is_missing, pins::Pins,
+    policies::Policies,
 };
 
 /// Reopens a pinned map under its kind.
@@ -78,17 +76,28 @@ impl Tables {
 
     /// Removes what no endpoint owns, and finds what each owns. After a start.
     pub(super) fn tidy(&mut self) -> Result<(), DatapathError> {
-        let by_policy: BTreeMap<u32, u32> = self.known.values().map(|known| (known.policy, known.ordinal)).collect();
+        let by_policy: BTreeMap<u32, u32> = self
+            .known
+            .values()
+            .map(|known| (known.policy, known.ordinal))
+            .collect();
         let mut unused = Vec::new();
         for key in self.policies.keys()? {
-            match by_policy.get(&{ key.data() }.policy).and_then(|ordinal| self.belongings.get_mut(ordinal)) {
+            match by_policy
+                .get(&{ key.data() }.policy)
+                .and_then(|ordinal| self.belongings.get_mut(ordinal))
+            {
                 Some(owner) => owner.policy.push(key),
                 None => unused.push(key),
             }
         }
         self.policies.remove(&unused)?;
 
-        let bound: Vec<BoundKey> = self.bound.keys().collect::<Result<_, _>>().map_err(on_map("list", "BOUND"))?;
+        let bound: Vec<BoundKey> = self
+            .bound
+            .keys()
+            .collect::<Result<_, _>>()
+            .map_err(on_map("list", "BOUND"))?;
         for key in bound {
             match self.belongings.get_mut(&key.ordinal) {
                 Some(owner) => {
@@ -99,8 +108,11 @@ impl Tables {
         }
         // The sockets of these connections ended with the netd that opened them, or were passed on and are closed by
         // whoever holds them; those that live on keep their admission until the endpoint goes.
-        let inbound: Vec<InboundKey> =
-            self.inbound.keys().collect::<Result<_, _>>().map_err(on_map("list", "INBOUND"))?;
+        let inbound: Vec<InboundKey> = self
+            .inbound
+            .keys()
+            .collect::<Result<_, _>>()
+            .map_err(on_map("list", "INBOUND"))?;
         for key in inbound {
             match self.belongings.get_mut(&key.ordinal) {
                 Some(owner) => owner.inbound.push(key),
@@ -124,7 +136,8 @@ impl Tables {
 
     /// An ordinal never given out before.
     pub(super) fn next_ordinal(&mut self) -> Result<u32, DatapathError> {
-        let exhausted = || DatapathError::Table("all ordinals are used up; `controller down` starts anew".to_owned());
+        let exhausted =
+            || DatapathError::Table("all ordinals are used up; `controller down` starts anew".to_owned());
         let next = self.meta.get(&0, 0).map_err(on_map("read", "META"))?.last_ordinal;
         let next = next.checked_add(1).ok_or_else(exhausted)?;
         self.change_meta(|meta| meta.last_ordinal = next)?;
@@ -132,7 +145,8 @@ impl Tables {
     }
 
     fn next_policy(&mut self) -> Result<u32, DatapathError> {
-        let exhausted = || DatapathError::Table("all policy ids are used up; `controller down` starts anew".to_owned());
+        let exhausted =
+            || DatapathError::Table("all policy ids are used up; `controller down` starts anew".to_owned());
         let next = self.meta.get(&0, 0).map_err(on_map("read", "META"))?.last_policy;
         let next = next.checked_add(1).ok_or_else(exhausted)?;
         self.change_meta(|meta| meta.last_policy = next)?;
@@ -140,11 +154,15 @@ impl Tables {
     }
 
     pub(super) fn set_listener(&mut self, index: u32, socket: BorrowedFd<'_>) -> Result<(), DatapathError> {
-        self.listeners.set(index, &socket.as_raw_fd(), 0).map_err(on_map("write", "LISTENERS"))
+        self.listeners
+            .set(index, &socket.as_raw_fd(), 0)
+            .map_err(on_map("write", "LISTENERS"))
     }
 
     pub(super) fn add_throttle(&mut self, ordinal: u32) -> Result<(), DatapathError> {
-        self.throttles.insert(ordinal, Throttle::default(), 0).map_err(on_map("write", "THROTTLES"))
+        self.throttles
+            .insert(ordinal, Throttle::default(), 0)
+            .map_err(on_map("write", "THROTTLES"))
     }
 
     /// The entry of an interface.
@@ -155,14 +173,20 @@ impl Tables {
     /// The interface that holds an address.
     pub(super) fn owner(&self, address: Ipv4Addr) -> Option<u32> {
         let address = wire(address.octets());
-        self.known.iter().find(|(_, known)| known.address == address).map(|(ifindex, _)| *ifindex)
+        self.known
+            .iter()
+            .find(|(_, known)| known.address == address)
+            .map(|(ifindex, _)| *ifindex)
     }
 
     pub(super) fn known(&self) -> Vec<(EndpointHandle, Ipv4Addr)> {
         self.known
             .iter()
             .map(|(&ifindex, known)| {
-                let handle = EndpointHandle { ordinal: known.ordinal, ifindex };
+                let handle = EndpointHandle {
+                    ordinal: known.ordinal,
+                    ifindex,
+                };
                 (handle, Ipv4Addr::from(known.address.to_ne_bytes()))
             })
             .collect()
@@ -176,8 +200,16 @@ impl Tables {
         address: Ipv4Addr,
         mac: [u8; 6],
     ) -> Result<(), DatapathError> {
-        let entry = Endpoint { address: wire(address.octets()), ordinal, policy: 0, mac, padding: 0 };
-        self.endpoints.insert(ifindex, entry, 0).map_err(on_map("write", "ENDPOINTS"))?;
+        let entry = Endpoint {
+            address: wire(address.octets()),
+            ordinal,
+            policy: 0,
+            mac,
+            padding: 0,
+        };
+        self.endpoints
+            .insert(ifindex, entry, 0)
+            .map_err(on_map("write", "ENDPOINTS"))?;
         self.known.insert(ifindex, entry);
         self.belongings.insert(ordinal, Belongings::default());
         Ok(())
@@ -198,7 +230,10 @@ impl Tables {
             missing_is_fine("INBOUND", self.inbound.remove(key))?;
         }
         for address in belongings.bound {
-            let key = BoundKey { ordinal, address: wire(address.octets()) };
+            let key = BoundKey {
+                ordinal,
+                address: wire(address.octets()),
+            };
             missing_is_fine("BOUND", self.bound.remove(&key))?;
         }
         self.policies.retire(belongings.policy)?;
@@ -218,11 +253,17 @@ impl Tables {
     fn belongings(&mut self, endpoint: EndpointHandle) -> Result<&mut Belongings, DatapathError> {
         let EndpointHandle { ordinal, ifindex } = endpoint;
         self.check(endpoint)?;
-        self.belongings.get_mut(&ordinal).ok_or(DatapathError::Detached { ordinal, ifindex })
+        self.belongings
+            .get_mut(&ordinal)
+            .ok_or(DatapathError::Detached { ordinal, ifindex })
     }
 
     /// Rules first, then one update of the endpoint's entry.
-    pub(super) fn set_policy(&mut self, endpoint: EndpointHandle, table: &KernelTable) -> Result<(), DatapathError> {
+    pub(super) fn set_policy(
+        &mut self,
+        endpoint: EndpointHandle,
+        table: &KernelTable,
+    ) -> Result<(), DatapathError> {
         let current = self.check(endpoint)?;
         let policy = self.next_policy()?;
         let keys = self.policies.write(policy, table)?;
@@ -238,14 +279,24 @@ impl Tables {
 
     pub(super) fn bind(&mut self, endpoint: EndpointHandle, address: Ipv4Addr) -> Result<(), DatapathError> {
         self.check(endpoint)?;
-        let key = BoundKey { ordinal: endpoint.ordinal, address: wire(address.octets()) };
+        let key = BoundKey {
+            ordinal: endpoint.ordinal,
+            address: wire(address.octets()),
+        };
         self.bound.insert(key, 1, 0).map_err(on_map("write", "BOUND"))?;
         self.belongings(endpoint)?.bound.insert(address);
         Ok(())
     }
 
-    pub(super) fn unbind(&mut self, endpoint: EndpointHandle, address: Ipv4Addr) -> Result<(), DatapathError> {
-        let key = BoundKey { ordinal: endpoint.ordinal, address: wire(address.octets()) };
+    pub(super) fn unbind(
+        &mut self,
+        endpoint: EndpointHandle,
+        address: Ipv4Addr,
+    ) -> Result<(), DatapathError> {
+        let key = BoundKey {
+            ordinal: endpoint.ordinal,
+            address: wire(address.octets()),
+        };
         missing_is_fine("BOUND", self.bound.remove(&key))?;
         self.belongings(endpoint)?.bound.remove(&address);
         Ok(())
@@ -259,7 +310,9 @@ impl Tables {
     ) -> Result<(), DatapathError> {
         self.check(endpoint)?;
         let key = inbound_key(endpoint, sandbox_port, local);
-        self.inbound.insert(key, 1, 0).map_err(on_map("write", "INBOUND"))?;
+        self.inbound
+            .insert(key, 1, 0)
+            .map_err(on_map("write", "INBOUND"))?;
         self.belongings(endpoint)?.inbound.push(key);
         Ok(())
     }
@@ -287,7 +340,12 @@ impl Tables {
     ) -> Result<(), DatapathError> {
         let wanted: BTreeMap<(u32, u32), &PlatformEntry> = entries
             .iter()
-            .map(|(prefix, entry)| ((u32::from(prefix.prefix_len()), wire(prefix.addr().octets())), entry))
+            .map(|(prefix, entry)| {
+                (
+                    (u32::from(prefix.prefix_len()), wire(prefix.addr().octets())),
+                    entry,
+                )
+            })
             .collect();
         let present: Vec<(u32, u32)> = self
             .platform
@@ -299,9 +357,14 @@ impl Tables {
         for ((length, address), entry) in &wanted {
             let key = Key::new(*length, *address);
             let stands = present.contains(&(*length, *address))
-                && self.platform.get(&key, 0).is_ok_and(|standing| standing == **entry);
+                && self
+                    .platform
+                    .get(&key, 0)
+                    .is_ok_and(|standing| standing == **entry);
             if !stands {
-                self.platform.insert(&key, **entry, 0).map_err(on_map("write", "PLATFORM"))?;
+                self.platform
+                    .insert(&key, **entry, 0)
+                    .map_err(on_map("write", "PLATFORM"))?;
             }
         }
         for (length, address) in present {

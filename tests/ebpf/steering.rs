@@ -1,0 +1,210 @@
+//! Allowed traffic reaches netd's sockets, with its original destination.
+
+use std::{io::ErrorKind, net::TcpStream, thread, time::Duration};
+
+use sandgate_policy::KernelAction;
+
+use crate::{
+    sockets::{Listeners, ask, at, connect, query},
+    world::{Sandbox, World, allow_443, open_table, privileged, table},
+};
+
+#[test]
+fn redirected_connections_keep_their_destination() {
+    if !privileged() {
+        return;
+    }
+    let world = World::with_sandboxes(1);
+    let (sandbox, handle) = world.first();
+    world.datapath.set_policy(handle, &allow_443()).expect("a policy");
+    let _listeners = Listeners::serve(&world.datapath);
+    sandbox.run(|| {
+        for last in [1, 10, 254] {
+            let to = at([203, 0, 113, last], 443);
+            assert_eq!(ask(to).expect("an answer"), format!("tcp {to}"));
+        }
+        for to in [
+            at([203, 0, 113, 53], 53),
+            at([10, 9, 9, 9], 53),
+            at([169, 254, 1, 1], 53),
+        ] {
+            assert_eq!(ask(to).expect("an answer"), format!("dns {to}"));
+            assert_eq!(query(to).0.expect("an answer"), format!("udp {to}"));
+        }
+    });
+    let counters = world.datapath.counters().expect("counters");
+    assert!(
+        counters.steered > 0 && counters.dns > 0 && counters.delivered > 0,
+        "{counters:?}"
+    );
+    assert_eq!(
+        (counters.refused, counters.dropped, counters.unadmitted),
+        (0, 0, 0),
+        "{counters:?}"
+    );
+}
+
+#[test]
+fn an_address_is_open_while_it_is_bound() {
+    if !privileged() {
+        return;
+    }
+    let world = World::with_sandboxes(2);
+    let (sandbox, handle) = world.first();
+    let datapath = &world.datapath;
+    let bound_only = table(&[("0.0.0.0/0", &[(443, 443, KernelAction::ProxyBound)])]);
+    for (_, handle) in &world.sandboxes {
+        datapath.set_policy(*handle, &bound_only).expect("a policy");
+    }
+    let _listeners = Listeners::serve(datapath);
+    let to = at([203, 0, 113, 10], 443);
+    let refused = |sandbox: &Sandbox| {
+        let (result, _) = sandbox.run(|| connect(to));
+        assert_eq!(result.expect_err("refused").kind(), ErrorKind::ConnectionRefused);
+    };
+    refused(sandbox);
+    datapath.bind_address(handle, *to.ip()).expect("bound");
+    // One that stays open while its address is unbound goes on.
+    let (held, _) = sandbox.run(|| connect(to));
+    let mut held: TcpStream = held.expect("accepted");
+    refused(&world.sandboxes[1].0);
+    datapath.unbind_address(handle, *to.ip()).expect("unbound");
+    refused(sandbox);
+    let mut answer = String::new();
+    std::io::Read::read_to_string(&mut held, &mut answer).expect("an answer");
+    assert_eq!(answer, format!("tcp {to}"));
+}
+
+#[test]
+fn a_new_policy_holds_from_the_next_packet_on() {
+    if !privileged() {
+        return;
+    }
+    let world = World::with_sandboxes(1);
+    let (sandbox, handle) = world.first();
+    let datapath = &world.datapath;
+    let _listeners = Listeners::serve(datapath);
+    let to = at([203, 0, 113, 10], 443);
+    for _ in 0..20 {
+        datapath.set_policy(handle, &open_table()).expect("a policy");
+        sandbox.run(|| connect(to).0.expect("accepted"));
+        datapath.set_policy(handle, &table(&[])).expect("a policy");
+        let (result, _) = sandbox.run(|| connect(to));
+        assert_eq!(result.expect_err("refused").kind(), ErrorKind::ConnectionRefused);
+    }
+}
+
+#[test]
+fn a_policy_change_disturbs_no_flow_that_both_allow() {
+    if !privileged() {
+        return;
+    }
+    let world = World::with_sandboxes(1);
+    let (sandbox, handle) = world.first();
+    let datapath = &world.datapath;
+    datapath.set_policy(handle, &open_table()).expect("a policy");
+    let _listeners = Listeners::serve(datapath);
+    thread::scope(|scope| {
+        let clients = scope.spawn(|| {
+            sandbox.run(|| {
+                for _ in 0..1000 {
+                    let to = at([203, 0, 113, 10], 443);
+                    assert_eq!(ask(to).expect("an answer"), format!("tcp {to}"));
+                }
+            });
+        });
+        while !clients.is_finished() {
+            datapath.set_policy(handle, &open_table()).expect("a policy");
+            thread::sleep(Duration::from_millis(1));
+        }
+        clients.join().expect("no client failed");
+    });
+}
+
+#[test]
+fn one_port_may_be_used_again_at_once() {
+    if !privileged() {
+        return;
+    }
+    let world = World::with_sandboxes(1);
+    let (sandbox, handle) = world.first();
+    world
+        .datapath
+        .set_policy(handle, &open_table())
+        .expect("a policy");
+    let _listeners = Listeners::serve(&world.datapath);
+    let to = at([203, 0, 113, 10], 443);
+    sandbox.run(|| {
+        // netd closes first here, so its end would wait; the sandbox's end forgets at once and takes the same port.
+        for _ in 0..50 {
+            use socket2::{Domain, Socket, Type};
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+            socket.set_reuse_address(true).expect("reuse");
+            socket.bind(&at([10, 213, 0, 1], 45_000).into()).expect("bound");
+            socket
+                .connect_timeout(&to.into(), Duration::from_millis(500))
+                .expect("accepted without a second's delay");
+            let mut stream = TcpStream::from(socket);
+            let mut answer = String::new();
+            std::io::Read::read_to_string(&mut stream, &mut answer).expect("an answer");
+            assert_eq!(answer, format!("tcp {to}"));
+        }
+    });
+}
+
+#[test]
+fn a_flood_of_connections_is_refused_beyond_the_limit_and_leaves_others_alone() {
+    if !privileged() {
+        return;
+    }
+    let world = World::with_sandboxes(2);
+    let datapath = &world.datapath;
+    for (_, handle) in &world.sandboxes {
+        datapath.set_policy(*handle, &open_table()).expect("a policy");
+    }
+    let _listeners = Listeners::serve(datapath);
+    let (flooder, _) = &world.sandboxes[0];
+    let (quiet, _) = &world.sandboxes[1];
+    let to = at([203, 0, 113, 10], 443);
+    // SYNs that nobody completes, as fast as the machine makes them.
+    let sent = flooder.run(|| {
+        use socket2::{Domain, Protocol, Socket, Type};
+        let raw = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::TCP)).expect("a raw socket");
+        let mut sent = 0_u32;
+        for port in 20_000_u16..60_000 {
+            let frame = crate::packet::Frame {
+                from_port: port,
+                ..crate::packet::Frame::tcp([10, 213, 0, 1].into(), [0; 6], *to.ip(), 443)
+            };
+            let mut segment = frame.bytes()[34..].to_vec();
+            checksum(&mut segment, [10, 213, 0, 1], to.ip().octets());
+            sent += u32::from(raw.send_to(&segment, &at(to.ip().octets(), 0).into()).is_ok());
+        }
+        sent
+    });
+    assert!(sent > 30_000, "{sent}");
+    let (answer, took) = quiet.run(|| (ask(to), connect(to).1));
+    assert_eq!(answer.expect("an answer"), format!("tcp {to}"));
+    assert!(took < Duration::from_millis(100), "{took:?}");
+    let counters = datapath.counters().expect("counters");
+    assert!(counters.refused > 0, "the limit was not reached: {counters:?}");
+}
+
+/// TCP's checksum over the pseudo header.
+fn checksum(segment: &mut [u8], from: [u8; 4], to: [u8; 4]) {
+    let mut bytes = Vec::new();
+    bytes.extend(from);
+    bytes.extend(to);
+    bytes.extend([0, 6]);
+    bytes.extend(u16::try_from(segment.len()).expect("short").to_be_bytes());
+    bytes.extend(segment.iter());
+    let mut sum: u32 = bytes
+        .chunks(2)
+        .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])))
+        .sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    let sum = !u16::try_from(sum).expect("folded");
+    segment[16..18].copy_from_slice(&sum.to_be_bytes());
+}
