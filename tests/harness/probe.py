@@ -12,6 +12,7 @@ import socket
 import ssl
 import struct
 import sys
+import threading
 import time
 
 TIMEOUT = 4.0
@@ -85,10 +86,37 @@ def tls(attempt, result):
     if attempt["sni"] is None or attempt.get("unverified"):
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
+    if "bloat" in attempt:
+        # A greeting of several kilobytes, as post-quantum key shares make them.
+        context.set_alpn_protocols(["http/1.1"] + [f"protocol-{number:06}" for number in range(attempt["bloat"])])
     request = f"GET {attempt.get('path', '/')} HTTP/1.1\r\nHost: {attempt['host']}\r\nConnection: close\r\n\r\n"
     with open_tcp(attempt, result) as stream:
+        if "crumbs" in attempt:
+            stream = crumble(stream, attempt["crumbs"])
         with context.wrap_socket(stream, server_hostname=attempt["sni"]) as secured:
             exchange(secured, request.encode(), result)
+
+
+def crumble(stream, size):
+    """A socket whose bytes reach `stream` in crumbs of `size`: TLS on one end of a pair, a pump on the other."""
+    near, far = socket.socketpair()
+    near.settimeout(TIMEOUT)
+    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def up():
+        while data := far.recv(65536):
+            for at in range(0, len(data), size):
+                stream.sendall(data[at : at + size])
+                time.sleep(0.005)
+
+    def down():
+        while data := stream.recv(65536):
+            far.sendall(data)
+        far.shutdown(socket.SHUT_WR)
+
+    for pump in (up, down):
+        threading.Thread(target=pump, daemon=True).start()
+    return near
 
 
 def udp(attempt, result):

@@ -76,7 +76,8 @@ pub struct World {
     /// Signs the web servers' certificates.
     pub ca: CertificateAuthority,
     capture: Capture,
-    collectors: Vec<Collector>,
+    tcp: Vec<Collector>,
+    udp: Vec<Collector>,
     // Dropped in this order: processes, then the namespaces they live in, then their files.
     init: Init,
     node: Arc<Namespace>,
@@ -94,6 +95,8 @@ impl World {
     /// `evil.test`, and listeners on whatever a sandbox must never reach.
     pub fn fixture() -> Builder {
         let private = ["10.0.0.5", "172.16.0.5", "192.168.0.5", "100.64.0.5", "169.254.169.254", "168.63.129.16"];
+        // Too many for a datagram.
+        let many: Vec<String> = (100..160).map(|last| format!("203.0.113.{last}")).collect();
         let mut builder = Self::builder()
             .name("ok.test", &["203.0.113.10"])
             .name("tenant.test", &["203.0.113.10"])
@@ -110,13 +113,16 @@ impl World {
             .alias("loop.test", "loop.test")
             .alias("trap.test", "inside.test")
             .name("inside.test", &["10.0.0.5"])
-            .name("many.test", &Vec::from_iter((0..60).map(|last| ["203.0.113.10", "203.0.113.20"][last % 2])))
+            .name("many.test", &many.iter().map(String::as_str).collect::<Vec<_>>())
+            .name("xwild.test", &["203.0.113.66"])
             .site("203.0.113.10", &["ok.test", "tenant.test", "alias.test", "half-rebind.test"])
             .site("203.0.113.20", &["api.test", "plain.test"])
             .site("203.0.113.30", &["wild.test", "*.wild.test"])
             .site("203.0.113.66", &["evil.test", "*.evil.test"])
             .collect_tcp("203.0.113.10", &[22, 8443], "SSH-2.0-world\r\n")
             .collect_tcp("203.0.113.66", &[22, 53, 853, 5353, 8080, 8443], "")
+            // An address that will become the node's.
+            .collect_tcp("203.0.113.200", &[7777], "the internet\r\n")
             .collect_udp("203.0.113.66", &[53, 443, 853, 5353, 8080])
             .collect_udp("203.0.113.10", &[443, 8080]);
         for address in private {
@@ -130,14 +136,20 @@ impl World {
         &self.capture
     }
 
-    /// The collector on an address of the internet.
+    /// The TCP collector on an address of the internet.
     ///
     /// # Panics
     /// When the builder made none there.
-    pub fn collector(&self, address: impl Into<SocketAddr>) -> &Collector {
-        let address = address.into();
-        let found = self.collectors.iter().find(|collector| collector.address == address);
-        found.unwrap_or_else(|| panic!("the world has no collector on {address}"))
+    pub fn tcp_collector(&self, address: impl Into<SocketAddr>) -> &Collector {
+        find(&self.tcp, address.into())
+    }
+
+    /// The UDP collector on an address of the internet.
+    ///
+    /// # Panics
+    /// When the builder made none there.
+    pub fn udp_collector(&self, address: impl Into<SocketAddr>) -> &Collector {
+        find(&self.udp, address.into())
     }
 
     /// The node's namespaces.
@@ -243,10 +255,15 @@ impl Builder {
             web.serve(&internet, (address, 443).into(), Some(ca.server(&names)?))?;
         }
         let tcp = self.tcp.into_iter().map(|(address, banner)| Collector::tcp(&internet, address, banner));
-        let udp: Vec<_> = self.udp.into_iter().map(|address| Collector::udp(&internet, address)).collect();
-        let collectors = tcp.chain(udp).collect::<Result<_>>()?;
-        Ok(Arc::new(World { dns, web, ca, capture, collectors, init, node, internet, directory }))
+        let tcp = tcp.collect::<Result<_>>()?;
+        let udp = self.udp.into_iter().map(|address| Collector::udp(&internet, address)).collect::<Result<_>>()?;
+        Ok(Arc::new(World { dns, web, ca, capture, tcp, udp, init, node, internet, directory }))
     }
+}
+
+fn find(collectors: &[Collector], address: SocketAddr) -> &Collector {
+    let found = collectors.iter().find(|collector| collector.address == address);
+    found.unwrap_or_else(|| panic!("the world has no collector on {address}"))
 }
 
 /// Joins the two and gives the index of the internet's end.
