@@ -1,0 +1,253 @@
+//! Two-way streaming copy with half-close, an idle limit, byte counts and a way to be cut.
+//!
+//! Owns: moving bytes between two streams until both directions ended or a limit was hit. Never looks at
+//! the bytes, never buffers more than one chunk per direction, so that a slow reader slows its writer.
+
+use std::{
+    io,
+    pin::pin,
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    time::Instant,
+};
+
+/// Bytes moved at once, per direction.
+pub const CHUNK: usize = 16 * 1024;
+
+/// Bytes moved so far. Shared with the caller, so that the numbers are right however the copy ended.
+#[derive(Debug, Default)]
+pub struct Traffic {
+    up: AtomicU64,
+    down: AtomicU64,
+}
+
+impl Traffic {
+    /// Bytes from the near side to the far side.
+    pub fn up(&self) -> u64 {
+        self.up.load(Ordering::Relaxed)
+    }
+
+    /// Bytes from the far side to the near side.
+    pub fn down(&self) -> u64 {
+        self.down.load(Ordering::Relaxed)
+    }
+
+    /// Counts bytes that the caller itself sent to the far side, for example a sniffed beginning.
+    pub fn add_up(&self, bytes: usize) {
+        // usize is at most 64 bits wide on every supported target.
+        self.up.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// Counts bytes that the caller itself sent to the near side.
+    pub fn add_down(&self, bytes: usize) {
+        self.down.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+}
+
+/// When something last moved, for limits on silence.
+#[derive(Debug)]
+pub struct Activity {
+    began: Instant,
+    /// Milliseconds after `began`.
+    last: AtomicU64,
+}
+
+impl Default for Activity {
+    fn default() -> Self {
+        Self {
+            began: Instant::now(),
+            last: AtomicU64::new(0),
+        }
+    }
+}
+
+impl Activity {
+    /// Something moved.
+    pub fn touch(&self) {
+        let passed = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.last.store(passed, Ordering::Relaxed);
+    }
+
+    /// Waits until nothing has moved for `limit`.
+    pub async fn silence(&self, limit: Duration) {
+        loop {
+            let deadline = self.began + Duration::from_millis(self.last.load(Ordering::Relaxed)) + limit;
+            if Instant::now() >= deadline {
+                return;
+            }
+            tokio::time::sleep_until(deadline).await;
+        }
+    }
+}
+
+/// Why a copy ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// Both sides closed in their own time.
+    Closed,
+    /// Nothing moved in either direction for the idle limit.
+    Idle,
+    /// The near side's connection failed.
+    NearFailed,
+    /// The far side's connection failed.
+    FarFailed,
+}
+
+/// Copies both ways between `near` and `far` until both directions have ended, one of them failed, or
+/// nothing moved for `idle`. The end of input on one side is passed on as the end of output on the other,
+/// while the opposite direction goes on.
+///
+/// Dropping the future stops the copy; `traffic` then still holds what was moved.
+pub async fn both_ways<N, F>(near: N, far: F, idle: Duration, traffic: &Traffic) -> End
+where
+    N: AsyncRead + AsyncWrite + Unpin,
+    F: AsyncRead + AsyncWrite + Unpin,
+{
+    let (mut near_read, mut near_write) = tokio::io::split(near);
+    let (mut far_read, mut far_write) = tokio::io::split(far);
+    let active = Activity::default();
+
+    let up = async {
+        match one_way(&mut near_read, &mut far_write, &traffic.up, &active).await {
+            Ok(()) => Ok(()),
+            Err(Side::Reading) => Err(End::NearFailed),
+            Err(Side::Writing) => Err(End::FarFailed),
+        }
+    };
+    let down = async {
+        match one_way(&mut far_read, &mut near_write, &traffic.down, &active).await {
+            Ok(()) => Ok(()),
+            Err(Side::Reading) => Err(End::FarFailed),
+            Err(Side::Writing) => Err(End::NearFailed),
+        }
+    };
+    let both = pin!(async { tokio::try_join!(up, down) });
+    tokio::select! {
+        ended = both => match ended {
+            Ok(((), ())) => End::Closed,
+            Err(end) => end,
+        },
+        () = active.silence(idle) => End::Idle,
+    }
+}
+
+enum Side {
+    Reading,
+    Writing,
+}
+
+async fn one_way<R, W>(from: &mut R, to: &mut W, moved: &AtomicU64, active: &Activity) -> Result<(), Side>
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    let mut chunk = vec![0u8; CHUNK];
+    loop {
+        let length = from.read(&mut chunk).await.map_err(|_error| Side::Reading)?;
+        active.touch();
+        if length == 0 {
+            // A peer that is gone already cannot be told that no more is coming: not a failure of the copy.
+            return match to.shutdown().await {
+                Ok(()) => Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
+                Err(_) => Err(Side::Writing),
+            };
+        }
+        let mut rest = &chunk[..length];
+        while !rest.is_empty() {
+            // Written piece by piece, so that slow progress counts as progress.
+            let written = to.write(rest).await.map_err(|_error| Side::Writing)?;
+            if written == 0 {
+                return Err(Side::Writing);
+            }
+            active.touch();
+            moved.fetch_add(written as u64, Ordering::Relaxed);
+            rest = &rest[written..];
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{io::DuplexStream, task::JoinHandle};
+
+    use super::*;
+
+    struct Copying {
+        near: DuplexStream,
+        far: DuplexStream,
+        ended: JoinHandle<(End, u64, u64)>,
+    }
+
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "this crate lies below the one with named tasks"
+    )]
+    fn copying(idle: Duration) -> Copying {
+        let (near, near_inside) = tokio::io::duplex(1024);
+        let (far, far_inside) = tokio::io::duplex(1024);
+        let ended = tokio::spawn(async move {
+            let traffic = Traffic::default();
+            let end = both_ways(near_inside, far_inside, idle, &traffic).await;
+            (end, traffic.up(), traffic.down())
+        });
+        Copying { near, far, ended }
+    }
+
+    #[tokio::test]
+    async fn one_direction_goes_on_after_the_other_has_ended() {
+        let mut copying = copying(Duration::from_secs(60));
+        copying.near.write_all(b"question").await.expect("written");
+        copying.near.shutdown().await.expect("closed");
+        let mut question = Vec::new();
+        copying.far.read_to_end(&mut question).await.expect("read");
+        assert_eq!(question, b"question");
+
+        copying.far.write_all(&[7; 100_000][..10]).await.expect("written");
+        copying.far.shutdown().await.expect("closed");
+        let mut answer = Vec::new();
+        copying.near.read_to_end(&mut answer).await.expect("read");
+        assert_eq!(answer, [7; 10]);
+        assert_eq!(copying.ended.await.expect("joined"), (End::Closed, 8, 10));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn silence_ends_the_copy_and_traffic_keeps_it_alive() {
+        let mut copying = copying(Duration::from_secs(10));
+        for _ in 0..3 {
+            tokio::time::sleep(Duration::from_secs(6)).await;
+            copying.near.write_all(b"x").await.expect("still open");
+            let mut byte = [0];
+            copying.far.read_exact(&mut byte).await.expect("still open");
+        }
+        let before = Instant::now();
+        let (end, up, down) = copying.ended.await.expect("joined");
+        assert_eq!((end, up, down), (End::Idle, 3, 0));
+        assert!(before.elapsed() >= Duration::from_secs(9));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_reader_that_does_not_read_stops_its_writer_and_then_the_copy() {
+        let mut copying = copying(Duration::from_secs(10));
+        let big = vec![1u8; 1 << 20];
+        let sending = tokio::time::timeout(Duration::from_secs(5), copying.near.write_all(&big)).await;
+        assert!(sending.is_err(), "a megabyte went into a copy that nobody reads");
+        let (end, up, _) = copying.ended.await.expect("joined");
+        assert_eq!((end, up), (End::Idle, 1024));
+    }
+
+    #[tokio::test]
+    async fn the_side_that_failed_is_named() {
+        let copying = copying(Duration::from_secs(60));
+        let Copying { mut near, far, ended } = copying;
+        drop(far);
+        // The far side's end is passed on; writing to it then fails.
+        near.write_all(b"lost").await.expect("buffered");
+        let (end, up, down) = ended.await.expect("joined");
+        assert_eq!((end, up, down), (End::FarFailed, 0, 0));
+    }
+}

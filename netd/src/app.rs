@@ -1,0 +1,314 @@
+//! Puts the parts together, in the order that is safe: the kernel half first, then what the last state
+//! wants, then the listeners, and only then whoever brings news.
+
+use std::{
+    fs,
+    os::{fd::AsFd as _, unix::fs::DirBuilderExt as _},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, anyhow};
+use nix::{
+    fcntl::{Flock, FlockArg},
+    sys::resource::{Resource, getrlimit, setrlimit},
+};
+use sandgate_daemon::{signal, tasks::Tasks};
+use sandgate_policy::Platform;
+use tokio::{
+    net::{TcpListener, UdpSocket},
+    sync::watch,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    audit::{Audit, packets},
+    canary::{self, Greeting},
+    config::Config,
+    control::{Control, ControlError},
+    dial::{self, Inward},
+    dns::{Resolver, upstream::Servers},
+    egress::{Egress, dial::Dialer},
+    feed::{Controller, Feed, Ready, StateFile, acknowledge, enforce::Enforcer},
+    kernel::{Datapath, DatapathConfig},
+    nodeaddr::NodeAddresses,
+    sandbox::Sandboxes,
+    sockets::Listeners,
+};
+
+/// Time for flows to end when netd does.
+const DRAIN: Duration = Duration::from_secs(3);
+/// Time for the last records to be delivered.
+const LAST_RECORDS: Duration = Duration::from_secs(2);
+/// Pause before the canaries fly again after a failure.
+const CANARY_PAUSE: Duration = Duration::from_secs(5);
+/// How often pins that ended are dropped.
+const PIN_SWEEP: Duration = Duration::from_secs(60);
+/// Time for a predecessor to be gone.
+const LOCK_TIME: Duration = Duration::from_secs(5);
+
+/// Runs netd until it is told to end.
+///
+/// # Errors
+/// When it cannot begin. What is in the kernel stays as it is.
+pub async fn run(config: Config) -> Result<()> {
+    let end = signal::shutdown().context("cannot listen for signals")?;
+    // Flows and loops end at once; what brings their records away ends after them.
+    let tasks = Tasks::new(end.clone());
+    let late = Tasks::new(CancellationToken::new());
+    let control = Arc::new(Control::inherited()?);
+    raise_descriptor_limit();
+
+    let directory = config.run_dir.join("netd");
+    let pins = directory.join("pins");
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&pins)
+        .with_context(|| format!("cannot make {}", pins.display()))?;
+    let _lock = lock(&directory).await?;
+
+    let platform = Arc::new(Platform::new(config.allow_private.clone()));
+    let datapath = open_datapath(&config, &platform).await?;
+    let node = NodeAddresses::default();
+    node.watch(&tasks, &late, Arc::clone(&datapath))
+        .await
+        .context("cannot learn the node's addresses")?;
+    let sandboxes = Arc::new(Sandboxes::default());
+    let audit = Arc::new(Audit::default());
+
+    let mut enforcer = Enforcer::new(
+        Arc::clone(&datapath),
+        Arc::clone(&platform),
+        Arc::clone(&sandboxes),
+        pins,
+        StateFile::at(&directory.join("state.json")),
+    );
+    enforcer.restore().await.context("cannot read the saved state")?;
+
+    let greeting = Arc::new(Greeting::default());
+    let dialer = Dialer::open(&late, Arc::clone(&platform), node.clone(), config.sandbox_cidr)
+        .context("cannot open a netlink socket")?;
+    let egress = Arc::new(Egress {
+        sandboxes: Arc::clone(&sandboxes),
+        audit: Arc::clone(&audit),
+        dialer,
+        greeting: Arc::clone(&greeting),
+        tasks: tasks.clone(),
+    });
+    let resolver = Arc::new(Resolver {
+        sandboxes: Arc::clone(&sandboxes),
+        audit: Arc::clone(&audit),
+        servers: Servers::new(config.dns_upstream.clone()),
+        platform,
+        node,
+        sandbox_cidr: config.sandbox_cidr,
+        tasks: tasks.clone(),
+    });
+    listen(&tasks, &datapath, egress, resolver).await?;
+    let denials = packets::follow(
+        datapath
+            .take_events()
+            .context("cannot read the kernel's denials")?,
+        Arc::clone(&sandboxes),
+        Arc::clone(&audit),
+        end.clone(),
+    )
+    .context("cannot start a thread")?;
+
+    let controller = Arc::new(Controller::new(Arc::clone(&control), late.clone()));
+    let gathering = Arc::clone(&audit);
+    late.spawn("audit", async move { gathering.gather().await });
+    late.spawn(
+        "audit delivery",
+        Arc::clone(&audit).deliver(Arc::clone(&controller)),
+    );
+    let inward = Arc::new(Inward::new(Arc::clone(&sandboxes), Arc::clone(&datapath)));
+    keep_tidy(&tasks, &sandboxes, &inward);
+
+    let (ready, readiness) = watch::channel::<Ready>(Err("the canaries have not returned yet".to_owned()));
+    let (enforced, news) = watch::channel(None);
+    fly_canaries(&tasks, &config, datapath, greeting, ready);
+    let feed = Feed {
+        controller: Arc::clone(&controller),
+        node: config.node,
+        enforced,
+    };
+    tasks.spawn("feed", feed.follow(enforcer, end.clone()));
+    late.spawn("acknowledge", acknowledge(controller, news, readiness));
+    tracing::info!("netd is up");
+
+    let ended = tokio::select! {
+        ended = take_dial_sockets(&control, &inward, &tasks) => ended,
+        () = end.cancelled() => Ok(()),
+    };
+    end.cancel();
+    if let Err(forced) = tasks.drain(DRAIN).await {
+        tracing::warn!(tasks = forced.tasks, "not everything ended in time");
+    }
+    if tokio::task::spawn_blocking(|| denials.join())
+        .await
+        .is_ok_and(|joined| joined.is_err())
+    {
+        tracing::error!("the thread that reads denials panicked");
+    }
+    if !audit.flush(LAST_RECORDS).await {
+        tracing::error!("the controller did not take the last audit records");
+    }
+    // They never end by themselves.
+    let _stopped = late.drain(Duration::ZERO).await;
+    ended
+}
+
+async fn open_datapath(config: &Config, platform: &Arc<Platform>) -> Result<Arc<Datapath>> {
+    let place = DatapathConfig {
+        run_dir: config.run_dir.clone(),
+        sandbox_cidr: config.sandbox_cidr,
+    };
+    let platform = Arc::clone(platform);
+    let opened = tokio::task::spawn_blocking(move || Datapath::open(&place, &platform));
+    Ok(Arc::new(
+        opened
+            .await
+            .context("the kernel half broke")?
+            .context("cannot set up the kernel half")?,
+    ))
+}
+
+/// Makes the listeners, serves them, and then shows them to the kernel.
+async fn listen(
+    tasks: &Tasks,
+    datapath: &Arc<Datapath>,
+    egress: Arc<Egress>,
+    resolver: Arc<Resolver>,
+) -> Result<()> {
+    let made = Arc::clone(datapath);
+    let listeners = tokio::task::spawn_blocking(move || Listeners::open(made.router())).await??;
+    datapath
+        .set_listeners(
+            listeners.tcp.as_fd(),
+            listeners.dns_udp.as_fd(),
+            listeners.dns_tcp.as_fd(),
+        )
+        .context("the kernel did not take the listeners")?;
+    let tcp = TcpListener::from_std(listeners.tcp).context("the TCP listener")?;
+    let dns_tcp = TcpListener::from_std(listeners.dns_tcp).context("the DNS listener")?;
+    tasks.spawn("egress", egress.serve(tcp));
+    tasks.spawn("dns over tcp", Arc::clone(&resolver).serve_tcp(dns_tcp));
+    let questions = UdpSocket::from_std(listeners.dns_udp).context("the DNS socket")?;
+    let answers = UdpSocket::from_std(listeners.dns_answers).context("the DNS answer socket")?;
+    let end = tasks.shutdown();
+    tasks.spawn("dns over udp", async move {
+        if let Err(error) = resolver.serve_udp(questions, answers).await {
+            tracing::error!(%error, "DNS over UDP broke; ending, so that netd is started anew");
+            end.cancel();
+        }
+    });
+    Ok(())
+}
+
+fn keep_tidy(tasks: &Tasks, sandboxes: &Arc<Sandboxes>, inward: &Arc<Inward>) {
+    let (inward, end) = (Arc::clone(inward), tasks.shutdown());
+    tasks.spawn("inward sweep", async move {
+        while !waited(dial::SWEEP, &end).await {
+            let inward = Arc::clone(&inward);
+            if tokio::task::spawn_blocking(move || inward.sweep()).await.is_err() {
+                tracing::error!("looking for ended connections broke");
+            }
+        }
+    });
+    let (sandboxes, end) = (Arc::clone(sandboxes), tasks.shutdown());
+    tasks.spawn("pin sweep", async move {
+        while !waited(PIN_SWEEP, &end).await {
+            for sandbox in sandboxes.all() {
+                sandbox.sweep_pins();
+                tokio::task::yield_now().await;
+            }
+        }
+    });
+}
+
+fn fly_canaries(
+    tasks: &Tasks,
+    config: &Config,
+    datapath: Arc<Datapath>,
+    greeting: Arc<Greeting>,
+    ready: watch::Sender<Ready>,
+) {
+    let (sandbox_cidr, end) = (config.sandbox_cidr, tasks.shutdown());
+    tasks.spawn("canaries", async move {
+        loop {
+            let (datapath, greeting) = (Arc::clone(&datapath), Arc::clone(&greeting));
+            let flown =
+                tokio::task::spawn_blocking(move || canary::fly(&datapath, sandbox_cidr, &greeting)).await;
+            let outcome = match flown {
+                Ok(outcome) => outcome.map_err(|error| error.to_string()),
+                Err(error) => Err(error.to_string()),
+            };
+            let is_ready = outcome.is_ok();
+            match &outcome {
+                Ok(()) => tracing::info!("the canaries returned: refusing and redirecting work"),
+                Err(reason) => tracing::error!(%reason, "the canaries failed; the node is not ready"),
+            }
+            let _earlier = ready.send_replace(outcome);
+            if is_ready || waited(CANARY_PAUSE, &end).await {
+                // Kept, so that the readiness stays readable.
+                end.cancelled().await;
+                drop(ready);
+                return;
+            }
+        }
+    });
+}
+
+async fn take_dial_sockets(control: &Control, inward: &Arc<Inward>, tasks: &Tasks) -> Result<()> {
+    loop {
+        match control.next_dial_socket().await {
+            Ok(socket) => {
+                tasks.spawn("dial socket", Arc::clone(inward).serve(socket, tasks.clone()));
+            }
+            Err(ControlError::Closed) => {
+                tracing::info!("the supervisor is gone, ending; the kernel keeps denying");
+                return Ok(());
+            }
+            Err(error) => return Err(anyhow!(error)),
+        }
+    }
+}
+
+/// Waits; true when the program ends meanwhile.
+async fn waited(pause: Duration, end: &CancellationToken) -> bool {
+    tokio::select! {
+        () = tokio::time::sleep(pause) => false,
+        () = end.cancelled() => true,
+    }
+}
+
+/// One netd per instance: two would fight over the same maps.
+async fn lock(directory: &Path) -> Result<Flock<fs::File>> {
+    let path = directory.join("lock");
+    let mut file = fs::File::create(&path).with_context(|| format!("cannot open {}", path.display()))?;
+    let deadline = tokio::time::Instant::now() + LOCK_TIME;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((again, nix::errno::Errno::EWOULDBLOCK)) if tokio::time::Instant::now() < deadline => {
+                file = again;
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            Err((_, errno)) => {
+                return Err(anyhow!(errno)).with_context(|| format!("another netd holds {}", path.display()));
+            }
+        }
+    }
+}
+
+/// Every flow takes two descriptors.
+fn raise_descriptor_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
+}

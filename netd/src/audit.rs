@@ -1,0 +1,236 @@
+//! The egress audit on its way from decision to controller. Owns: making records, putting equal denials
+//! together, the bounded queue, and what happens when it is full. Never decides about traffic beyond saying
+//! whether a new flow could still be recorded. Never sees payload, queries or bodies.
+
+pub mod delivery;
+mod gather;
+pub mod packets;
+mod queue;
+
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use jiff::Timestamp;
+use sandgate_api::{
+    audit::{AuditEvent, AuditVerdict},
+    id::{OrgId, SandboxId},
+};
+use sandgate_policy::{FailureMode, Reason};
+use tokio::{sync::Notify, time::MissedTickBehavior};
+
+use self::{gather::Gatherer, queue::Queue};
+use crate::sandbox::{Decision, Sandbox};
+
+/// How long equal denials are put together before they become a record.
+pub const GATHER_TIME: Duration = Duration::from_secs(1);
+
+/// Where records wait for the controller.
+#[derive(Default)]
+pub struct Audit {
+    state: Mutex<State>,
+    /// Told when there is something to deliver.
+    filled: Notify,
+}
+
+#[derive(Default)]
+struct State {
+    queue: Queue,
+    gatherer: Gatherer,
+}
+
+/// Whose records these are, and what happens when they cannot be kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Owner {
+    /// Which sandbox.
+    pub sandbox_id: SandboxId,
+    /// Its owner.
+    pub org_id: OrgId,
+    /// Whether flows go on when they cannot be recorded.
+    pub mode: FailureMode,
+}
+
+impl Owner {
+    /// The owner of a sandbox's records.
+    pub fn of(sandbox: &Sandbox) -> Self {
+        Self {
+            sandbox_id: sandbox.id.clone(),
+            org_id: sandbox.org_id.clone(),
+            mode: sandbox.failure_mode(),
+        }
+    }
+}
+
+/// What was tried, as far as it is known.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Attempt {
+    /// `tls`, `http`, `tcp`, `udp`, `dns`, `icmp` or `ip`.
+    pub protocol: &'static str,
+    /// The name it was for.
+    pub host: Option<String>,
+    /// The destination's address.
+    pub ip: Option<Ipv4Addr>,
+    /// The destination's port.
+    pub port: Option<u16>,
+    /// What people should know besides, for example the error of an upstream connect.
+    pub detail: Option<String>,
+}
+
+/// What a flow that was admitted came to.
+#[derive(Debug, Clone, Copy)]
+pub struct Passed {
+    /// When it began.
+    pub began: Timestamp,
+    /// How long it lasted.
+    pub lasted: Duration,
+    /// Bytes from the sandbox.
+    pub up: u64,
+    /// Bytes to the sandbox.
+    pub down: u64,
+}
+
+impl Audit {
+    /// Whether a new flow of this sandbox could be recorded, or need not be.
+    pub fn has_room(&self, owner: &Owner) -> bool {
+        match owner.mode {
+            FailureMode::FailOpen => true,
+            FailureMode::FailClosed => self.lock().queue.has_room(&owner.sandbox_id),
+        }
+    }
+
+    /// Records a denial, put together with equal ones of the same second.
+    pub fn deny(&self, owner: &Owner, decision: &Decision, attempt: Attempt, repeated: u64) {
+        self.lock().gatherer.add(
+            owner.clone(),
+            decision.clone(),
+            attempt,
+            repeated,
+            Timestamp::now(),
+        );
+    }
+
+    /// Records a flow that was admitted, however it ended.
+    pub fn flow(&self, owner: &Owner, decision: &Decision, attempt: Attempt, passed: Passed) {
+        let event = event(owner, decision, attempt, passed, 1);
+        self.lock().queue.push(owner.mode, event);
+        self.filled.notify_one();
+    }
+
+    /// Turns gathered denials into records every [`GATHER_TIME`], until dropped.
+    pub async fn gather(&self) {
+        let mut ticks = tokio::time::interval(GATHER_TIME);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            self.settle();
+        }
+    }
+
+    /// Turns the denials gathered so far into records.
+    pub fn settle(&self) {
+        let mut state = self.lock();
+        let State { queue, gatherer } = &mut *state;
+        let mut any = false;
+        gatherer.drain(|gathered| {
+            let owner = &gathered.owner;
+            if owner.mode == FailureMode::FailClosed && !queue.has_room(&owner.sandbox_id) {
+                // Stays where it is and goes on counting: nothing is lost, and nothing grows.
+                return false;
+            }
+            let passed = Passed {
+                began: gathered.first,
+                lasted: Duration::ZERO,
+                up: 0,
+                down: 0,
+            };
+            let attempt = gathered.attempt.clone();
+            queue.push(
+                owner.mode,
+                event(owner, gathered.decision, attempt, passed, gathered.repeated),
+            );
+            any = true;
+            true
+        });
+        drop(state);
+        if any {
+            self.filled.notify_one();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn event(owner: &Owner, decision: &Decision, attempt: Attempt, passed: Passed, repeated: u64) -> AuditEvent {
+    let verdict = if decision.is_allowed() {
+        AuditVerdict::Allow
+    } else {
+        AuditVerdict::Deny
+    };
+    let event = AuditEvent {
+        id: uuid::Uuid::now_v7().to_string(),
+        time: passed.began,
+        org_id: owner.org_id.clone(),
+        sandbox_id: owner.sandbox_id.clone(),
+        verdict,
+        reason: decision.reason,
+        tier: decision.tier,
+        rule: decision.rule.clone(),
+        protocol: attempt.protocol.to_owned(),
+        host: attempt.host,
+        ip: attempt.ip.map(IpAddr::V4),
+        port: attempt.port,
+        bytes_up: passed.up,
+        bytes_down: passed.down,
+        duration_ms: u64::try_from(passed.lasted.as_millis()).unwrap_or(u64::MAX),
+        repeated,
+        detail: attempt.detail,
+    };
+    tracing::info!(
+        target: "audit",
+        sandbox_id = %event.sandbox_id,
+        verdict = if decision.is_allowed() { "allow" } else { "deny" },
+        reason = event.reason.as_str(),
+        rule = event.rule,
+        protocol = event.protocol,
+        host = event.host,
+        ip = event.ip.map(tracing::field::display),
+        port = event.port,
+        bytes_up = event.bytes_up,
+        bytes_down = event.bytes_down,
+        duration_ms = event.duration_ms,
+        repeated = event.repeated,
+    );
+    event
+}
+
+/// The record that stands for others which a full queue did not keep.
+fn gap(sandbox_id: &SandboxId, org_id: &OrgId, lost: u64) -> AuditEvent {
+    let owner = Owner {
+        sandbox_id: sandbox_id.clone(),
+        org_id: org_id.clone(),
+        mode: FailureMode::FailOpen,
+    };
+    let attempt = Attempt {
+        protocol: "ip",
+        host: None,
+        ip: None,
+        port: None,
+        detail: Some(format!(
+            "{lost} records were dropped because the audit queue was full"
+        )),
+    };
+    let passed = Passed {
+        began: Timestamp::now(),
+        lasted: Duration::ZERO,
+        up: 0,
+        down: 0,
+    };
+    event(&owner, &Decision::of(Reason::Quota), attempt, passed, lost)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,297 @@
+//! netd's configuration: flags and environment in, checked values out. Nothing else of netd reads either.
+
+use std::{
+    fs, io,
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+};
+
+use clap::Parser;
+use ipnet::Ipv4Net;
+use sandgate_policy::PrivateException;
+
+/// Enforces the egress of every sandbox on this node. Started by `controller up`.
+#[derive(Debug, Parser)]
+#[command(name = "netd", version)]
+pub struct Arguments {
+    /// Sockets, namespaces and pins of this instance
+    #[arg(
+        long,
+        env = "SANDGATE_RUN_DIR",
+        default_value = "/run/sandgate",
+        value_name = "DIRECTORY"
+    )]
+    pub run_dir: PathBuf,
+    /// Resolvers that netd asks, `ip:port[,ip:port]` [default: those of /etc/resolv.conf]
+    #[arg(long, env = "SANDGATE_DNS_UPSTREAM", value_name = "SERVERS")]
+    pub dns_upstream: Option<String>,
+    /// Exceptions to the private ranges, `10.0.0.5/32:443,10.1.0.0/16:*`
+    #[arg(long, env = "SANDGATE_ALLOW_PRIVATE", value_name = "EXCEPTIONS")]
+    pub allow_private: Option<String>,
+    /// Addresses of local sandboxes
+    #[arg(
+        long,
+        env = "SANDGATE_SANDBOX_CIDR",
+        default_value = "10.213.0.0/16",
+        value_name = "CIDR"
+    )]
+    pub sandbox_cidr: String,
+    /// Whether allowed TCP may leave without passing netd: `auto` or `off`. This version sends all of it through netd
+    #[arg(
+        long,
+        env = "SANDGATE_KERNEL_PASS",
+        default_value = "auto",
+        value_name = "MODE"
+    )]
+    pub kernel_pass: String,
+    /// Name under which the controller knows this node
+    #[arg(long, default_value = "local", value_name = "NAME")]
+    pub node: String,
+}
+
+/// What netd runs with.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Sockets, namespaces and pins of this instance.
+    pub run_dir: PathBuf,
+    /// Resolvers, in the order in which they are asked; at least one.
+    pub dns_upstream: Vec<SocketAddr>,
+    /// Exceptions to the private ranges.
+    pub allow_private: Vec<PrivateException>,
+    /// Addresses of local sandboxes.
+    pub sandbox_cidr: Ipv4Net,
+    /// Whether allowed TCP may leave without passing netd.
+    pub kernel_pass: KernelPass,
+    /// Name under which the controller knows this node.
+    pub node: String,
+}
+
+/// The values of `SANDGATE_KERNEL_PASS`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KernelPass {
+    /// Where the node supports it.
+    Auto,
+    /// Never.
+    Off,
+}
+
+/// A value that netd cannot run with.
+#[derive(Debug, thiserror::Error)]
+#[error("{variable}: {problem}")]
+pub struct ConfigError {
+    /// The variable to correct.
+    pub variable: &'static str,
+    /// What is wrong with it, and what would be right.
+    pub problem: String,
+}
+
+const RESOLV_CONF: &str = "/etc/resolv.conf";
+const DNS_PORT: u16 = 53;
+/// The smallest range in which there is room for a sandbox and the canary.
+const SMALLEST_CIDR: u8 = 29;
+
+impl TryFrom<Arguments> for Config {
+    type Error = ConfigError;
+
+    fn try_from(arguments: Arguments) -> Result<Self, ConfigError> {
+        let dns_upstream = match arguments.dns_upstream.as_deref().map(str::trim) {
+            None | Some("") => resolv_conf(Path::new(RESOLV_CONF))?,
+            Some(list) => servers(list)?,
+        };
+        let allow_private = match arguments.allow_private.as_deref().map(str::trim) {
+            None | Some("") => Vec::new(),
+            Some(list) => PrivateException::parse_list(list)
+                .map_err(|error| invalid("SANDGATE_ALLOW_PRIVATE", error.to_string()))?,
+        };
+        if !arguments.run_dir.is_absolute() {
+            return Err(invalid("SANDGATE_RUN_DIR", "must be an absolute path"));
+        }
+        let kernel_pass = match arguments.kernel_pass.as_str() {
+            "auto" => KernelPass::Auto,
+            "off" => KernelPass::Off,
+            other => {
+                return Err(invalid(
+                    "SANDGATE_KERNEL_PASS",
+                    format!("`{other}` is neither `auto` nor `off`"),
+                ));
+            }
+        };
+        let node = arguments.node;
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_');
+        if node.is_empty() || node.len() > 253 || !node.bytes().all(plain) {
+            return Err(invalid(
+                "--node",
+                "must be a name of letters, digits, `-`, `.` and `_`",
+            ));
+        }
+        Ok(Self {
+            run_dir: arguments.run_dir,
+            dns_upstream,
+            allow_private,
+            sandbox_cidr: sandbox_cidr(&arguments.sandbox_cidr)?,
+            kernel_pass,
+            node,
+        })
+    }
+}
+
+fn invalid(variable: &'static str, problem: impl Into<String>) -> ConfigError {
+    ConfigError {
+        variable,
+        problem: problem.into(),
+    }
+}
+
+fn servers(list: &str) -> Result<Vec<SocketAddr>, ConfigError> {
+    list.split(',')
+        .map(str::trim)
+        .map(|text| {
+            let server = text.parse::<SocketAddr>().map_err(|_invalid| {
+                invalid(
+                    "SANDGATE_DNS_UPSTREAM",
+                    format!("`{text}` is not `ip:port`, for example `192.0.2.53:53`"),
+                )
+            })?;
+            if server.port() == 0 || server.ip().is_unspecified() || server.ip().is_multicast() {
+                return Err(invalid(
+                    "SANDGATE_DNS_UPSTREAM",
+                    format!("`{text}` cannot be asked"),
+                ));
+            }
+            Ok(server)
+        })
+        .collect()
+}
+
+fn resolv_conf(path: &Path) -> Result<Vec<SocketAddr>, ConfigError> {
+    let variable = "SANDGATE_DNS_UPSTREAM";
+    let text = match fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+        Err(error) => {
+            return Err(invalid(
+                variable,
+                format!("not set, and {}: {error}", path.display()),
+            ));
+        }
+    };
+    let servers: Vec<SocketAddr> = nameservers(&text)
+        .map(|ip| SocketAddr::new(ip, DNS_PORT))
+        .collect();
+    if servers.is_empty() {
+        let problem = format!(
+            "not set, and {} names no `nameserver`; set it to `ip:port`",
+            path.display()
+        );
+        return Err(invalid(variable, problem));
+    }
+    Ok(servers)
+}
+
+fn nameservers(text: &str) -> impl Iterator<Item = IpAddr> {
+    text.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        (words.next() == Some("nameserver"))
+            .then(|| words.next()?.parse().ok())
+            .flatten()
+    })
+}
+
+fn sandbox_cidr(text: &str) -> Result<Ipv4Net, ConfigError> {
+    let variable = "SANDGATE_SANDBOX_CIDR";
+    let range: Ipv4Net = text.parse().map_err(|_invalid| {
+        invalid(
+            variable,
+            format!("`{text}` is not an IPv4 range, for example `10.213.0.0/16`"),
+        )
+    })?;
+    if range.trunc() != range {
+        let right = range.trunc();
+        return Err(invalid(
+            variable,
+            format!("`{text}` has bits beyond its prefix; `{right}` has not"),
+        ));
+    }
+    if range.prefix_len() > SMALLEST_CIDR {
+        return Err(invalid(
+            variable,
+            format!("`{text}` is smaller than a /{SMALLEST_CIDR}"),
+        ));
+    }
+    let network = range.network();
+    if network.is_loopback() || network.is_multicast() || network.is_unspecified() || network.is_link_local()
+    {
+        return Err(invalid(variable, format!("`{text}` is not a range for hosts")));
+    }
+    Ok(range)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn arguments() -> Arguments {
+        Arguments {
+            run_dir: "/run/sandgate".into(),
+            dns_upstream: Some("192.0.2.53:53, [2001:db8::1]:5353".into()),
+            allow_private: Some("10.0.0.5/32:443".into()),
+            sandbox_cidr: "10.213.0.0/16".into(),
+            kernel_pass: "auto".into(),
+            node: "local".into(),
+        }
+    }
+
+    #[test]
+    fn what_is_right_is_taken() {
+        let config = Config::try_from(arguments()).expect("accepted");
+        assert_eq!(config.dns_upstream.len(), 2);
+        assert_eq!(config.allow_private.len(), 1);
+        assert_eq!(config.kernel_pass, KernelPass::Auto);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        type Spoil = fn(&mut Arguments);
+        let cases: [(&str, Spoil); 10] = [
+            ("SANDGATE_RUN_DIR", |arguments| arguments.run_dir = "run".into()),
+            ("SANDGATE_DNS_UPSTREAM", |arguments| {
+                arguments.dns_upstream = Some("192.0.2.53".into())
+            }),
+            ("SANDGATE_DNS_UPSTREAM", |arguments| {
+                arguments.dns_upstream = Some("192.0.2.53:53,".into())
+            }),
+            ("SANDGATE_DNS_UPSTREAM", |arguments| {
+                arguments.dns_upstream = Some("192.0.2.53:0".into())
+            }),
+            ("SANDGATE_ALLOW_PRIVATE", |arguments| {
+                arguments.allow_private = Some("10.0.0.5/33:443".into())
+            }),
+            ("SANDGATE_SANDBOX_CIDR", |arguments| {
+                arguments.sandbox_cidr = "fd00::/64".into()
+            }),
+            ("SANDGATE_SANDBOX_CIDR", |arguments| {
+                arguments.sandbox_cidr = "10.213.1.0/16".into()
+            }),
+            ("SANDGATE_SANDBOX_CIDR", |arguments| {
+                arguments.sandbox_cidr = "10.213.0.0/30".into()
+            }),
+            ("SANDGATE_KERNEL_PASS", |arguments| {
+                arguments.kernel_pass = "on".into()
+            }),
+            ("--node", |arguments| arguments.node = "a&b".into()),
+        ];
+        for (variable, spoil) in cases {
+            let mut arguments = arguments();
+            spoil(&mut arguments);
+            let error = Config::try_from(arguments).expect_err(variable);
+            assert_eq!(error.variable, variable, "{error}");
+        }
+    }
+
+    #[test]
+    fn resolv_conf_names_the_servers_when_nothing_else_does() {
+        let text = "# nameserver 192.0.2.1\nsearch x\nnameserver 192.0.2.53 # local\nnameserver fe80::1%eth0\nnameserver ::1\n";
+        let found: Vec<String> = nameservers(text).map(|ip| ip.to_string()).collect();
+        assert_eq!(found, ["192.0.2.53", "::1"]);
+    }
+}

@@ -1,0 +1,96 @@
+//! netd's end of the control channel: the only thing it inherits, over which sockets pass both ways. Owns:
+//! making connections toward the controller and taking dial sockets from it. Knows nothing of what is said
+//! on them.
+
+use std::{
+    io,
+    os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
+    time::Duration,
+};
+
+use sandgate_api::control::{CONTROL_FD_VARIABLE, MAX_PACKET, Open};
+use sandgate_daemon::handover::Channel;
+use std::os::fd::AsFd as _;
+use tokio::net::UnixStream;
+
+/// How long a full channel may keep us waiting: the controller is away then.
+const SEND_TIME: Duration = Duration::from_secs(2);
+
+/// The control channel.
+pub struct Control {
+    channel: Channel,
+}
+
+/// The channel cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// netd was not started by `controller up`.
+    #[error("{CONTROL_FD_VARIABLE} is not set: netd is started by `controller up`")]
+    NotInherited,
+    /// The descriptor.
+    #[error("cannot use the descriptor in {CONTROL_FD_VARIABLE}: {0}")]
+    Inherit(#[source] io::Error),
+    /// A connection toward the controller.
+    #[error("cannot open a connection to the controller: {0}")]
+    Open(#[source] io::Error),
+    /// Reading.
+    #[error("cannot read the control channel: {0}")]
+    Receive(#[source] io::Error),
+    /// Whoever started netd is gone.
+    #[error("the control channel was closed")]
+    Closed,
+}
+
+impl Control {
+    /// Takes over the inherited descriptor.
+    ///
+    /// # Errors
+    /// When there is none, or it is not a control channel.
+    pub fn inherited() -> Result<Self, ControlError> {
+        let channel = Channel::from_environment(CONTROL_FD_VARIABLE).map_err(ControlError::Inherit)?;
+        Ok(Self {
+            channel: channel.ok_or(ControlError::NotInherited)?,
+        })
+    }
+
+    /// Opens a connection for the feed's calls toward the controller.
+    ///
+    /// # Errors
+    /// When the channel does not take it.
+    pub async fn open_feed(&self) -> Result<UnixStream, ControlError> {
+        let (ours, theirs) = StdUnixStream::pair().map_err(ControlError::Open)?;
+        ours.set_nonblocking(true).map_err(ControlError::Open)?;
+        let packet = serde_json::to_vec(&Open::Feed).map_err(|error| ControlError::Open(error.into()))?;
+        let sending = self.channel.send(&packet, Some(theirs.as_fd()));
+        match tokio::time::timeout(SEND_TIME, sending).await {
+            Ok(sent) => sent.map_err(ControlError::Open)?,
+            Err(_elapsed) => return Err(ControlError::Open(io::ErrorKind::TimedOut.into())),
+        }
+        UnixStream::from_std(ours).map_err(ControlError::Open)
+    }
+
+    /// The next socket on which the controller asks for connections into sandboxes.
+    ///
+    /// # Errors
+    /// When the channel is closed or broken.
+    pub async fn next_dial_socket(&self) -> Result<OwnedFd, ControlError> {
+        let mut buffer = vec![0; MAX_PACKET];
+        loop {
+            let (length, descriptor) = self
+                .channel
+                .recv(&mut buffer)
+                .await
+                .map_err(ControlError::Receive)?;
+            if length == 0 && descriptor.is_none() {
+                return Err(ControlError::Closed);
+            }
+            match (serde_json::from_slice::<Open>(&buffer[..length]), descriptor) {
+                (Ok(Open::Dial), Some(socket)) => return Ok(socket),
+                (Ok(Open::Dial | Open::Feed), _) => {
+                    tracing::warn!("an unexpected message on the control channel");
+                }
+                (Err(error), _) => tracing::warn!(%error, "an unreadable message on the control channel"),
+            }
+        }
+    }
+}

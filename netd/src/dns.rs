@@ -1,0 +1,213 @@
+//! The sandboxes' resolver. Owns: which question is answered how. A name that the rules cannot allow is
+//! refused here and never asked for upstream; an address leaves here only after it was pinned for the
+//! sandbox and its name, so that the kernel and the proxy know it before the sandbox does.
+
+pub mod message;
+mod serve;
+pub mod upstream;
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    sync::Arc,
+};
+
+use hickory_proto::op::ResponseCode;
+use ipnet::Ipv4Net;
+use sandgate_daemon::tasks::Tasks;
+use sandgate_policy::{Platform, Reason};
+
+use self::{
+    message::{Answer, Asked, Question, Received, Resolved, Upstream},
+    upstream::Servers,
+};
+use crate::{
+    audit::{Attempt, Audit, Owner},
+    nodeaddr::NodeAddresses,
+    sandbox::{Decision, PinError, Sandbox, Sandboxes},
+};
+
+/// Everything an answer needs.
+pub struct Resolver {
+    /// Who asks.
+    pub sandboxes: Arc<Sandboxes>,
+    /// Where refusals are recorded.
+    pub audit: Arc<Audit>,
+    /// Who knows.
+    pub servers: Servers,
+    /// What nobody may learn.
+    pub platform: Arc<Platform>,
+    /// The same.
+    pub node: NodeAddresses,
+    /// The same.
+    pub sandbox_cidr: Ipv4Net,
+    /// Where questions are worked on.
+    pub tasks: Tasks,
+}
+
+/// What to send back.
+enum Reply {
+    /// This, cut to the transport's size.
+    Answer { answer: Answer, payload: u16 },
+    /// These bytes.
+    Plain(Vec<u8>),
+    /// Nothing.
+    Silence,
+}
+
+impl Resolver {
+    /// Answers one packet of a sandbox.
+    async fn reply(&self, sandbox: &Sandbox, packet: &[u8]) -> Reply {
+        let question = match message::read(packet) {
+            Received::Question(question) => question,
+            Received::Improper(answer, code) => {
+                self.record(
+                    sandbox,
+                    None,
+                    Decision::of(Reason::DnsRefused),
+                    Some(code.to_str().to_owned()),
+                );
+                return Reply::Plain(answer);
+            }
+            Received::Nothing => return Reply::Silence,
+        };
+        let payload = question.payload;
+        Reply::Answer {
+            answer: self.answer(sandbox, &question).await,
+            payload,
+        }
+    }
+
+    /// What a sandbox gets that has too many questions open: an answer that costs nothing.
+    fn over_limit(&self, sandbox: &Sandbox, packet: &[u8]) -> Reply {
+        match message::read(packet) {
+            Received::Question(question) => {
+                let detail = Some("too many questions at once".to_owned());
+                self.record(sandbox, None, Decision::of(Reason::Quota), detail);
+                Reply::Answer {
+                    answer: question.answer(ResponseCode::Refused),
+                    payload: question.payload,
+                }
+            }
+            Received::Improper(answer, _) => Reply::Plain(answer),
+            Received::Nothing => Reply::Silence,
+        }
+    }
+
+    async fn answer(&self, sandbox: &Sandbox, question: &Question) -> Answer {
+        let refuse = |decision: Decision, detail: Option<String>| {
+            self.record(sandbox, Some(question.display_name()), decision, detail);
+            question.answer(ResponseCode::Refused)
+        };
+        if let Asked::Other(kind) = question.asked() {
+            return refuse(Decision::of(Reason::DnsType), Some(format!("type {kind}")));
+        }
+        let Some(name) = question.name() else {
+            return refuse(
+                Decision::of(Reason::DnsRefused),
+                Some("not a host name".to_owned()),
+            );
+        };
+        let decision = sandbox.judge_name(&name);
+        if !decision.is_allowed() {
+            return refuse(decision.because(Reason::DnsRefused), None);
+        }
+        if question.asked() == Asked::Withheld {
+            return question.answer(ResponseCode::NoError);
+        }
+        let resolved = match self.servers.resolve(&name).await {
+            Ok(Upstream::Exists(resolved)) => resolved,
+            Ok(Upstream::NoSuchName(_)) => return question.answer(ResponseCode::NXDomain),
+            Ok(Upstream::Truncated) => return question.answer(ResponseCode::ServFail),
+            Err(error) => {
+                tracing::warn!(sandbox_id = %sandbox.id, %error, "cannot resolve a name");
+                return question.answer(ResponseCode::ServFail);
+            }
+        };
+        let kept: Vec<Ipv4Addr> = self.public(&resolved);
+        if kept.is_empty() && !resolved.addresses.is_empty() {
+            let stripped = resolved.addresses.len();
+            let detail = Some(format!("{stripped} addresses that no sandbox may reach"));
+            self.record(
+                sandbox,
+                Some(question.display_name()),
+                Decision::of(Reason::DnsRebinding),
+                detail,
+            );
+            return question.answer(ResponseCode::NXDomain);
+        }
+        match sandbox.pin(&name, &kept) {
+            Ok(()) => question.resolved(&resolved, &kept),
+            Err(PinError::NotAllowed(decision)) => refuse(decision.because(Reason::DnsRefused), None),
+            Err(error @ (PinError::Kernel(_) | PinError::Log(_))) => {
+                tracing::error!(sandbox_id = %sandbox.id, %error, "cannot pin an answer");
+                question.answer(ResponseCode::ServFail)
+            }
+        }
+    }
+
+    /// The addresses that a sandbox may learn.
+    fn public(&self, resolved: &Resolved) -> Vec<Ipv4Addr> {
+        let may = |address: &Ipv4Addr| {
+            !self.node.contains(*address)
+                && !self.sandbox_cidr.contains(address)
+                && opens_any_port(&self.platform, *address)
+        };
+        resolved
+            .addresses
+            .iter()
+            .map(|(address, _)| *address)
+            .filter(may)
+            .collect()
+    }
+
+    fn record(&self, sandbox: &Sandbox, host: Option<String>, decision: Decision, detail: Option<String>) {
+        let attempt = Attempt {
+            protocol: "dns",
+            host,
+            ip: None,
+            port: None,
+            detail,
+        };
+        self.audit.deny(&Owner::of(sandbox), &decision, attempt, 1);
+    }
+}
+
+/// Whether some port of the address may be reached as far as the platform is concerned.
+fn opens_any_port(platform: &Platform, address: Ipv4Addr) -> bool {
+    let address = IpAddr::V4(address);
+    let ports = platform
+        .exceptions()
+        .iter()
+        .filter(|exception| exception.network().contains(&address));
+    let mut ports = ports.map(|exception| exception.port().unwrap_or(443));
+    !platform.denies(SocketAddr::new(address, 443))
+        || ports.any(|port| !platform.denies(SocketAddr::new(address, port)))
+}
+
+#[cfg(test)]
+mod tests {
+    use sandgate_policy::PrivateException;
+
+    use super::*;
+
+    #[test]
+    fn a_private_address_may_be_learnt_only_where_the_operator_opened_it() {
+        let exceptions = PrivateException::parse_list("10.0.0.5/32:8443,10.1.0.0/16:*").expect("exceptions");
+        let platform = Platform::new(exceptions);
+        for (address, may) in [
+            ([203, 0, 113, 10], true),
+            ([10, 0, 0, 5], true),
+            ([10, 1, 2, 3], true),
+            ([10, 0, 0, 6], false),
+            ([127, 0, 0, 1], false),
+            ([169, 254, 169, 254], false),
+            ([0, 0, 0, 0], false),
+        ] {
+            assert_eq!(
+                opens_any_port(&platform, Ipv4Addr::from(address)),
+                may,
+                "{address:?}"
+            );
+        }
+    }
+}

@@ -1,0 +1,452 @@
+//! Reads the head of one HTTP/1.x request in clear (RFC 9112), strictly, and writes it again from the
+//! parsed parts. Owns: request line, fields, the framing of the body. What two parsers could read in two
+//! ways is malformed: a proxy and a server that disagree are a hole.
+
+use std::net::Ipv4Addr;
+
+use sandgate_policy::DomainName;
+
+/// What the bytes received so far are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reading {
+    /// A head so far; more bytes are needed.
+    Incomplete,
+    /// Not HTTP/1.x, or broken, or not served in clear; the word says what, for the audit record.
+    Malformed(&'static str),
+    /// The whole head.
+    Complete(Head),
+}
+
+/// One request's head.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Head {
+    method: String,
+    target: String,
+    minor: u8,
+    fields: Vec<(String, Vec<u8>)>,
+    /// Whom the request is for.
+    pub host: Host,
+    /// How long the body is.
+    pub framing: Framing,
+    /// Bytes of the buffer that the head takes.
+    pub length: usize,
+}
+
+/// The Host field.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Host {
+    /// A name, or nothing when the field held an address.
+    pub name: Option<DomainName>,
+    /// The address, when the field held one.
+    pub address: Option<Ipv4Addr>,
+    /// The port, when the field held one.
+    pub port: Option<u16>,
+}
+
+/// How the end of a request's body is found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Framing {
+    /// There is no body.
+    Nothing,
+    /// This many bytes.
+    Length(u64),
+    /// Chunks, up to the one of size zero.
+    Chunked,
+}
+
+const FIELDS_MAX: usize = 100;
+/// Fields that speak about one connection only (RFC 9110 7.6.1), and the beginnings of other protocols.
+const HOP_BY_HOP: [&str; 7] = [
+    "connection",
+    "keep-alive",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "upgrade",
+    "http2-settings",
+];
+/// Fields that a Connection field must not name: without them the message means something else.
+const NEVER_HOP_BY_HOP: [&str; 3] = ["host", "content-length", "transfer-encoding"];
+
+/// Reads the beginning of a connection. May be called again with more bytes any number of times.
+pub fn read(received: &[u8]) -> Reading {
+    match try_read(received) {
+        Ok(Some(head)) => Reading::Complete(head),
+        Ok(None) => Reading::Incomplete,
+        Err(broken) => Reading::Malformed(broken),
+    }
+}
+
+impl Head {
+    /// The head to send on: the same request, fields of one connection removed, asking the server to close
+    /// after its answer, so that no second request can follow on the connection.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = format!("{} {} HTTP/1.{}\r\n", self.method, self.target, self.minor).into_bytes();
+        let named: Vec<String> = self.values("connection").flat_map(tokens).collect();
+        for (name, value) in &self.fields {
+            let lower = name.to_ascii_lowercase();
+            if HOP_BY_HOP.contains(&lower.as_str()) || named.contains(&lower) {
+                continue;
+            }
+            out.extend_from_slice(name.as_bytes());
+            out.extend_from_slice(b": ");
+            out.extend_from_slice(value);
+            out.extend_from_slice(b"\r\n");
+        }
+        out.extend_from_slice(b"Connection: close\r\n\r\n");
+        out
+    }
+
+    fn values<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a [u8]> {
+        values(&self.fields, name)
+    }
+}
+
+fn try_read(received: &[u8]) -> Result<Option<Head>, &'static str> {
+    let mut rest = received;
+    let Some(line) = next_line(&mut rest)? else {
+        return started_well(received).map(|()| None);
+    };
+    let (method, target, minor) = request_line(line)?;
+    let mut fields = Vec::new();
+    loop {
+        let Some(line) = next_line(&mut rest)? else {
+            return Ok(None);
+        };
+        if line.is_empty() {
+            break;
+        }
+        if fields.len() == FIELDS_MAX {
+            return Err("more than 100 fields");
+        }
+        fields.push(field(line)?);
+    }
+    for token in values(&fields, "connection").flat_map(tokens) {
+        if NEVER_HOP_BY_HOP.contains(&token.as_str()) {
+            return Err("a Connection field that names a field of the message");
+        }
+    }
+    let framing = framing(&fields, minor)?;
+    let host = host(&fields)?;
+    Ok(Some(Head {
+        method,
+        target,
+        minor,
+        fields,
+        host,
+        framing,
+        length: received.len() - rest.len(),
+    }))
+}
+
+/// Refuses at the first wrong byte what cannot become a request line.
+fn started_well(received: &[u8]) -> Result<(), &'static str> {
+    match received.iter().position(|byte| *byte == b' ') {
+        None if received.len() > 32 => Err("not a request"),
+        None if received.iter().all(|byte| is_token(*byte)) => Ok(()),
+        Some(at) if at > 0 && received[..at].iter().all(|byte| is_token(*byte)) => Ok(()),
+        None | Some(_) => Err("not a request"),
+    }
+}
+
+/// The next line without its CRLF, or nothing when it is not there in whole.
+fn next_line<'a>(rest: &mut &'a [u8]) -> Result<Option<&'a [u8]>, &'static str> {
+    let Some(end) = rest.iter().position(|byte| matches!(byte, b'\r' | b'\n')) else {
+        return Ok(None);
+    };
+    match &rest[end..] {
+        [b'\r'] => Ok(None),
+        [b'\r', b'\n', ..] => {
+            let line = &rest[..end];
+            *rest = &rest[end + 2..];
+            Ok(Some(line))
+        }
+        _ => Err("a bare CR or LF"),
+    }
+}
+
+fn request_line(line: &[u8]) -> Result<(String, String, u8), &'static str> {
+    let mut parts = line.split(|byte| *byte == b' ');
+    let (Some(method), Some(target), Some(version), None) =
+        (parts.next(), parts.next(), parts.next(), parts.next())
+    else {
+        return Err("a broken request line");
+    };
+    let minor = match version {
+        b"HTTP/1.1" => 1,
+        b"HTTP/1.0" => 0,
+        b"HTTP/2.0" => return Err("HTTP/2 in clear"),
+        _ => return Err("not an HTTP/1.x request"),
+    };
+    if method.is_empty() || method.len() > 32 || !method.iter().all(|byte| is_token(*byte)) {
+        return Err("a broken method");
+    }
+    if method.eq_ignore_ascii_case(b"CONNECT") {
+        return Err("CONNECT");
+    }
+    if !target.iter().all(u8::is_ascii_graphic) {
+        return Err("a broken request target");
+    }
+    let asterisk = target == b"*" && method == b"OPTIONS";
+    if !target.starts_with(b"/") && !asterisk {
+        return Err("an absolute URI as request target");
+    }
+    Ok((text(method), text(target), minor))
+}
+
+fn field(line: &[u8]) -> Result<(String, Vec<u8>), &'static str> {
+    let colon = line
+        .iter()
+        .position(|byte| *byte == b':')
+        .ok_or("a field without a colon")?;
+    let (name, value) = (&line[..colon], line[colon + 1..].trim_ascii());
+    // Also catches a continued line (it begins with a blank) and a blank before the colon.
+    if name.is_empty() || !name.iter().all(|byte| is_token(*byte)) {
+        return Err("a broken field name");
+    }
+    let plain = |byte: &u8| matches!(byte, b'\t' | b' '..=b'~' | 0x80..);
+    if !value.iter().all(plain) {
+        return Err("a control character in a field");
+    }
+    Ok((text(name), value.to_vec()))
+}
+
+fn framing(fields: &[(String, Vec<u8>)], minor: u8) -> Result<Framing, &'static str> {
+    let mut lengths = values(fields, "content-length");
+    let mut encodings = values(fields, "transfer-encoding");
+    match (lengths.next(), encodings.next()) {
+        (None, None) => Ok(Framing::Nothing),
+        (Some(_), Some(_)) => Err("both Content-Length and Transfer-Encoding"),
+        (Some(length), None) => {
+            if lengths.next().is_some() {
+                return Err("two Content-Length fields");
+            }
+            if length.is_empty() || length.len() > 15 || !length.iter().all(u8::is_ascii_digit) {
+                return Err("a broken Content-Length");
+            }
+            match text(length).parse() {
+                Ok(0) => Ok(Framing::Nothing),
+                Ok(length) => Ok(Framing::Length(length)),
+                Err(_) => Err("a broken Content-Length"),
+            }
+        }
+        (None, Some(encoding)) => {
+            if minor == 0 || encodings.next().is_some() || !encoding.eq_ignore_ascii_case(b"chunked") {
+                return Err("a Transfer-Encoding other than chunked");
+            }
+            Ok(Framing::Chunked)
+        }
+    }
+}
+
+fn host(fields: &[(String, Vec<u8>)]) -> Result<Host, &'static str> {
+    let mut hosts = values(fields, "host");
+    let (Some(host), None) = (hosts.next(), hosts.next()) else {
+        return Err("not exactly one Host field");
+    };
+    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_' | b':');
+    if host.is_empty() || !host.iter().all(plain) {
+        return Err("a broken Host field");
+    }
+    let host = text(host);
+    let (name, port) = match host.split_once(':') {
+        None => (host.as_str(), None),
+        Some((name, port)) => {
+            let digits =
+                !port.is_empty() && port.len() <= 5 && port.bytes().all(|byte| byte.is_ascii_digit());
+            let port = if digits { port.parse().ok() } else { None };
+            (name, Some(port.ok_or("a broken port in the Host field")?))
+        }
+    };
+    if let Ok(address) = name.parse::<Ipv4Addr>() {
+        return Ok(Host {
+            name: None,
+            address: Some(address),
+            port,
+        });
+    }
+    match DomainName::parse(name) {
+        Ok(name) => Ok(Host {
+            name: Some(name),
+            address: None,
+            port,
+        }),
+        Err(_) => Err("a Host field that is not a name"),
+    }
+}
+
+fn values<'a>(fields: &'a [(String, Vec<u8>)], name: &'a str) -> impl Iterator<Item = &'a [u8]> {
+    fields
+        .iter()
+        .filter(move |(field, _)| field.eq_ignore_ascii_case(name))
+        .map(|(_, value)| value.as_slice())
+}
+
+fn tokens(value: &[u8]) -> Vec<String> {
+    value
+        .split(|byte| *byte == b',')
+        .map(|token| text(token.trim_ascii()).to_ascii_lowercase())
+        .collect()
+}
+
+fn is_token(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
+}
+
+/// Latin-1, so that no byte is lost; callers have checked what they need to be ASCII.
+fn text(bytes: &[u8]) -> String {
+    bytes.iter().copied().map(char::from).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn whole(request: &str) -> Head {
+        match read(request.as_bytes()) {
+            Reading::Complete(head) => head,
+            Reading::Incomplete | Reading::Malformed(_) => {
+                panic!("{request:?}: {:?}", read(request.as_bytes()))
+            }
+        }
+    }
+
+    #[test]
+    fn a_head_is_found_however_it_is_cut() {
+        let request = "POST /a?b HTTP/1.1\r\nHost: OK.test:80\r\nContent-Length: 3\r\n\r\nabc";
+        let length = request.len() - 3;
+        for end in 0..length {
+            assert_eq!(
+                read(&request.as_bytes()[..end]),
+                Reading::Incomplete,
+                "cut at {end}"
+            );
+        }
+        let head = whole(request);
+        assert_eq!((head.length, head.framing), (length, Framing::Length(3)));
+        assert_eq!(head.host.name.as_ref().map(DomainName::as_str), Some("ok.test"));
+        assert_eq!(head.host.port, Some(80));
+    }
+
+    #[test]
+    fn what_goes_on_is_the_same_request_for_one_connection_only() {
+        let head = whole(
+            "GET /x HTTP/1.1\r\nHost: ok.test\r\nConnection: keep-alive, X-Hop\r\nUpgrade: h2c\r\n\
+             X-Hop: 1\r\nAccept:   */*  \r\nHTTP2-Settings: AAMA\r\n\r\n",
+        );
+        let encoded = String::from_utf8(head.encode()).expect("text");
+        assert_eq!(
+            encoded,
+            "GET /x HTTP/1.1\r\nHost: ok.test\r\nAccept: */*\r\nConnection: close\r\n\r\n"
+        );
+        assert_eq!(whole(&encoded).encode(), encoded.as_bytes());
+    }
+
+    #[test]
+    fn an_address_as_host_is_an_address_and_not_a_name() {
+        let head = whole("GET / HTTP/1.0\r\nHost: 203.0.113.10:8080\r\n\r\n");
+        assert_eq!(head.host.name, None);
+        assert_eq!(head.host.address, Some(Ipv4Addr::new(203, 0, 113, 10)));
+    }
+
+    #[test]
+    fn what_two_parsers_could_read_in_two_ways_is_malformed() {
+        for (what, request) in [
+            (
+                "two hosts",
+                "GET / HTTP/1.1\r\nHost: ok.test\r\nHost: evil.test\r\n\r\n",
+            ),
+            ("no host", "GET / HTTP/1.1\r\n\r\n"),
+            ("empty host", "GET / HTTP/1.1\r\nHost:\r\n\r\n"),
+            (
+                "user information",
+                "GET / HTTP/1.1\r\nHost: ok.test@evil.test\r\n\r\n",
+            ),
+            (
+                "user information and port",
+                "GET / HTTP/1.1\r\nHost: ok.test:443@evil.test\r\n\r\n",
+            ),
+            ("a fragment", "GET / HTTP/1.1\r\nHost: ok.test#evil\r\n\r\n"),
+            (
+                "a tab in the host",
+                "GET / HTTP/1.1\r\nHost: ok.test\tevil\r\n\r\n",
+            ),
+            ("an empty port", "GET / HTTP/1.1\r\nHost: ok.test:\r\n\r\n"),
+            ("a huge port", "GET / HTTP/1.1\r\nHost: ok.test:65536\r\n\r\n"),
+            (
+                "absolute URI",
+                "GET http://evil.test/ HTTP/1.1\r\nHost: ok.test\r\n\r\n",
+            ),
+            (
+                "CONNECT",
+                "CONNECT ok.test:443 HTTP/1.1\r\nHost: ok.test:443\r\n\r\n",
+            ),
+            (
+                "length and chunks",
+                "POST / HTTP/1.1\r\nHost: a.test\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+            ),
+            (
+                "two lengths",
+                "POST / HTTP/1.1\r\nHost: a.test\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n",
+            ),
+            (
+                "a list of lengths",
+                "POST / HTTP/1.1\r\nHost: a.test\r\nContent-Length: 1, 1\r\n\r\n",
+            ),
+            (
+                "a signed length",
+                "POST / HTTP/1.1\r\nHost: a.test\r\nContent-Length: +1\r\n\r\n",
+            ),
+            (
+                "other encodings",
+                "POST / HTTP/1.1\r\nHost: a.test\r\nTransfer-Encoding: gzip, chunked\r\n\r\n",
+            ),
+            (
+                "chunks in 1.0",
+                "POST / HTTP/1.0\r\nHost: a.test\r\nTransfer-Encoding: chunked\r\n\r\n",
+            ),
+            (
+                "a blank before the colon",
+                "GET / HTTP/1.1\r\nHost : ok.test\r\n\r\n",
+            ),
+            (
+                "a continued line",
+                "GET / HTTP/1.1\r\nHost: ok.test\r\n evil.test\r\n\r\n",
+            ),
+            ("a bare LF", "GET / HTTP/1.1\nHost: ok.test\n\n"),
+            ("a bare CR", "GET / HTTP/1.1\r\nHost: ok.test\rX: y\r\n\r\n"),
+            ("a NUL", "GET / HTTP/1.1\r\nHost: ok.test\r\nX: a\0b\r\n\r\n"),
+            (
+                "a hidden host",
+                "GET / HTTP/1.1\r\nHost: ok.test\r\nConnection: Host\r\n\r\n",
+            ),
+            ("four words", "GET / / HTTP/1.1\r\nHost: ok.test\r\n\r\n"),
+            ("HTTP/2", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
+            ("junk", "\u{1}\u{2}junk"),
+            (
+                "SSH",
+                "SSH-2.0-OpenSSH_9.2p1 Debian-2+deb12u3 and some more words",
+            ),
+        ] {
+            let reading = read(request.as_bytes());
+            if what == "SSH" {
+                assert!(!matches!(reading, Reading::Complete(_)));
+            } else {
+                assert!(matches!(reading, Reading::Malformed(_)), "{what}: {reading:?}");
+            }
+        }
+        let many = format!(
+            "GET / HTTP/1.1\r\nHost: ok.test\r\n{}\r\n",
+            "X: y\r\n".repeat(101)
+        );
+        assert!(matches!(read(many.as_bytes()), Reading::Malformed(_)));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_bytes_can_panic_the_reader(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..200)) {
+            read(&bytes);
+            read(&[b"GET / HTTP/1.1\r\n", &bytes[..]].concat());
+        }
+    }
+}

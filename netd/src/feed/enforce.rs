@@ -1,0 +1,310 @@
+//! Makes a frame true on this node. Owns: the order of the steps. Rules are in the kernel, names and flows
+//! follow them, what they forbid has ended, and only then the frame counts as applied. A sandbox that cannot
+//! be enforced as asked is denied everything and reported.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    io,
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use sandgate_api::{
+    feed::{FeedError, FeedFrame, FeedSandbox, Revision},
+    id::SandboxId,
+};
+use sandgate_policy::{Platform, PolicyError};
+
+use super::StateFile;
+use crate::{
+    kernel::{Datapath, DatapathError},
+    node::{self, Change, Desired},
+    pins::log::PinLog,
+    sandbox::{CutReason, PinError, Rules, Sandbox, Sandboxes},
+};
+
+/// Time for the tasks of cut flows to end. They only have to notice.
+const CUT_TIME: Duration = Duration::from_secs(2);
+
+/// Makes frames true.
+pub struct Enforcer {
+    datapath: Arc<Datapath>,
+    platform: Arc<Platform>,
+    sandboxes: Arc<Sandboxes>,
+    pins: PathBuf,
+    file: StateFile,
+    desired: Desired,
+    /// What is enforced exactly as listed.
+    actual: BTreeMap<SandboxId, FeedSandbox>,
+    /// Why the others are not.
+    failed: BTreeMap<SandboxId, String>,
+    /// Endpoints adopted from an earlier netd may be left that nobody lists.
+    has_leftovers: bool,
+}
+
+/// One sandbox could not be enforced as asked.
+#[derive(Debug, thiserror::Error)]
+enum EnforceError {
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    #[error(transparent)]
+    Kernel(#[from] DatapathError),
+    #[error(transparent)]
+    Pins(#[from] PinError),
+    #[error("flows that the new rules forbid did not end in time")]
+    StillOpen,
+    #[error("the work was interrupted")]
+    Interrupted,
+}
+
+impl Enforcer {
+    /// Enforces nothing yet. Pins of sandboxes are kept in the directory `pins`.
+    pub fn new(
+        datapath: Arc<Datapath>,
+        platform: Arc<Platform>,
+        sandboxes: Arc<Sandboxes>,
+        pins: PathBuf,
+        file: StateFile,
+    ) -> Self {
+        let desired = Desired::default();
+        let (actual, failed) = (BTreeMap::new(), BTreeMap::new());
+        Self {
+            datapath,
+            platform,
+            sandboxes,
+            pins,
+            file,
+            desired,
+            actual,
+            failed,
+            has_leftovers: true,
+        }
+    }
+
+    /// The revision that is in force.
+    pub fn revision(&self) -> Option<Revision> {
+        self.desired.revision
+    }
+
+    /// The sandboxes that are denied everything because they could not be enforced as asked.
+    pub fn errors(&self) -> Vec<FeedError> {
+        let error = |(id, message): (&SandboxId, &String)| FeedError {
+            sandbox_id: id.clone(),
+            message: message.clone(),
+        };
+        self.failed.iter().map(error).collect()
+    }
+
+    /// Puts the saved state in force, before the controller is reached.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub async fn restore(&mut self) -> io::Result<()> {
+        let Some(saved) = self.file.load()? else {
+            return Ok(());
+        };
+        tracing::info!(
+            revision = saved.revision,
+            sandboxes = saved.sandboxes.len(),
+            "restoring the last state"
+        );
+        self.desired = saved;
+        self.converge().await;
+        Ok(())
+    }
+
+    /// Puts a frame in force.
+    pub async fn apply(&mut self, frame: &FeedFrame) {
+        self.desired = self.desired.after(frame);
+        self.converge().await;
+        self.remove_leftovers();
+        if let Err(error) = self.file.save(&self.desired) {
+            tracing::error!(%error, "cannot save the state: a restart would begin without it");
+        }
+    }
+
+    /// Tries again what failed.
+    pub async fn retry(&mut self) {
+        if !self.failed.is_empty() {
+            self.converge().await;
+        }
+    }
+
+    async fn converge(&mut self) {
+        self.failed
+            .retain(|id, _| self.desired.sandboxes.contains_key(id));
+        for change in node::changes(&self.actual, &self.desired.sandboxes) {
+            match change {
+                Change::Remove(id) => self.remove(&id).await,
+                Change::Attach(wanted) => self.attach(wanted).await,
+                Change::Rules(wanted) => self.rules(wanted).await,
+                Change::Refuse(id, why) => {
+                    self.remove(&id).await;
+                    self.failed.insert(id, why);
+                }
+            }
+        }
+        // Gone ones that were never enforced as listed, but may be attached.
+        for sandbox in self.sandboxes.all() {
+            if !self.desired.sandboxes.contains_key(&sandbox.id) {
+                self.remove(&sandbox.id).await;
+            }
+        }
+    }
+
+    async fn attach(&mut self, wanted: FeedSandbox) {
+        // It may be there already, denied everything since an earlier attempt.
+        if let Some(present) = self.sandboxes.get(&wanted.sandbox_id) {
+            if present.endpoint == wanted.endpoint {
+                return self.rules(wanted).await;
+            }
+            self.remove(&wanted.sandbox_id).await;
+        }
+        let (datapath, platform) = (Arc::clone(&self.datapath), Arc::clone(&self.platform));
+        let pin_file = self.pins.join(wanted.sandbox_id.as_str());
+        let asked = wanted.clone();
+        let attached = tokio::task::spawn_blocking(move || {
+            let handle = datapath.attach(&asked.endpoint)?;
+            let rules = Rules::compile(&platform, &asked.tiers);
+            let (rules, broken) = match rules {
+                Ok(rules) => (rules, None),
+                Err(error) => (Rules::nothing(&platform)?, Some(EnforceError::from(error))),
+            };
+            let table = rules.kernel_table();
+            let sandbox = Sandbox::open(
+                (asked.sandbox_id, asked.org_id),
+                (asked.endpoint, handle),
+                rules,
+                Arc::clone(&datapath),
+                &pin_file,
+            )?;
+            let broken = datapath
+                .set_policy(handle, &table)
+                .err()
+                .map(EnforceError::from)
+                .or(broken);
+            Ok::<_, EnforceError>((sandbox, broken))
+        });
+        let attached = attached
+            .await
+            .unwrap_or_else(|_panic| Err(EnforceError::Interrupted));
+        let id = wanted.sandbox_id.clone();
+        match attached {
+            Ok((sandbox, None)) => {
+                self.sandboxes.insert(Arc::new(sandbox));
+                tracing::info!(sandbox_id = %id, interface = wanted.endpoint.interface, "enforced");
+                self.succeeded(wanted);
+            }
+            Ok((sandbox, Some(error))) => {
+                self.sandboxes.insert(Arc::new(sandbox));
+                self.fail(id, &error);
+            }
+            Err(error) => self.fail(id, &error),
+        }
+    }
+
+    async fn rules(&mut self, wanted: FeedSandbox) {
+        let id = wanted.sandbox_id.clone();
+        let Some(sandbox) = self.sandboxes.get(&id) else {
+            // Listed as enforced and yet not there: begin anew.
+            self.actual.remove(&id);
+            self.fail(id, &EnforceError::Interrupted);
+            return;
+        };
+        let outcome = match Rules::compile(&self.platform, &wanted.tiers) {
+            Ok(rules) => self.replace(&sandbox, rules).await,
+            Err(error) => {
+                let denied = match Rules::nothing(&self.platform) {
+                    Ok(rules) => self.replace(&sandbox, rules).await,
+                    Err(error) => Err(error.into()),
+                };
+                denied.and(Err(error.into()))
+            }
+        };
+        match outcome {
+            Ok(()) => {
+                tracing::info!(sandbox_id = %id, "new rules in force");
+                self.succeeded(wanted);
+            }
+            Err(error) => {
+                // Whatever is half done: nothing may pass.
+                if let Ok(nothing) = Rules::nothing(&self.platform)
+                    && let Err(error) = self.replace(&sandbox, nothing).await
+                {
+                    tracing::error!(sandbox_id = %id, %error, "cannot deny a sandbox in whole");
+                }
+                self.actual.remove(&id);
+                self.fail(id, &error);
+            }
+        }
+    }
+
+    async fn replace(&self, sandbox: &Arc<Sandbox>, rules: Rules) -> Result<(), EnforceError> {
+        let replaced = {
+            let sandbox = Arc::clone(sandbox);
+            let table = rules.kernel_table();
+            tokio::task::spawn_blocking(move || sandbox.replace_rules(rules, &table)).await
+        };
+        let cut = replaced.map_err(|_panic| EnforceError::Interrupted)??;
+        sandbox
+            .gone(&cut, CUT_TIME)
+            .await
+            .map_err(|_elapsed| EnforceError::StillOpen)
+    }
+
+    async fn remove(&mut self, id: &SandboxId) {
+        self.actual.remove(id);
+        self.failed.remove(id);
+        let Some(sandbox) = self.sandboxes.remove(id) else {
+            return;
+        };
+        let flows = sandbox.close(CutReason::SandboxGone);
+        if sandbox.gone(&flows, CUT_TIME).await.is_err() {
+            tracing::error!(sandbox_id = %id, "flows of a removed sandbox did not end in time");
+        }
+        if let Err(error) = self.datapath.detach(sandbox.handle) {
+            // Still denied: no address of it is known here any more. The next start finds it unlisted.
+            tracing::error!(sandbox_id = %id, %error, "cannot detach a removed sandbox");
+            self.has_leftovers = true;
+        }
+        if let Err(error) = PinLog::delete(&self.pins.join(id.as_str())) {
+            tracing::warn!(sandbox_id = %id, %error, "cannot delete the pin log");
+        }
+        tracing::info!(sandbox_id = %id, "removed");
+    }
+
+    /// Detaches endpoints of an earlier netd that the controller does not list.
+    fn remove_leftovers(&mut self) {
+        if !self.has_leftovers {
+            return;
+        }
+        self.has_leftovers = false;
+        let ours: HashSet<u32> = self
+            .sandboxes
+            .all()
+            .iter()
+            .map(|sandbox| sandbox.handle.ordinal)
+            .collect();
+        for (handle, address) in self.datapath.known() {
+            if ours.contains(&handle.ordinal) {
+                continue;
+            }
+            tracing::info!(ordinal = handle.ordinal, %address, "detaching an endpoint that is not listed");
+            if let Err(error) = self.datapath.detach(handle) {
+                tracing::error!(ordinal = handle.ordinal, %error, "cannot detach it");
+                self.has_leftovers = true;
+            }
+        }
+    }
+
+    fn succeeded(&mut self, wanted: FeedSandbox) {
+        self.failed.remove(&wanted.sandbox_id);
+        self.actual.insert(wanted.sandbox_id.clone(), wanted);
+    }
+
+    fn fail(&mut self, id: SandboxId, error: &EnforceError) {
+        tracing::error!(sandbox_id = %id, %error, "cannot enforce a sandbox as asked; it is denied everything");
+        self.failed.insert(id, error.to_string());
+    }
+}

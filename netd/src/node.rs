@@ -1,0 +1,296 @@
+//! What must change on this node: the difference between what the controller wants and what is enforced.
+//! Pure.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use sandgate_api::{
+    feed::{FeedFrame, FeedSandbox, Revision},
+    id::SandboxId,
+};
+use serde::{Deserialize, Serialize};
+
+/// What the controller wants of this node, as of a revision.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct Desired {
+    /// The revision, when any frame was applied.
+    pub revision: Option<Revision>,
+    /// The sandboxes.
+    #[serde(with = "listed")]
+    pub sandboxes: BTreeMap<SandboxId, FeedSandbox>,
+}
+
+/// One step toward it.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Change {
+    /// The sandbox is gone, or its endpoint is another: forget all about it.
+    Remove(SandboxId),
+    /// The sandbox is new: attach it and enforce its rules.
+    Attach(FeedSandbox),
+    /// Its rules are new.
+    Rules(FeedSandbox),
+    /// It cannot be enforced beside another; this says why.
+    Refuse(SandboxId, String),
+}
+
+impl Desired {
+    /// The state after a frame.
+    #[must_use]
+    pub fn after(&self, frame: &FeedFrame) -> Self {
+        match frame {
+            FeedFrame::Snapshot { revision, sandboxes } => Self {
+                revision: Some(*revision),
+                sandboxes: by_id(sandboxes.iter().cloned()),
+            },
+            FeedFrame::Delta {
+                revision,
+                upserts,
+                removed,
+            } => {
+                let mut sandboxes = self.sandboxes.clone();
+                for id in removed {
+                    sandboxes.remove(id);
+                }
+                sandboxes.extend(by_id(upserts.iter().cloned()));
+                Self {
+                    revision: Some(*revision),
+                    sandboxes,
+                }
+            }
+            FeedFrame::Heartbeat { .. } => self.clone(),
+        }
+    }
+}
+
+/// The steps from `actual`, which lists only what is enforced exactly as listed, to `desired`. Removals come
+/// first, so that an address or interface is free before somebody else gets it.
+pub fn changes(
+    actual: &BTreeMap<SandboxId, FeedSandbox>,
+    desired: &BTreeMap<SandboxId, FeedSandbox>,
+) -> Vec<Change> {
+    let mut removals = Vec::new();
+    let mut rest = Vec::new();
+    for (id, enforced) in actual {
+        if desired
+            .get(id)
+            .is_none_or(|wanted| wanted.endpoint != enforced.endpoint)
+        {
+            removals.push(Change::Remove(id.clone()));
+        }
+    }
+    let mut addresses = BTreeSet::new();
+    let mut interfaces = BTreeSet::new();
+    for (id, wanted) in desired {
+        let endpoint = &wanted.endpoint;
+        let enforced = actual.get(id).filter(|enforced| enforced.endpoint == *endpoint);
+        if !addresses.insert(endpoint.address) || !interfaces.insert(endpoint.ifindex) {
+            if enforced.is_some() {
+                removals.push(Change::Remove(id.clone()));
+            }
+            let why = format!(
+                "its address {} or interface belongs to another sandbox",
+                endpoint.address
+            );
+            rest.push(Change::Refuse(id.clone(), why));
+            continue;
+        }
+        match enforced {
+            None => rest.push(Change::Attach(wanted.clone())),
+            Some(enforced) if enforced.tiers != wanted.tiers => rest.push(Change::Rules(wanted.clone())),
+            Some(_) => {}
+        }
+    }
+    removals.extend(rest);
+    removals
+}
+
+fn by_id(sandboxes: impl IntoIterator<Item = FeedSandbox>) -> BTreeMap<SandboxId, FeedSandbox> {
+    sandboxes
+        .into_iter()
+        .map(|sandbox| (sandbox.sandbox_id.clone(), sandbox))
+        .collect()
+}
+
+/// The map as a list: the id is in the sandbox already.
+mod listed {
+    use std::collections::BTreeMap;
+
+    use sandgate_api::{feed::FeedSandbox, id::SandboxId};
+    use serde::{Deserialize as _, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(
+        map: &BTreeMap<SandboxId, FeedSandbox>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(map.values())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<BTreeMap<SandboxId, FeedSandbox>, D::Error> {
+        Vec::<FeedSandbox>::deserialize(deserializer).map(super::by_id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use proptest::prelude::*;
+    use sandgate_api::feed::{Endpoint, PolicyTier, TierName};
+    use sandgate_policy::Policy;
+
+    use super::*;
+
+    fn sandbox(id: u8, place: u8, ports: &[u16]) -> FeedSandbox {
+        let policy = Policy::parse(&serde_json::json!({ "allowed_ports": ports })).expect("a policy");
+        FeedSandbox {
+            sandbox_id: format!("sandbox-{id}").parse().expect("an id"),
+            org_id: "org-1".parse().expect("an id"),
+            endpoint: Endpoint {
+                ifindex: u32::from(place) + 1,
+                interface: format!("sg{place}"),
+                address: Ipv4Addr::new(10, 213, 0, place),
+                mac: [2, 0, 0, 0, 0, place],
+                agent_port: 1024,
+            },
+            tiers: vec![PolicyTier {
+                tier: TierName::Sandbox,
+                policy,
+            }],
+        }
+    }
+
+    fn all(sandboxes: &[FeedSandbox]) -> BTreeMap<SandboxId, FeedSandbox> {
+        by_id(sandboxes.iter().cloned())
+    }
+
+    /// What is enforced after the steps, as [`crate::feed`] keeps it.
+    fn apply(
+        actual: &BTreeMap<SandboxId, FeedSandbox>,
+        steps: &[Change],
+    ) -> BTreeMap<SandboxId, FeedSandbox> {
+        let mut actual = actual.clone();
+        for step in steps {
+            match step {
+                Change::Remove(id) => {
+                    assert!(actual.remove(id).is_some(), "{id} was not there");
+                }
+                Change::Attach(wanted) => {
+                    let place = &wanted.endpoint;
+                    for other in actual.values() {
+                        assert_ne!(other.endpoint.address, place.address, "an address is used twice");
+                        assert_ne!(
+                            other.endpoint.ifindex, place.ifindex,
+                            "an interface is used twice"
+                        );
+                    }
+                    assert!(actual.insert(wanted.sandbox_id.clone(), wanted.clone()).is_none());
+                }
+                Change::Rules(wanted) => {
+                    let before = actual.insert(wanted.sandbox_id.clone(), wanted.clone());
+                    assert_eq!(
+                        before.map(|before| before.endpoint),
+                        Some(wanted.endpoint.clone())
+                    );
+                }
+                Change::Refuse(id, _) => assert!(!actual.contains_key(id)),
+            }
+        }
+        actual
+    }
+
+    #[test]
+    fn each_difference_is_one_step() {
+        let (a, b, c) = (
+            sandbox(1, 1, &[443]),
+            sandbox(2, 2, &[443]),
+            sandbox(3, 3, &[443]),
+        );
+        let (b_new, c_moved) = (sandbox(2, 2, &[80]), sandbox(3, 4, &[443]));
+        let d = sandbox(4, 1, &[443]);
+        let steps = changes(
+            &all(&[a.clone(), b, c.clone()]),
+            &all(&[b_new.clone(), c_moved.clone(), d.clone()]),
+        );
+        assert_eq!(
+            steps,
+            [
+                Change::Remove(a.sandbox_id),
+                Change::Remove(c.sandbox_id),
+                Change::Rules(b_new),
+                Change::Attach(c_moved),
+                Change::Attach(d),
+            ]
+        );
+        assert!(changes(&all(&[sandbox(1, 1, &[1])]), &all(&[sandbox(1, 1, &[1])])).is_empty());
+    }
+
+    #[test]
+    fn a_delta_changes_and_a_snapshot_replaces() {
+        let snapshot = FeedFrame::Snapshot {
+            revision: 3,
+            sandboxes: vec![sandbox(1, 1, &[]), sandbox(2, 2, &[])],
+        };
+        let delta = FeedFrame::Delta {
+            revision: 5,
+            upserts: vec![sandbox(3, 3, &[]), sandbox(2, 2, &[80])],
+            removed: vec![sandbox(1, 1, &[]).sandbox_id],
+        };
+        let state = Desired::default()
+            .after(&snapshot)
+            .after(&delta)
+            .after(&FeedFrame::Heartbeat { revision: 5 });
+        assert_eq!(state.revision, Some(5));
+        assert_eq!(state.sandboxes, all(&[sandbox(2, 2, &[80]), sandbox(3, 3, &[])]));
+        assert_eq!(
+            state
+                .after(&FeedFrame::Snapshot {
+                    revision: 6,
+                    sandboxes: Vec::new()
+                })
+                .sandboxes,
+            all(&[])
+        );
+    }
+
+    #[test]
+    fn the_state_survives_the_way_to_disk() {
+        let state = Desired {
+            revision: Some(7),
+            sandboxes: all(&[sandbox(1, 1, &[443])]),
+        };
+        let text = serde_json::to_string(&state).expect("written");
+        assert_eq!(serde_json::from_str::<Desired>(&text).expect("read"), state);
+    }
+
+    fn world() -> impl Strategy<Value = BTreeMap<SandboxId, FeedSandbox>> {
+        let one = (0u8..6, 0u8..6, prop_oneof![Just(vec![443]), Just(vec![80])]);
+        proptest::collection::vec(one, 0..6).prop_map(|drawn| {
+            by_id(
+                drawn
+                    .into_iter()
+                    .map(|(id, place, ports)| sandbox(id, place, &ports)),
+            )
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn the_steps_lead_to_what_is_wanted_without_two_in_one_place(before in world(), wanted in world()) {
+            // Only what can be enforced is ever in force.
+            let actual = apply(&BTreeMap::new(), &changes(&BTreeMap::new(), &before));
+            let steps = changes(&actual, &wanted);
+            let after = apply(&actual, &steps);
+            let refused: Vec<_> = steps.iter().filter_map(|step| match step {
+                Change::Refuse(id, _) => Some(id.clone()),
+                Change::Remove(_) | Change::Attach(_) | Change::Rules(_) => None,
+            }).collect();
+            for (id, sandbox) in &wanted {
+                prop_assert!(after.get(id) == Some(sandbox) || refused.contains(id));
+            }
+            prop_assert!(after.keys().all(|id| wanted.contains_key(id)));
+            let kept = changes(&after, &wanted);
+            prop_assert!(kept.iter().all(|step| matches!(step, Change::Refuse(..))), "{:?}", kept);
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! The node's own addresses, which no sandbox may reach. Owns: knowing them at every moment, by watching the
+//! kernel's announcements in the node's own namespace, and telling the datapath. What happens between an
+//! address's appearance and its announcement is covered by the check before each dial ([`crate::egress::dial`]).
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr},
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
+};
+
+use futures_util::{StreamExt as _, TryStreamExt as _};
+use rtnetlink::{MulticastGroup, packet_route::address::AddressAttribute};
+use sandgate_daemon::tasks::Tasks;
+
+use crate::kernel::{Datapath, DatapathError};
+
+/// The addresses are read anew this often, in case an announcement was lost.
+const REREAD: Duration = Duration::from_secs(30);
+/// Pause before watching again after a failure.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// The node's IPv4 addresses. Clones share the same set.
+#[derive(Debug, Clone, Default)]
+pub struct NodeAddresses {
+    addresses: Arc<RwLock<BTreeSet<Ipv4Addr>>>,
+}
+
+/// The addresses could not be read or watched.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeAddressError {
+    /// The netlink socket.
+    #[error("cannot open a netlink socket: {0}")]
+    Open(#[source] std::io::Error),
+    /// The list.
+    #[error("cannot read the node's addresses: {0}")]
+    Read(#[source] rtnetlink::Error),
+    /// The announcements ended.
+    #[error("the kernel's announcements of addresses ended")]
+    Ended,
+    /// The datapath.
+    #[error("the kernel did not take the node's addresses: {0}")]
+    Datapath(#[from] DatapathError),
+}
+
+impl NodeAddresses {
+    /// Whether the address is one of this node.
+    pub fn contains(&self, address: Ipv4Addr) -> bool {
+        self.addresses
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .contains(&address)
+    }
+
+    /// Reads the addresses, tells the datapath, and goes on doing so whenever they change. Netlink sockets are
+    /// served among the `late` tasks.
+    ///
+    /// # Errors
+    /// When the first reading fails; later failures are logged and tried again.
+    pub async fn watch(
+        &self,
+        tasks: &Tasks,
+        late: &Tasks,
+        datapath: Arc<Datapath>,
+    ) -> Result<(), NodeAddressError> {
+        let mut watch = Watch::open(late)?;
+        self.reread(&watch.handle, &datapath).await?;
+        let (known, late) = (self.clone(), late.clone());
+        let ended = tasks.shutdown();
+        tasks.spawn("node addresses", async move {
+            loop {
+                let error = tokio::select! {
+                    error = known.follow(&mut watch, &datapath) => error,
+                    () = ended.cancelled() => return,
+                };
+                tracing::warn!(%error, "cannot follow the node's addresses, trying again");
+                tokio::time::sleep(PAUSE).await;
+                match Watch::open(&late) {
+                    Ok(again) => watch = again,
+                    Err(error) => tracing::warn!(%error, "cannot watch the node's addresses"),
+                }
+            }
+        });
+        Ok(())
+    }
+
+    async fn follow(&self, watch: &mut Watch, datapath: &Datapath) -> NodeAddressError {
+        loop {
+            if let Err(error) = self.reread(&watch.handle, datapath).await {
+                return error;
+            }
+            if let Ok(Err(error)) = tokio::time::timeout(REREAD, watch.changed()).await {
+                return error;
+            }
+        }
+    }
+
+    async fn reread(&self, handle: &rtnetlink::Handle, datapath: &Datapath) -> Result<(), NodeAddressError> {
+        let found = read(handle).await?;
+        {
+            let mut addresses = self.addresses.write().unwrap_or_else(PoisonError::into_inner);
+            if *addresses == found {
+                return Ok(());
+            }
+            addresses.clone_from(&found);
+        }
+        tracing::info!(count = found.len(), "the node's addresses changed");
+        let list: Vec<Ipv4Addr> = found.into_iter().collect();
+        if let Err(error) = datapath.set_node_addresses(&list) {
+            // Forgotten, so that the next reading tells the datapath again.
+            self.addresses
+                .write()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clear();
+            return Err(error.into());
+        }
+        Ok(())
+    }
+}
+
+type Announcements = futures_util::stream::BoxStream<'static, ()>;
+
+struct Watch {
+    handle: rtnetlink::Handle,
+    announcements: Announcements,
+}
+
+impl Watch {
+    fn open(tasks: &Tasks) -> Result<Self, NodeAddressError> {
+        let (connection, handle, announcements) =
+            rtnetlink::new_multicast_connection(&[MulticastGroup::Ipv4Ifaddr])
+                .map_err(NodeAddressError::Open)?;
+        tasks.spawn("netlink addresses", connection);
+        Ok(Self {
+            handle,
+            announcements: announcements.map(|_| ()).boxed(),
+        })
+    }
+
+    async fn changed(&mut self) -> Result<(), NodeAddressError> {
+        self.announcements.next().await.ok_or(NodeAddressError::Ended)
+    }
+}
+
+async fn read(handle: &rtnetlink::Handle) -> Result<BTreeSet<Ipv4Addr>, NodeAddressError> {
+    let mut found = BTreeSet::new();
+    let mut listed = handle.address().get().execute();
+    while let Some(message) = listed.try_next().await.map_err(NodeAddressError::Read)? {
+        for attribute in message.attributes {
+            // The far end of a point-to-point link is not ours; the broadcast address reaches us.
+            match attribute {
+                AddressAttribute::Local(IpAddr::V4(address)) | AddressAttribute::Broadcast(address) => {
+                    found.insert(address);
+                }
+                _ => {}
+            }
+        }
+    }
+    Ok(found)
+}

@@ -1,0 +1,179 @@
+//! The pins of one sandbox on disk, so that they outlive netd: one line per pair, appended, written anew
+//! when most lines are old. A line that cannot be read is skipped: the pair is then asked for again.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Write as _},
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+};
+
+use sandgate_policy::DomainName;
+
+use super::{PINS_MAX, Pins, Seconds};
+
+/// Lines after which the log is written anew.
+const LINES_MAX: usize = 4 * PINS_MAX;
+
+/// One sandbox's log, open for appending.
+#[derive(Debug)]
+pub struct PinLog {
+    path: PathBuf,
+    file: File,
+    lines: usize,
+}
+
+impl PinLog {
+    /// Opens the log at `path`, or begins it, and returns the pairs that have not ended.
+    ///
+    /// # Errors
+    /// When the file can be neither read nor written.
+    pub fn open(path: &Path, now: Seconds) -> io::Result<(Self, Pins)> {
+        let text = match fs::read(path) {
+            Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+            Err(error) => return Err(error),
+        };
+        let mut pins = Pins::default();
+        for (name, address, ends) in text.lines().filter_map(read_line) {
+            if ends > now {
+                pins.pin_until(&name, address, ends);
+            }
+        }
+        let file = write_anew(path, &pins)?;
+        let lines = pins.len();
+        Ok((
+            Self {
+                path: path.to_owned(),
+                file,
+                lines,
+            },
+            pins,
+        ))
+    }
+
+    /// Adds a pair. `pins` holds it already.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn append(
+        &mut self,
+        name: &DomainName,
+        address: Ipv4Addr,
+        ends: Seconds,
+        pins: &Pins,
+    ) -> io::Result<()> {
+        if self.lines >= LINES_MAX {
+            return self.rewrite(pins);
+        }
+        self.file.write_all(line(name, address, ends).as_bytes())?;
+        self.lines += 1;
+        Ok(())
+    }
+
+    /// Writes the log anew, so that pairs which `pins` no longer holds are forgotten on disk too.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn rewrite(&mut self, pins: &Pins) -> io::Result<()> {
+        self.file = write_anew(&self.path, pins)?;
+        self.lines = pins.len();
+        Ok(())
+    }
+
+    /// Deletes the log at `path`, if there is one.
+    ///
+    /// # Errors
+    /// When it exists and cannot be deleted.
+    pub fn delete(path: &Path) -> io::Result<()> {
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+}
+
+fn write_anew(path: &Path, pins: &Pins) -> io::Result<File> {
+    let beside = path.with_extension("new");
+    let text: String = pins
+        .iter()
+        .map(|(name, address, ends)| line(name, address, ends))
+        .collect();
+    fs::write(&beside, text)?;
+    fs::rename(&beside, path)?;
+    OpenOptions::new().append(true).open(path)
+}
+
+fn line(name: &DomainName, address: Ipv4Addr, ends: Seconds) -> String {
+    format!("{ends} {address} {}\n", name.as_str())
+}
+
+fn read_line(line: &str) -> Option<(DomainName, Ipv4Addr, Seconds)> {
+    let mut parts = line.split(' ');
+    let (ends, address, name) = (parts.next()?, parts.next()?, parts.next()?);
+    if parts.next().is_some() {
+        return None;
+    }
+    Some((
+        DomainName::parse(name).ok()?,
+        address.parse().ok()?,
+        ends.parse().ok()?,
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pin(log: &mut PinLog, pins: &mut Pins, text: &str, last: u8, ends: Seconds) {
+        let (name, address) = (
+            DomainName::parse(text).expect("a name"),
+            Ipv4Addr::new(203, 0, 113, last),
+        );
+        pins.pin_until(&name, address, ends);
+        log.append(&name, address, ends, pins).expect("written");
+    }
+
+    #[test]
+    fn what_was_pinned_is_there_after_a_restart_and_what_ended_is_not() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("sandbox-1");
+        let (mut log, mut pins) = PinLog::open(&path, 0).expect("opened");
+        pin(&mut log, &mut pins, "a.test", 1, 100);
+        pin(&mut log, &mut pins, "b.test", 2, 10);
+        pin(&mut log, &mut pins, "b.test", 2, 200);
+        pin(&mut log, &mut pins, "c.test", 3, 20);
+        let (_, pins) = PinLog::open(&path, 50).expect("opened");
+        let kept: Vec<_> = pins
+            .iter()
+            .map(|(name, _, ends)| (name.as_str().to_owned(), ends))
+            .collect();
+        assert_eq!(kept, [("a.test".to_owned(), 100), ("b.test".to_owned(), 200)]);
+    }
+
+    #[test]
+    fn a_torn_or_foreign_line_costs_only_itself() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("sandbox-1");
+        fs::write(
+            &path,
+            b"100 203.0.113.1 a.test\n\xff\xfe\n100 x b.test\n100 203.0.113.2 c.te",
+        )
+        .expect("written");
+        let (_, pins) = PinLog::open(&path, 0).expect("opened");
+        assert_eq!(pins.len(), 2);
+        assert_eq!(PinLog::open(&path, 0).expect("opened").1.len(), 2);
+    }
+
+    #[test]
+    fn the_log_stays_bounded() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("sandbox-1");
+        let (mut log, mut pins) = PinLog::open(&path, 0).expect("opened");
+        for step in 0..(3 * LINES_MAX) {
+            pin(&mut log, &mut pins, "a.test", 1, step as u64 + 1);
+        }
+        let lines = fs::read_to_string(&path).expect("read").lines().count();
+        assert!(lines <= LINES_MAX, "{lines} lines");
+    }
+}

@@ -1,0 +1,322 @@
+//! The sandboxes of this node as netd enforces them: their rules, pins, live flows and limits. Owns: the one
+//! lock per sandbox under which every decision is made, so that no flow is admitted by rules that are being
+//! replaced, and the order in which kernel and user space learn of a change. Never does network I/O.
+
+mod enforced;
+mod index;
+mod rules;
+
+use std::{
+    io,
+    net::{Ipv4Addr, SocketAddrV4},
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use sandgate_api::{
+    feed::Endpoint,
+    id::{OrgId, SandboxId},
+};
+use sandgate_policy::{DomainName, FailureMode, KernelTable};
+use tokio::sync::{Notify, Semaphore};
+
+use self::enforced::Enforced;
+pub use self::{
+    enforced::{Cut, CutReason, Facts, FirstLook},
+    index::Sandboxes,
+    rules::{Decision, Rules},
+};
+use crate::{
+    kernel::{Datapath, DatapathError, EndpointHandle},
+    pins::{PIN_LIFETIME, Seconds, log::PinLog},
+};
+
+/// Connections of one sandbox through netd at once.
+const FLOWS_MAX: usize = 512;
+/// Of them, those that have not yet said whom they are for; each may hold 16 KiB.
+const SNIFFS_MAX: usize = 128;
+/// DNS questions of one sandbox that are being answered at once.
+const QUERIES_MAX: usize = 64;
+/// DNS connections of one sandbox at once.
+const DNS_STREAMS_MAX: usize = 8;
+
+/// One sandbox.
+pub struct Sandbox {
+    /// Which one.
+    pub id: SandboxId,
+    /// Its owner.
+    pub org_id: OrgId,
+    /// Where its packets come from.
+    pub endpoint: Endpoint,
+    /// The same, in the kernel's eyes.
+    pub handle: EndpointHandle,
+    /// What it may have of netd at once, so that its flood leaves others alone.
+    pub limits: Limits,
+    state: Mutex<State>,
+    /// Told whenever a flow has ended.
+    flow_ended: Notify,
+    datapath: Arc<Datapath>,
+}
+
+/// Permits of one sandbox.
+pub struct Limits {
+    /// Connections.
+    pub flows: Arc<Semaphore>,
+    /// Connections being read.
+    pub sniffs: Arc<Semaphore>,
+    /// DNS questions.
+    pub queries: Arc<Semaphore>,
+    /// DNS connections.
+    pub dns_streams: Arc<Semaphore>,
+}
+
+struct State {
+    enforced: Enforced,
+    log: PinLog,
+}
+
+/// Leave to forward one flow. Only [`Sandbox::admit`] makes it; dropping it ends the flow in the books.
+pub struct Admitted {
+    sandbox: Arc<Sandbox>,
+    flow: u64,
+    /// Why it may go on.
+    pub decision: Decision,
+    /// Cancelled when it no longer may.
+    pub cut: Arc<Cut>,
+}
+
+/// An address could not be pinned.
+#[derive(Debug, thiserror::Error)]
+pub enum PinError {
+    /// The rules no longer allow the name.
+    #[error("the name is no longer allowed")]
+    NotAllowed(Decision),
+    /// The kernel's set did not take it.
+    #[error("the kernel did not take the address: {0}")]
+    Kernel(#[from] DatapathError),
+    /// The log did not take it.
+    #[error("the pin log could not be written: {0}")]
+    Log(#[source] io::Error),
+}
+
+impl Sandbox {
+    /// A sandbox that is attached in the kernel. Its pins of an earlier netd are read back from `pin_file`;
+    /// the kernel is told of those whose names `rules` allow.
+    ///
+    /// # Errors
+    /// When the pins cannot be read or the kernel does not take them.
+    pub fn open(
+        (id, org_id): (SandboxId, OrgId),
+        (endpoint, handle): (Endpoint, EndpointHandle),
+        rules: Rules,
+        datapath: Arc<Datapath>,
+        pin_file: &Path,
+    ) -> Result<Self, PinError> {
+        let now = seconds();
+        let (log, mut pins) = PinLog::open(pin_file, now).map_err(PinError::Log)?;
+        let forgotten = pins.sweep(now, |name| rules.judge_name(name).is_allowed());
+        for address in forgotten {
+            datapath.unbind_address(handle, address)?;
+        }
+        for address in pins.addresses() {
+            datapath.bind_address(handle, address)?;
+        }
+        let limits = Limits {
+            flows: Arc::new(Semaphore::new(FLOWS_MAX)),
+            sniffs: Arc::new(Semaphore::new(SNIFFS_MAX)),
+            queries: Arc::new(Semaphore::new(QUERIES_MAX)),
+            dns_streams: Arc::new(Semaphore::new(DNS_STREAMS_MAX)),
+        };
+        Ok(Self {
+            id,
+            org_id,
+            endpoint,
+            handle,
+            limits,
+            state: Mutex::new(State {
+                enforced: Enforced::new(rules, pins),
+                log,
+            }),
+            flow_ended: Notify::new(),
+            datapath,
+        })
+    }
+
+    /// Whether flows go on when they cannot be recorded.
+    pub fn failure_mode(&self) -> FailureMode {
+        self.lock().enforced.rules().failure_mode()
+    }
+
+    /// What address and port alone say about a new flow.
+    pub fn first_look(&self, to: SocketAddrV4) -> FirstLook {
+        self.lock().enforced.first_look(to, seconds())
+    }
+
+    /// Judges a flow and, if it is allowed, enters it into the books in the same step.
+    ///
+    /// # Errors
+    /// The decision against it.
+    pub fn admit(self: &Arc<Self>, facts: Facts) -> Result<Admitted, Decision> {
+        let mut state = self.lock();
+        let now = seconds();
+        let (flow, cut, decision) = state.enforced.admit(facts.clone(), now)?;
+        // Only a pair that DNS made is prolonged: a name beside an address range was not looked up here.
+        if let Some(name) = &facts.name
+            && state.enforced.pins().names(*facts.to.ip(), now).contains(name)
+            && let Err(error) = state.pin(&self.datapath, self.handle, name, *facts.to.ip(), now)
+        {
+            // The pair is still pinned as it was: only its life was not prolonged.
+            tracing::warn!(sandbox_id = %self.id, %error, "cannot prolong a pin");
+        }
+        drop(state);
+        Ok(Admitted {
+            sandbox: Arc::clone(self),
+            flow,
+            decision,
+            cut,
+        })
+    }
+
+    /// What the rules say about asking for a name.
+    pub fn judge_name(&self, name: &DomainName) -> Decision {
+        self.lock().enforced.rules().judge_name(name)
+    }
+
+    /// The decision that address and port alone lead to, for records about packets.
+    pub fn judge_packet(&self, udp: bool, to: SocketAddrV4) -> Decision {
+        self.lock().enforced.judge_packet(udp, to)
+    }
+
+    /// Remembers that `name` is about to be answered with `addresses`.
+    ///
+    /// # Errors
+    /// When the name is no longer allowed, or an address could not be made usable; the answer must not go out.
+    pub fn pin(&self, name: &DomainName, addresses: &[Ipv4Addr]) -> Result<(), PinError> {
+        let mut state = self.lock();
+        let decision = state.enforced.rules().judge_name(name);
+        if !decision.is_allowed() || state.enforced.is_closed() {
+            return Err(PinError::NotAllowed(decision));
+        }
+        let now = seconds();
+        for address in addresses {
+            state.pin(&self.datapath, self.handle, name, *address, now)?;
+        }
+        Ok(())
+    }
+
+    /// Puts new rules in force: the kernel first, then names, pins and flows in one step. Returns the flows
+    /// that were cut and must be waited for ([`Self::gone`]).
+    ///
+    /// # Errors
+    /// When the kernel does not take the rules. User space enforces them all the same.
+    pub fn replace_rules(&self, rules: Rules, table: &KernelTable) -> Result<Vec<u64>, DatapathError> {
+        let written = self.datapath.set_policy(self.handle, table);
+        let mut state = self.lock();
+        let replaced = state.enforced.replace(rules, seconds());
+        state.forget(&self.datapath, self.handle, &self.id, &replaced.unbound);
+        drop(state);
+        written.map(|()| replaced.cut)
+    }
+
+    /// Cuts every flow and admits no more.
+    pub fn close(&self, reason: CutReason) -> Vec<u64> {
+        self.lock().enforced.close(&reason)
+    }
+
+    /// Waits until the flows have really ended, at most `limit`.
+    ///
+    /// # Errors
+    /// When some have not.
+    pub async fn gone(&self, flows: &[u64], limit: Duration) -> Result<(), tokio::time::error::Elapsed> {
+        let gone = async {
+            loop {
+                // Registered before looking, so that no end is missed.
+                let ended = self.flow_ended.notified();
+                if !self.lock().enforced.has_any(flows) {
+                    return;
+                }
+                ended.await;
+            }
+        };
+        tokio::time::timeout(limit, gone).await
+    }
+
+    /// Drops the pins that have ended.
+    pub fn sweep_pins(&self) {
+        let mut state = self.lock();
+        let unbound = state.enforced.sweep_pins(seconds());
+        state.forget(&self.datapath, self.handle, &self.id, &unbound);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Every method leaves the state whole before anything that can panic.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn pin(
+        &mut self,
+        datapath: &Datapath,
+        handle: EndpointHandle,
+        name: &DomainName,
+        address: Ipv4Addr,
+        now: Seconds,
+    ) -> Result<(), PinError> {
+        let pins = self.enforced.pins();
+        let pinned = pins.pin(name, address, now);
+        if pinned.is_new_address
+            && let Err(error) = datapath.bind_address(handle, address)
+        {
+            pins.unpin(name, address);
+            return Err(error.into());
+        }
+        if let Some(evicted) = pinned.evicted {
+            datapath.unbind_address(handle, evicted)?;
+        }
+        if pinned.must_be_logged {
+            let ends = now + PIN_LIFETIME.as_secs();
+            self.log
+                .append(name, address, ends, pins)
+                .map_err(PinError::Log)?;
+        }
+        Ok(())
+    }
+
+    /// Brings kernel and log in step with pins that were dropped.
+    fn forget(&mut self, datapath: &Datapath, handle: EndpointHandle, id: &SandboxId, unbound: &[Ipv4Addr]) {
+        if unbound.is_empty() {
+            return;
+        }
+        for address in unbound {
+            // Left in the kernel it only brings the connection to netd, which refuses it.
+            if let Err(error) = datapath.unbind_address(handle, *address) {
+                tracing::warn!(sandbox_id = %id, %error, "cannot unbind an address in the kernel");
+            }
+        }
+        if let Err(error) = self.log.rewrite(self.enforced.pins()) {
+            tracing::warn!(sandbox_id = %id, %error, "cannot write the pin log");
+        }
+    }
+}
+
+impl Admitted {
+    /// The sandbox whose flow it is.
+    pub fn sandbox(&self) -> &Arc<Sandbox> {
+        &self.sandbox
+    }
+}
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        self.sandbox.lock().enforced.leave(self.flow);
+        self.sandbox.flow_ended.notify_waiters();
+    }
+}
+
+fn seconds() -> Seconds {
+    SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
+}

@@ -1,0 +1,350 @@
+//! What is in force for one sandbox: rules, pins, live flows. Pure: it decides and keeps the books, and
+//! returns what must be told to the kernel and to the flows' tasks. Time comes from the caller.
+
+use std::{
+    collections::HashMap,
+    net::{Ipv4Addr, SocketAddr, SocketAddrV4},
+    sync::{Arc, OnceLock},
+};
+
+use sandgate_policy::{DomainName, Flow, Protocol, Reason};
+use tokio_util::sync::CancellationToken;
+
+use super::{Decision, Rules};
+use crate::pins::{Pins, Seconds};
+
+/// What is known about a TCP flow when it is judged.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Facts {
+    /// The destination the sandbox chose.
+    pub to: SocketAddrV4,
+    /// The name read from the flow, when it was read.
+    pub name: Option<DomainName>,
+}
+
+/// What address and port alone say about a flow.
+#[derive(Debug, PartialEq, Eq)]
+pub enum FirstLook {
+    /// No.
+    Refuse(Decision),
+    /// Yes, unread.
+    Opaque,
+    /// It depends on the name.
+    Sniff,
+}
+
+/// The string on which a flow's task hangs.
+#[derive(Debug, Default)]
+pub struct Cut {
+    token: CancellationToken,
+    reason: OnceLock<CutReason>,
+}
+
+/// Why a live flow was ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CutReason {
+    /// New rules forbid it; this is their decision.
+    Forbidden(Decision),
+    /// The sandbox is gone.
+    SandboxGone,
+}
+
+impl Cut {
+    /// Waits for the cut.
+    pub async fn cut(&self) -> CutReason {
+        self.token.cancelled().await;
+        self.reason.get().cloned().unwrap_or(CutReason::SandboxGone)
+    }
+
+    fn end(&self, reason: CutReason) {
+        // The first reason stands.
+        let _second = self.reason.set(reason);
+        self.token.cancel();
+    }
+}
+
+pub(super) struct Enforced {
+    rules: Rules,
+    pins: Pins,
+    live: HashMap<u64, Live>,
+    next: u64,
+    closed: bool,
+}
+
+struct Live {
+    facts: Facts,
+    /// The names under which the destination was pinned when the flow began: a pin that ends later does not
+    /// end the flow.
+    bound: Vec<DomainName>,
+    cut: Arc<Cut>,
+}
+
+pub(super) struct Replaced {
+    pub(super) cut: Vec<u64>,
+    pub(super) unbound: Vec<Ipv4Addr>,
+}
+
+impl Enforced {
+    pub(super) fn new(rules: Rules, pins: Pins) -> Self {
+        Self {
+            rules,
+            pins,
+            live: HashMap::new(),
+            next: 0,
+            closed: false,
+        }
+    }
+
+    pub(super) fn rules(&self) -> &Rules {
+        &self.rules
+    }
+
+    pub(super) fn pins(&mut self) -> &mut Pins {
+        &mut self.pins
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed
+    }
+
+    pub(super) fn first_look(&self, to: SocketAddrV4, now: Seconds) -> FirstLook {
+        let bound = self.pins.names(*to.ip(), now);
+        let facts = Facts { to, name: None };
+        match judge(&self.rules, &facts, &bound) {
+            (decision, _) if decision.is_allowed() => FirstLook::Opaque,
+            (_, true) => FirstLook::Sniff,
+            (decision, false) => FirstLook::Refuse(decision),
+        }
+    }
+
+    pub(super) fn judge_packet(&self, udp: bool, to: SocketAddrV4) -> Decision {
+        let protocol = if udp { Protocol::Udp } else { Protocol::Tcp };
+        self.rules
+            .judge(&Flow {
+                protocol,
+                to: SocketAddr::V4(to),
+                name: None,
+                names_bound: &[],
+            })
+            .0
+    }
+
+    pub(super) fn admit(
+        &mut self,
+        facts: Facts,
+        now: Seconds,
+    ) -> Result<(u64, Arc<Cut>, Decision), Decision> {
+        if self.closed {
+            return Err(Decision::of(Reason::UnknownSandbox));
+        }
+        let bound = self.pins.names(*facts.to.ip(), now);
+        let decision = admissible(&self.rules, &facts, &bound)?;
+        let flow = self.next;
+        self.next += 1;
+        let cut = Arc::new(Cut::default());
+        self.live.insert(
+            flow,
+            Live {
+                facts,
+                bound,
+                cut: Arc::clone(&cut),
+            },
+        );
+        Ok((flow, cut, decision))
+    }
+
+    pub(super) fn leave(&mut self, flow: u64) {
+        self.live.remove(&flow);
+    }
+
+    pub(super) fn has_any(&self, flows: &[u64]) -> bool {
+        flows.iter().any(|flow| self.live.contains_key(flow))
+    }
+
+    pub(super) fn replace(&mut self, rules: Rules, now: Seconds) -> Replaced {
+        self.rules = rules;
+        let rules = &self.rules;
+        let unbound = self.pins.sweep(now, |name| rules.judge_name(name).is_allowed());
+        let mut cut = Vec::new();
+        for (flow, live) in &self.live {
+            if let Err(decision) = admissible(rules, &live.facts, &live.bound) {
+                live.cut.end(CutReason::Forbidden(decision));
+                cut.push(*flow);
+            }
+        }
+        Replaced { cut, unbound }
+    }
+
+    pub(super) fn close(&mut self, reason: &CutReason) -> Vec<u64> {
+        self.closed = true;
+        for live in self.live.values() {
+            live.cut.end(reason.clone());
+        }
+        self.live.keys().copied().collect()
+    }
+
+    pub(super) fn sweep_pins(&mut self, now: Seconds) -> Vec<Ipv4Addr> {
+        self.pins.sweep(now, |_| true)
+    }
+}
+
+/// Whether a flow with these facts may be forwarded.
+fn admissible(rules: &Rules, facts: &Facts, bound: &[DomainName]) -> Result<Decision, Decision> {
+    let (decision, _) = judge(rules, facts, bound);
+    if decision.is_allowed() {
+        Ok(decision)
+    } else {
+        Err(decision)
+    }
+}
+
+fn judge(rules: &Rules, facts: &Facts, bound: &[DomainName]) -> (Decision, bool) {
+    rules.judge(&Flow {
+        protocol: Protocol::Tcp,
+        to: SocketAddr::V4(facts.to),
+        name: facts.name.as_ref(),
+        names_bound: bound,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use sandgate_api::feed::{PolicyTier, TierName};
+    use sandgate_policy::{Platform, Policy};
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn rules(policy: Value) -> Rules {
+        let policy = Policy::parse(&policy).expect("a policy");
+        let tiers = [PolicyTier {
+            tier: TierName::Sandbox,
+            policy,
+        }];
+        Rules::compile(&Platform::new(Vec::new()), &tiers).expect("compiled")
+    }
+
+    fn allowing(names: &[&str]) -> Rules {
+        rules(json!({ "mode": "allowlist", "allowed_domains": names }))
+    }
+
+    fn name(text: &str) -> DomainName {
+        DomainName::parse(text).expect("a name")
+    }
+
+    fn to(port: u16) -> SocketAddrV4 {
+        SocketAddrV4::new(Ipv4Addr::new(203, 0, 113, 10), port)
+    }
+
+    fn facts(text: &str) -> Facts {
+        Facts {
+            to: to(443),
+            name: Some(name(text)),
+        }
+    }
+
+    fn pinned(rules: Rules, names: &[&str]) -> Enforced {
+        let mut enforced = Enforced::new(rules, Pins::default());
+        for text in names {
+            enforced.pins().pin(&name(text), *to(443).ip(), 0);
+        }
+        enforced
+    }
+
+    #[test]
+    fn a_name_counts_only_with_an_address_pinned_for_it() {
+        let mut enforced = pinned(allowing(&["ok.test", "api.test"]), &["ok.test"]);
+        assert_eq!(enforced.first_look(to(443), 1), FirstLook::Sniff);
+        assert!(enforced.admit(facts("ok.test"), 1).is_ok());
+        let refused = enforced
+            .admit(facts("api.test"), 1)
+            .err()
+            .map(|decision| decision.reason);
+        assert_eq!(refused, Some(Reason::AddressNotBound));
+        let refused = enforced
+            .admit(facts("evil.test"), 1)
+            .err()
+            .map(|decision| decision.reason);
+        assert!(refused.is_some_and(|reason| reason != Reason::Allowed));
+        let unread = Facts {
+            to: to(443),
+            name: None,
+        };
+        assert!(enforced.admit(unread, 1).is_err());
+    }
+
+    #[test]
+    fn another_port_or_an_unpinned_address_is_refused_unread() {
+        let enforced = pinned(allowing(&["ok.test"]), &["ok.test"]);
+        assert!(matches!(enforced.first_look(to(22), 1), FirstLook::Refuse(_)));
+        let elsewhere = SocketAddrV4::new(Ipv4Addr::new(203, 0, 113, 66), 443);
+        let FirstLook::Refuse(decision) = enforced.first_look(elsewhere, 1) else {
+            panic!("not refused")
+        };
+        assert_eq!(decision.reason, Reason::AddressNotBound);
+    }
+
+    #[tokio::test]
+    async fn new_rules_cut_exactly_the_flows_they_forbid() {
+        let mut enforced = pinned(allowing(&["ok.test", "api.test"]), &["ok.test", "api.test"]);
+        let (stays, kept, _) = enforced.admit(facts("ok.test"), 1).expect("admitted");
+        let (goes, cut, _) = enforced.admit(facts("api.test"), 1).expect("admitted");
+        let replaced = enforced.replace(allowing(&["ok.test"]), 2);
+        assert_eq!(replaced.cut, [goes]);
+        assert!(replaced.unbound.is_empty(), "the address still has a name");
+        assert!(matches!(cut.cut().await, CutReason::Forbidden(_)));
+        assert!(!kept.token.is_cancelled());
+        assert!(enforced.has_any(&[goes]));
+        enforced.leave(goes);
+        assert!(!enforced.has_any(&replaced.cut));
+        assert!(enforced.has_any(&[stays]));
+    }
+
+    #[test]
+    fn names_that_are_no_longer_allowed_lose_their_pins() {
+        let mut enforced = pinned(allowing(&["ok.test"]), &["ok.test"]);
+        let replaced = enforced.replace(allowing(&["api.test"]), 1);
+        assert_eq!(replaced.unbound, [*to(443).ip()]);
+        enforced.replace(allowing(&["ok.test"]), 1);
+        assert!(enforced.admit(facts("ok.test"), 1).is_err());
+    }
+
+    #[test]
+    fn a_flow_outlives_its_pin() {
+        let mut enforced = pinned(allowing(&["ok.test"]), &["ok.test"]);
+        enforced.admit(facts("ok.test"), 1).expect("admitted");
+        let day_after = 2 * crate::pins::PIN_LIFETIME.as_secs();
+        enforced.sweep_pins(day_after);
+        assert!(
+            enforced
+                .replace(allowing(&["ok.test", "api.test"]), day_after)
+                .cut
+                .is_empty()
+        );
+    }
+
+    #[test]
+    fn nothing_is_admitted_after_the_end() {
+        let mut enforced = pinned(allowing(&["ok.test"]), &["ok.test"]);
+        let (flow, cut, _) = enforced.admit(facts("ok.test"), 1).expect("admitted");
+        assert_eq!(enforced.close(&CutReason::SandboxGone), [flow]);
+        assert!(cut.token.is_cancelled());
+        assert!(enforced.admit(facts("ok.test"), 1).is_err());
+    }
+
+    #[test]
+    fn without_a_policy_web_traffic_goes_and_the_rest_does_not() {
+        let rules = Rules::compile(&Platform::new(Vec::new()), &[]).expect("compiled");
+        let enforced = Enforced::new(rules, Pins::default());
+        assert_eq!(enforced.first_look(to(443), 1), FirstLook::Opaque);
+        assert!(matches!(enforced.first_look(to(22), 1), FirstLook::Refuse(_)));
+    }
+
+    #[test]
+    fn the_rules_of_a_sandbox_that_cannot_be_enforced_allow_nothing() {
+        let rules = Rules::nothing(&Platform::new(Vec::new())).expect("compiled");
+        assert!(!rules.judge_name(&name("ok.test")).is_allowed());
+        let enforced = Enforced::new(rules, Pins::default());
+        assert!(matches!(enforced.first_look(to(443), 1), FirstLook::Refuse(_)));
+    }
+}

@@ -1,0 +1,85 @@
+//! Finds a sandbox by id, by source address and by the kernel's ordinal.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    net::Ipv4Addr,
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+};
+
+use sandgate_api::id::SandboxId;
+
+use super::Sandbox;
+
+/// Sandboxes that are gone, kept so that denials which the kernel reports late still find their owner.
+const DEPARTED_MAX: usize = 256;
+
+/// Every sandbox of this node.
+#[derive(Default)]
+pub struct Sandboxes {
+    index: RwLock<Index>,
+}
+
+#[derive(Default)]
+struct Index {
+    by_id: HashMap<SandboxId, Arc<Sandbox>>,
+    by_address: HashMap<Ipv4Addr, Arc<Sandbox>>,
+    /// Present and departed ones: ordinals are never used again.
+    by_ordinal: HashMap<u32, Arc<Sandbox>>,
+    departed: VecDeque<u32>,
+}
+
+impl Sandboxes {
+    /// Adds a sandbox.
+    pub fn insert(&self, sandbox: Arc<Sandbox>) {
+        let mut index = self.write();
+        index
+            .by_address
+            .insert(sandbox.endpoint.address, Arc::clone(&sandbox));
+        index
+            .by_ordinal
+            .insert(sandbox.handle.ordinal, Arc::clone(&sandbox));
+        index.by_id.insert(sandbox.id.clone(), sandbox);
+    }
+
+    /// Takes a sandbox out. Its address means nobody from here on.
+    pub fn remove(&self, id: &SandboxId) -> Option<Arc<Sandbox>> {
+        let mut index = self.write();
+        let sandbox = index.by_id.remove(id)?;
+        index.by_address.remove(&sandbox.endpoint.address);
+        if index.departed.len() == DEPARTED_MAX
+            && let Some(oldest) = index.departed.pop_front()
+        {
+            index.by_ordinal.remove(&oldest);
+        }
+        index.departed.push_back(sandbox.handle.ordinal);
+        Some(sandbox)
+    }
+
+    /// By id.
+    pub fn get(&self, id: &SandboxId) -> Option<Arc<Sandbox>> {
+        self.read().by_id.get(id).cloned()
+    }
+
+    /// By source address, which the kernel has checked.
+    pub fn by_address(&self, address: Ipv4Addr) -> Option<Arc<Sandbox>> {
+        self.read().by_address.get(&address).cloned()
+    }
+
+    /// By the kernel's ordinal, including sandboxes that are just gone.
+    pub fn by_ordinal(&self, ordinal: u32) -> Option<Arc<Sandbox>> {
+        self.read().by_ordinal.get(&ordinal).cloned()
+    }
+
+    /// All of them.
+    pub fn all(&self) -> Vec<Arc<Sandbox>> {
+        self.read().by_id.values().cloned().collect()
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Index> {
+        self.index.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Index> {
+        self.index.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
