@@ -3,12 +3,14 @@
 use std::{fs::File, io, os::unix::process::CommandExt as _, process::Command, time::Duration};
 
 use nix::{
-    sys::signal::{SaFlags, SigAction, SigHandler, SigSet, SigmaskHow, Signal, kill, sigaction, sigprocmask},
+    sys::signal::{SigSet, SigmaskHow, Signal, kill, sigprocmask},
     unistd::{Pid, getpid, setsid},
 };
 
 use crate::children::Children;
 
+/// The highest real-time signal (signal(7)).
+const LAST_SIGNAL: i32 = 64;
 /// How long processes may take to end after SIGTERM.
 const GRACE: Duration = Duration::from_secs(2);
 
@@ -23,19 +25,34 @@ pub fn harden() -> io::Result<()> {
     nix::sys::prctl::set_child_subreaper(true)?;
     rustix::process::umask(rustix::fs::Mode::from_bits_truncate(0o022));
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
-    let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
-    for signal in Signal::iterator().filter(|signal| settable(*signal)) {
-        // SAFETY: the default disposition runs no code of ours.
-        #[expect(unsafe_code, reason = "sigaction has no safe form")]
-        let _previous = unsafe { sigaction(signal, &default) }?;
+    for signal in 1..=LAST_SIGNAL {
+        restore_default(signal);
     }
     Ok(())
 }
 
-/// SIGKILL and SIGSTOP cannot be set. SIGPIPE stays ignored, as the Rust runtime wants it in this process;
-/// children get the default.
-fn settable(signal: Signal) -> bool {
-    !matches!(signal, Signal::SIGKILL | Signal::SIGSTOP | Signal::SIGPIPE)
+/// Gives a signal its default disposition. SIGKILL and SIGSTOP have no other and answer EINVAL. SIGPIPE stays
+/// ignored, as the Rust runtime wants it in this process; children get the default.
+///
+/// libc hides the signals that it uses for itself (32 to 34), and a starter may have left those ignored, too.
+fn restore_default(signal: i32) {
+    if signal == libc::SIGPIPE {
+        return;
+    }
+    // The kernel's `struct sigaction`: handler (SIG_DFL is 0), flags, restorer, a mask of 64 signals.
+    let default = [0_u64; 4];
+    // SAFETY: rt_sigaction reads that structure from the second argument, which outlives the call, and writes
+    // nothing, as the third is null. The default disposition runs no code of ours.
+    #[expect(unsafe_code, reason = "sigaction has no safe form")]
+    unsafe {
+        libc::syscall(
+            libc::SYS_rt_sigaction,
+            signal,
+            default.as_ptr(),
+            std::ptr::null::<u64>(),
+            size_of::<u64>(),
+        );
+    }
 }
 
 /// Puts `/dev/null` in the place of standard input.

@@ -3,11 +3,9 @@
 //! Code inside runs under the same uid. Should it ever read this process's memory, it finds a SHA-256 digest,
 //! from which the key does not follow.
 
-use std::{
-    hint::black_box,
-    io::{self, Read},
-};
+use std::{hint::black_box, io, os::fd::AsFd};
 
+use nix::{errno::Errno, unistd::read};
 use sha2::{Digest as _, Sha256};
 use subtle::ConstantTimeEq as _;
 
@@ -23,11 +21,13 @@ pub struct Key {
 impl Key {
     /// Reads the 64 hexadecimal digits and wipes them.
     ///
+    /// Reads the descriptor itself: the standard library's standard input has a buffer, and would keep them.
+    ///
     /// # Errors
     /// When fewer come, or something else.
-    pub fn take(mut source: impl Read) -> io::Result<Self> {
+    pub fn take(source: impl AsFd) -> io::Result<Self> {
         let mut text = [0_u8; KEY_LENGTH];
-        let read = source.read_exact(&mut text);
+        let read = fill(source, &mut text);
         let hexadecimal = text.iter().all(u8::is_ascii_hexdigit);
         let digest = Sha256::digest(text).into();
         wipe(&mut text);
@@ -50,6 +50,19 @@ impl Key {
     }
 }
 
+fn fill(source: impl AsFd, bytes: &mut [u8]) -> io::Result<()> {
+    let mut filled = 0;
+    while filled < bytes.len() {
+        match read(source.as_fd(), &mut bytes[filled..]) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => filled += count,
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
 /// Overwrites bytes that must not stay in memory.
 pub(crate) fn wipe(bytes: &mut [u8]) {
     bytes.fill(0);
@@ -59,27 +72,30 @@ pub(crate) fn wipe(bytes: &mut [u8]) {
 
 #[cfg(test)]
 mod tests {
+    use std::{fs::File, io::Write as _};
+
     use super::*;
 
     const TEXT: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
 
+    fn take(text: &str) -> io::Result<Key> {
+        let mut file = tempfile::NamedTempFile::new()?;
+        file.write_all(text.as_bytes())?;
+        Key::take(File::open(file.path())?)
+    }
+
     #[test]
     fn only_the_key_matches() {
-        let key = Key::take(TEXT.as_bytes()).unwrap();
+        let key = take(TEXT).unwrap();
         assert!(key.matches(TEXT.to_owned()));
-        for wrong in [
-            String::new(),
-            TEXT[1..].to_owned(),
-            TEXT.to_uppercase(),
-            format!("{TEXT}0"),
-        ] {
+        for wrong in [String::new(), TEXT[1..].to_owned(), TEXT.to_uppercase(), format!("{TEXT}0")] {
             assert!(!key.matches(wrong.clone()), "{wrong} was taken for the key");
         }
     }
 
     #[test]
     fn a_short_or_foreign_text_is_no_key() {
-        assert!(Key::take(&TEXT.as_bytes()[1..]).is_err());
-        assert!(Key::take(TEXT.replace('0', "g").as_bytes()).is_err());
+        assert!(take(&TEXT[1..]).is_err());
+        assert!(take(&TEXT.replace('0', "g")).is_err());
     }
 }

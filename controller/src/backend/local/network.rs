@@ -68,7 +68,8 @@ fn netlink<T>(work: impl AsyncFnOnce(&Runtime) -> io::Result<T>) -> io::Result<T
     runtime.block_on(work(&runtime))
 }
 
-/// A netlink socket in this thread's present namespace.
+/// A netlink socket in this thread's present namespace. Keep the handle while answers are awaited: without it
+/// the connection ends, and a listing with it, as if it were complete.
 fn connect(runtime: &Runtime) -> io::Result<Handle> {
     let (connection, handle, _unsolicited) = rtnetlink::new_connection()?;
     drop(runtime.spawn(connection));
@@ -290,7 +291,8 @@ pub(super) async fn interfaces(router: &Path) -> io::Result<Vec<String>> {
             if enter(&router).is_err() {
                 return Ok(Vec::new());
             }
-            let links = connect(runtime)?.link().get().execute();
+            let outside = connect(runtime)?;
+            let links = outside.link().get().execute();
             let mut links = std::pin::pin!(links);
             let mut owners = Vec::new();
             while let Some(link) = asked("listing interfaces", links.try_next()).await? {
@@ -314,7 +316,8 @@ pub(super) async fn overlapping_route(range: Ipv4Net) -> io::Result<Option<Ipv4N
     on_own_thread("host-routes", move || {
         netlink(async |runtime| {
             let all = RouteMessageBuilder::<Ipv4Addr>::new().build();
-            let routes = connect(runtime)?.route().get(all).execute();
+            let host = connect(runtime)?;
+            let routes = host.route().get(all).execute();
             let mut routes = std::pin::pin!(routes);
             while let Some(route) = routes.next().await {
                 let route = asked("listing routes", std::future::ready(route)).await?;
