@@ -364,3 +364,17 @@ fn prefixes_that_say_nothing_new_are_left_out() {
     let table = compile(&[Policy::parse(&document).unwrap()]).kernel_table();
     assert_eq!(table.entries.len(), 1, "{table:?}");
 }
+
+#[test]
+fn a_prefix_that_says_what_a_distant_one_says_is_kept() {
+    let rules = json!([
+        {"action": "allow", "cidrs": ["203.0.113.5"], "ports": ["443"]},
+        {"action": "deny", "cidrs": ["203.0.113.0/24"], "ports": ["443"]},
+    ]);
+    let document = json!({"mode": "allow_all", "rules": rules});
+    let table = compile(&[Policy::parse(&document).unwrap()]).kernel_table();
+    let at = |address: &str| table.lookup(address.parse().unwrap(), 443);
+    assert_eq!(at("203.0.112.5"), KernelAction::Pass);
+    assert_eq!(at("203.0.113.6"), KernelAction::Deny(Reason::DeniedByRule));
+    assert_eq!(at("203.0.113.5"), KernelAction::Pass);
+}
