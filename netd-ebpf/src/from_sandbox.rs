@@ -98,7 +98,11 @@ fn read(ctx: &TcContext, headers: Headers, packet: &mut Packet) -> Result<(), u8
     if first != IPV4_PLAIN {
         // Another version than the frame says is nonsense; options are only refused.
         let options = first >> 4 == 4 && first > IPV4_PLAIN;
-        return Err(if options { reason::PROTOCOL_DENIED } else { reason::MALFORMED });
+        return Err(if options {
+            reason::PROTOCOL_DENIED
+        } else {
+            reason::MALFORMED
+        });
     }
     if headers.is_fragment() {
         return Err(reason::FRAGMENT);

@@ -10,8 +10,8 @@ use netd_common::{Endpoint, InboundKey, counter, mark};
 use crate::{
     maps::{ENDPOINTS, INBOUND, count},
     packet::{
-        ETHERNET, ETHERTYPE_IPV4, Headers, IPV4, IPV4_PLAIN, PROTOCOL_ICMP, PROTOCOL_TCP, PROTOCOL_UDP, Packet, at,
-        linearize,
+        ETHERNET, ETHERTYPE_IPV4, Headers, IPV4, IPV4_PLAIN, PROTOCOL_ICMP, PROTOCOL_TCP, PROTOCOL_UDP,
+        Packet, at, linearize,
     },
 };
 

@@ -183,11 +183,12 @@ impl Datapath {
     pub fn attach(&self, endpoint: &Endpoint) -> Result<EndpointHandle, DatapathError> {
         let mut state = self.state();
         let State { programs, tables } = &mut *state;
-        if let Some(known) = tables.endpoint(endpoint.ifindex)
-            && (known.address != wire(endpoint.address.octets()) || known.mac != endpoint.mac)
-        {
-            // Another endpoint on a reused index: nothing of the old one may pass to it.
-            self.forget(tables, endpoint.ifindex)?;
+        if let Some(known) = tables.endpoint(endpoint.ifindex) {
+            let same = known.address == wire(endpoint.address.octets()) && known.mac == endpoint.mac;
+            // Another endpoint, or another interface under a reused index: nothing of the old one may pass to it.
+            if !same || !programs.hold(&self.pins, endpoint.ifindex)? {
+                self.forget(tables, endpoint.ifindex)?;
+            }
         }
         if let Some(other) = tables
             .owner(endpoint.address)
@@ -365,6 +366,12 @@ fn require_kernel() -> Result<(), DatapathError> {
     }
     Ok(())
 }
+
+/// Tasks share it.
+const _: fn() = || {
+    fn shared<T: Send + Sync>() {}
+    shared::<Datapath>();
+};
 
 #[cfg(test)]
 mod tests {

@@ -6,7 +6,7 @@ use std::{
     path::PathBuf,
     process::{Command, Stdio},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use aya::maps::{Array, Map, MapData};
@@ -39,7 +39,6 @@ fn refused(sandbox: &Sandbox, to: std::net::SocketAddrV4) {
 
 /// Not a test of its own: the process that the next one kills.
 #[test]
-#[expect(clippy::print_stdout, reason = "its parent reads it")]
 fn loader_process() {
     let Some(run_dir) = std::env::var_os(CHILD).map(PathBuf::from) else {
         return;
@@ -298,13 +297,34 @@ fn what_is_announced_wrongly_is_not_attached() {
     let second = Sandbox::create(datapath.router(), 2);
     let same_address = sandgate_api::feed::Endpoint {
         address: sandbox.address(),
-        ..second.endpoint.clone()
+        ..second.endpoint
     };
     assert!(matches!(
         datapath.attach(&same_address),
         Err(DatapathError::AddressInUse { .. })
     ));
     assert_eq!(datapath.known(), [(handle, sandbox.address())]);
+}
+
+#[test]
+fn an_index_that_is_used_again_inherits_nothing() {
+    if !privileged() {
+        return;
+    }
+    let mut world = World::with_sandboxes(1);
+    let (_, old) = world.first();
+    world.datapath.set_policy(old, &open_table()).expect("a policy");
+    let (gone, _) = world.sandboxes.remove(0);
+    let (endpoint, router) = (gone.endpoint.clone(), world.datapath.router());
+    drop(gone);
+    wait_gone(&world, &endpoint.interface);
+    // The same index, name, address and MAC, but another interface.
+    let again = Sandbox::create_at(router, 1, Some(endpoint.ifindex));
+    assert_eq!(again.endpoint, endpoint);
+    let new = world.datapath.attach(&endpoint).expect("attached");
+    assert_ne!(new.ordinal, old.ordinal);
+    again.start(router);
+    refused(&again, at([203, 0, 113, 10], 443));
 }
 
 #[test]
@@ -315,19 +335,23 @@ fn an_interface_that_is_gone_frees_its_address() {
     let mut world = World::with_sandboxes(1);
     let (gone, old) = world.sandboxes.remove(0);
     drop(gone);
-    // Its namespace was the last to hold the pair.
-    let deadline = std::time::Instant::now() + Duration::from_secs(5);
-    while world
-        .datapath
-        .router()
-        .run(|| nix::net::if_::if_nametoindex("sg1").is_ok())
-        .expect("router")
-    {
-        assert!(std::time::Instant::now() < deadline, "the interface stays");
-        thread::sleep(Duration::from_millis(20));
-    }
+    wait_gone(&world, "sg1");
     let again = Sandbox::create(world.datapath.router(), 1);
     let new = world.datapath.attach(&again.endpoint).expect("attached");
     assert_ne!(new.ordinal, old.ordinal);
     assert_eq!(world.datapath.known(), [(new, again.address())]);
+}
+
+/// Waits until an interface is gone whose sandbox's namespace has just lost its last holder.
+fn wait_gone(world: &World, interface: &str) {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while world
+        .datapath
+        .router()
+        .run(|| nix::net::if_::if_nametoindex(interface).is_ok())
+        .expect("router")
+    {
+        assert!(Instant::now() < deadline, "{interface} stays");
+        thread::sleep(Duration::from_millis(20));
+    }
 }

@@ -23,11 +23,19 @@ pub(crate) struct Group {
 }
 
 fn refused(reason: Reason, frames: Vec<(&'static str, Frame)>) -> Group {
-    Group { fate: Fate::Refused, reason, frames }
+    Group {
+        fate: Fate::Refused,
+        reason,
+        frames,
+    }
 }
 
 fn dropped(reason: Reason, frames: Vec<(&'static str, Frame)>) -> Group {
-    Group { fate: Fate::Dropped, reason, frames }
+    Group {
+        fate: Fate::Dropped,
+        reason,
+        frames,
+    }
 }
 
 /// The policy that the table is about.
@@ -39,9 +47,18 @@ pub(crate) fn policy() -> KernelTable {
         .collect();
     table(&[
         ("0.0.0.0/0", &[(443, 443, KernelAction::ProxyBound)]),
-        ("203.0.113.0/24", &[(80, 80, KernelAction::Proxy), (443, 443, KernelAction::Pass)]),
+        (
+            "203.0.113.0/24",
+            &[(80, 80, KernelAction::Proxy), (443, 443, KernelAction::Pass)],
+        ),
         ("203.0.113.66/32", &everything(denied(Reason::DeniedByRule))),
-        ("203.0.113.128/25", &[(100, 200, KernelAction::Proxy), (201, 300, denied(Reason::PortDenied))]),
+        (
+            "203.0.113.128/25",
+            &[
+                (100, 200, KernelAction::Proxy),
+                (201, 300, denied(Reason::PortDenied)),
+            ],
+        ),
         ("198.51.100.200/32", &sixteen),
         ("10.0.0.0/8", &everything(KernelAction::Proxy)),
         ("169.254.0.0/16", &everything(KernelAction::Proxy)),
@@ -92,9 +109,18 @@ pub(crate) fn all(me: Ipv4Addr, mac: [u8; 6]) -> Vec<Group> {
                 ("port 0", tcp([203, 0, 113, 10], 0)),
             ],
         ),
-        refused(Reason::DeniedByRule, vec![("longer prefix", tcp([203, 0, 113, 66], 80))]),
-        refused(Reason::PortDenied, vec![("denying range", tcp([203, 0, 113, 130], 201))]),
-        refused(Reason::AddressNotBound, vec![("unbound address", tcp([198, 51, 100, 11], 443))]),
+        refused(
+            Reason::DeniedByRule,
+            vec![("longer prefix", tcp([203, 0, 113, 66], 80))],
+        ),
+        refused(
+            Reason::PortDenied,
+            vec![("denying range", tcp([203, 0, 113, 130], 201))],
+        ),
+        refused(
+            Reason::AddressNotBound,
+            vec![("unbound address", tcp([198, 51, 100, 11], 443))],
+        ),
         refused(
             Reason::PlatformDenied,
             vec![
@@ -116,19 +142,37 @@ pub(crate) fn all(me: Ipv4Addr, mac: [u8; 6]) -> Vec<Group> {
         ),
         refused(
             Reason::ProtocolDenied,
-            vec![("UDP", udp([203, 0, 113, 10], 80)), ("QUIC", udp([203, 0, 113, 10], 443))],
+            vec![
+                ("UDP", udp([203, 0, 113, 10], 80)),
+                ("QUIC", udp([203, 0, 113, 10], 443)),
+            ],
         ),
         dropped(
             Reason::SpoofedSource,
             vec![
-                ("another sandbox's address", ok.but(|frame| frame.from = [10, 213, 0, 2].into())),
+                (
+                    "another sandbox's address",
+                    ok.but(|frame| frame.from = [10, 213, 0, 2].into()),
+                ),
                 ("no address", ok.but(|frame| frame.from = [0; 4].into())),
-                ("gateway's address", ok.but(|frame| frame.from = [169, 254, 1, 1].into())),
-                ("public address", ok.but(|frame| frame.from = [203, 0, 113, 1].into())),
+                (
+                    "gateway's address",
+                    ok.but(|frame| frame.from = [169, 254, 1, 1].into()),
+                ),
+                (
+                    "public address",
+                    ok.but(|frame| frame.from = [203, 0, 113, 1].into()),
+                ),
                 ("another sandbox's MAC", ok.but(|frame| frame.from_mac[5] = 99)),
                 ("gateway's MAC", ok.but(|frame| frame.from_mac = frame.to_mac)),
-                ("DNS", udp([1, 1, 1, 1], 53).but(|frame| frame.from = [10, 213, 0, 2].into())),
-                ("fragment", ok.but(|frame| (frame.from, frame.fragment) = ([10, 213, 0, 2].into(), 1))),
+                (
+                    "DNS",
+                    udp([1, 1, 1, 1], 53).but(|frame| frame.from = [10, 213, 0, 2].into()),
+                ),
+                (
+                    "fragment",
+                    ok.but(|frame| (frame.from, frame.fragment) = ([10, 213, 0, 2].into(), 1)),
+                ),
             ],
         ),
         dropped(
@@ -136,10 +180,16 @@ pub(crate) fn all(me: Ipv4Addr, mac: [u8; 6]) -> Vec<Group> {
             vec![
                 ("frame to all", ok.but(|frame| frame.to_mac = [0xff; 6])),
                 ("VLAN tag", ok.but(|frame| frame.vlan = Some(7))),
-                ("IPv6", ok.but(|frame| (frame.ethertype, frame.version_and_length) = (0x86dd, 0x60))),
+                (
+                    "IPv6",
+                    ok.but(|frame| (frame.ethertype, frame.version_and_length) = (0x86dd, 0x60)),
+                ),
                 ("ARP", ok.but(|frame| frame.ethertype = 0x0806)),
                 ("unknown ethertype", ok.but(|frame| frame.ethertype = 0x88b5)),
-                ("options", ok.but(|frame| (frame.version_and_length, frame.options) = (0x46, vec![1; 4]))),
+                (
+                    "options",
+                    ok.but(|frame| (frame.version_and_length, frame.options) = (0x46, vec![1; 4])),
+                ),
                 ("ICMP", ok.but(|frame| frame.protocol = ICMP)),
                 ("SCTP", ok.but(|frame| frame.protocol = 132)),
                 ("protocol 0", ok.but(|frame| frame.protocol = 0)),
@@ -151,16 +201,31 @@ pub(crate) fn all(me: Ipv4Addr, mac: [u8; 6]) -> Vec<Group> {
             vec![
                 ("first", ok.but(|frame| frame.fragment = 0x2000)),
                 ("later", ok.but(|frame| frame.fragment = 0x0001)),
-                ("of DNS", udp([1, 1, 1, 1], 53).but(|frame| frame.fragment = 0x2000)),
+                (
+                    "of DNS",
+                    udp([1, 1, 1, 1], 53).but(|frame| frame.fragment = 0x2000),
+                ),
             ],
         ),
         dropped(
             Reason::Malformed,
             vec![
-                ("version 6 in an IPv4 frame", ok.but(|frame| frame.version_and_length = 0x65)),
-                ("header of four words", ok.but(|frame| frame.version_and_length = 0x44)),
-                ("length beyond the frame", ok.but(|frame| frame.total_length = Some(60))),
-                ("length before the ports", ok.but(|frame| frame.total_length = Some(20))),
+                (
+                    "version 6 in an IPv4 frame",
+                    ok.but(|frame| frame.version_and_length = 0x65),
+                ),
+                (
+                    "header of four words",
+                    ok.but(|frame| frame.version_and_length = 0x44),
+                ),
+                (
+                    "length beyond the frame",
+                    ok.but(|frame| frame.total_length = Some(60)),
+                ),
+                (
+                    "length before the ports",
+                    ok.but(|frame| frame.total_length = Some(20)),
+                ),
                 ("length within TCP", ok.but(|frame| frame.total_length = Some(39))),
                 ("cut within TCP", ok.but(|frame| frame.cut_to = Some(40))),
             ],

@@ -40,7 +40,9 @@ fn run(datapath: &Datapath, program: &'static str, ifindex: u32, set_mark: u32, 
         ctx_out: Some(&mut after),
         ..TestRunOptions::default()
     };
-    let returned = datapath.test_run(program, options).unwrap_or_else(|error| panic!("{error}: {frame:x?}"));
+    let returned = datapath
+        .test_run(program, options)
+        .unwrap_or_else(|error| panic!("{error}: {frame:x?}"));
     let marked = u32::from_ne_bytes(after[MARK..MARK + 4].try_into().expect("four bytes"));
     (returned, marked)
 }
@@ -76,12 +78,18 @@ fn every_packet_meets_its_fate() {
     let datapath = &world.datapath;
     datapath.set_policy(handle, &cases::policy()).expect("a policy");
     datapath.bind_address(handle, cases::BOUND).expect("bound");
-    datapath.set_node_addresses(&[cases::NODE]).expect("node addresses");
+    datapath
+        .set_node_addresses(&[cases::NODE])
+        .expect("node addresses");
 
     let mut reader = datapath.take_events().expect("a reader");
     for group in cases::all(sandbox.address(), sandbox.endpoint.mac) {
         for (name, frame) in group.frames {
-            assert_eq!(fate(datapath, handle.ifindex, &frame.bytes()), group.fate, "{name}: {frame:?}");
+            assert_eq!(
+                fate(datapath, handle.ifindex, &frame.bytes()),
+                group.fate,
+                "{name}: {frame:?}"
+            );
             let events = events_until(&mut reader, |events| !events.is_empty());
             let [event] = events[..] else {
                 panic!("{name}: {events:?}");
@@ -94,7 +102,10 @@ fn every_packet_meets_its_fate() {
     // A good packet through an interface that nobody announced.
     let good = cases::allowed(sandbox.address(), sandbox.endpoint.mac);
     let stranger = Sandbox::create(datapath.router(), 9);
-    assert_eq!(fate(datapath, stranger.endpoint.ifindex, &good.bytes()), Fate::Dropped);
+    assert_eq!(
+        fate(datapath, stranger.endpoint.ifindex, &good.bytes()),
+        Fate::Dropped
+    );
     let events = events_until(&mut reader, |events| !events.is_empty());
     assert_eq!((events[0].reason, events[0].ordinal), (Reason::UnknownSandbox, 0));
     assert_eq!(events[0].ifindex, stranger.endpoint.ifindex);
@@ -268,7 +279,13 @@ fn a_frame_too_short_for_a_header_is_dropped() {
     }
     let world = World::with_sandboxes(1);
     let (sandbox, handle) = world.first();
-    let whole = Frame::tcp(sandbox.address(), sandbox.endpoint.mac, [203, 0, 113, 10].into(), 80).bytes();
+    let whole = Frame::tcp(
+        sandbox.address(),
+        sandbox.endpoint.mac,
+        [203, 0, 113, 10].into(),
+        80,
+    )
+    .bytes();
     let mut reader = world.datapath.take_events().expect("a reader");
     for length in [14, 15, 20, 33, 34, 37, 47] {
         sandbox.run(|| {
@@ -276,7 +293,13 @@ fn a_frame_too_short_for_a_header_is_dropped() {
             let eth0: LinkAddr = nix::ifaddrs::getifaddrs()
                 .expect("interfaces")
                 .filter(|interface| interface.interface_name == "eth0")
-                .find_map(|interface| interface.address.as_ref().and_then(SockaddrStorage::as_link_addr).copied())
+                .find_map(|interface| {
+                    interface
+                        .address
+                        .as_ref()
+                        .and_then(SockaddrStorage::as_link_addr)
+                        .copied()
+                })
                 .expect("eth0");
             assert!(eth0.len() > 0);
             sendto(socket.as_raw_fd(), &whole[..length], &eth0, MsgFlags::empty()).expect("sent");

@@ -51,7 +51,6 @@ fn forbidden_connections_are_refused_at_once() {
 }
 
 #[test]
-#[expect(clippy::print_stderr, reason = "the measurement is worth seeing")]
 fn two_thousand_refusals_none_of_them_slow() {
     if !privileged() {
         return;

@@ -73,7 +73,10 @@ fn ip(commands: &str) {
 fn wait_up(interface: &str) {
     let deadline = Instant::now() + Duration::from_secs(5);
     loop {
-        let shown = Command::new("ip").args(["-o", "link", "show", interface]).output().expect("ip runs");
+        let shown = Command::new("ip")
+            .args(["-o", "link", "show", interface])
+            .output()
+            .expect("ip runs");
         if String::from_utf8_lossy(&shown.stdout).contains("state UP") {
             return;
         }
@@ -131,6 +134,11 @@ pub(crate) struct Sandbox {
 impl Sandbox {
     /// The namespace and its veth into the router namespace, down and without an address.
     pub(crate) fn create(router: &RouterNamespace, number: u8) -> Self {
+        Self::create_at(router, number, None)
+    }
+
+    /// The same, with a chosen index for the router's end.
+    pub(crate) fn create_at(router: &RouterNamespace, number: u8, index: Option<u32>) -> Self {
         let namespace = thread::spawn(|| {
             unshare(CloneFlags::CLONE_NEWNET).expect("a namespace");
             std::fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").expect("no IPv6");
@@ -142,6 +150,7 @@ impl Sandbox {
         let mac = [0x02, 0x53, 0x47, 0x01, 0, number];
         let mac_text = mac_text(mac);
         let gateway = mac_text_of_gateway();
+        let index = index.map_or_else(String::new, |index| format!("index {index}"));
         // A thread inside the new namespace, by whose id `ip` can name it.
         let (send_id, id) = std::sync::mpsc::channel();
         let (done, wait) = std::sync::mpsc::channel::<()>();
@@ -154,7 +163,7 @@ impl Sandbox {
             });
             let thread_id = id.recv().expect("sent");
             let commands = format!(
-                "link add {interface} address {gateway} type veth peer name eth0 address {mac_text} netns {thread_id}\n"
+                "link add {interface} {index} address {gateway} type veth peer name eth0 address {mac_text} netns {thread_id}\n"
             );
             router.run(|| ip(&commands)).expect("router");
             drop(done);
@@ -280,8 +289,11 @@ impl World {
     }
 }
 
+/// A prefix and its ranges of ports.
+type Entry<'a> = (&'a str, &'a [(u16, u16, KernelAction)]);
+
 /// A table from prefixes and their ranges.
-pub(crate) fn table(entries: &[(&str, &[(u16, u16, KernelAction)])]) -> KernelTable {
+pub(crate) fn table(entries: &[Entry<'_>]) -> KernelTable {
     let entries = entries
         .iter()
         .map(|(prefix, ranges)| PrefixEntry {
