@@ -142,7 +142,8 @@ mod tests {
     use super::*;
 
     fn sandbox(id: u8, place: u8, ports: &[u16]) -> FeedSandbox {
-        let policy = Policy::parse(&serde_json::json!({ "allowed_ports": ports })).expect("a policy");
+        let policy = Policy::parse(&serde_json::json!({ "mode": "allow_all", "allowed_ports": ports }))
+            .expect("a policy");
         FeedSandbox {
             sandbox_id: format!("sandbox-{id}").parse().expect("an id"),
             org_id: "org-1".parse().expect("an id"),
