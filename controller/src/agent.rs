@@ -19,14 +19,26 @@ mod frames;
 #[cfg(test)]
 mod tests;
 
-/// How long the agent may take to say the first word of an answer that needs no work.
-const FIRST_WORD: Duration = Duration::from_secs(10);
-/// How long a transfer may stand still.
-const STALL: Duration = Duration::from_secs(30);
-/// How long a listing may take in all.
-const LISTING: Duration = Duration::from_secs(60);
-/// What is granted to a command beyond its own timeout, for the agent to notice and to answer.
-const EXEC_GRACE: Duration = Duration::from_secs(15);
+/// How long is waited for what.
+#[derive(Debug, Clone, Copy)]
+struct Patience {
+    /// For the first word of an answer that needs no work.
+    first_word: Duration,
+    /// For a transfer that stands still.
+    stall: Duration,
+    /// For a listing in all.
+    listing: Duration,
+    /// For the end of a command beyond its own timeout: the agent must notice it and answer.
+    grace: Duration,
+}
+
+const PATIENCE: Patience = Patience {
+    first_word: Duration::from_secs(10),
+    stall: Duration::from_secs(30),
+    listing: Duration::from_secs(60),
+    grace: Duration::from_secs(15),
+};
+
 /// Largest number of entries a listing may hold, whatever was asked for.
 const MAX_ENTRIES: usize = 100_000;
 /// Largest sum of the name and path lengths of a listing, in bytes.
@@ -94,6 +106,7 @@ pub struct Listing {
 pub struct Agent {
     frames: Frames,
     key: String,
+    patience: Patience,
 }
 
 impl Agent {
@@ -102,6 +115,7 @@ impl Agent {
         Self {
             frames: Frames::new(stream),
             key: key.to_owned(),
+            patience: PATIENCE,
         }
     }
 
@@ -110,7 +124,7 @@ impl Agent {
     /// # Errors
     /// When it does not answer within ten seconds, or with anything but a pong.
     pub async fn ping(mut self) -> Result<(), AgentError> {
-        let deadline = Instant::now() + FIRST_WORD;
+        let deadline = Instant::now() + self.patience.first_word;
         self.request(&Request::Ping, deadline).await?;
         match self.frames.reply(deadline).await? {
             Reply::Pong {
@@ -130,12 +144,13 @@ impl Agent {
     pub async fn exec(mut self, exec: Exec) -> Result<ExecStream, AgentError> {
         let deadline = exec
             .timeout_ms
-            .and_then(|limit| Instant::now().checked_add(Duration::from_millis(limit) + EXEC_GRACE));
-        self.request(&Request::Exec(exec), Instant::now() + FIRST_WORD)
+            .and_then(|limit| Instant::now().checked_add(Duration::from_millis(limit) + self.patience.grace));
+        self.request(&Request::Exec(exec), Instant::now() + self.patience.first_word)
             .await?;
         Ok(ExecStream {
             frames: self.frames,
             deadline,
+            stall: self.patience.stall,
             ended: false,
         })
     }
@@ -156,8 +171,9 @@ impl Agent {
             size,
             mode,
         };
-        self.request(&request, Instant::now() + FIRST_WORD).await?;
-        match self.frames.upload(&bytes, STALL).await? {
+        self.request(&request, Instant::now() + self.patience.first_word)
+            .await?;
+        match self.frames.upload(&bytes, self.patience.stall).await? {
             Reply::Written { size: written } if written == size => Ok(size),
             Reply::Written { size: written } => {
                 Err(AgentError::Protocol(format!("{written} bytes written of {size}")))
@@ -171,7 +187,7 @@ impl Agent {
     /// # Errors
     /// [`AgentError::Refused`] when it is not there, too large, or not a file.
     pub async fn read_file(mut self, path: &str, max_size: u64) -> Result<FileStream, AgentError> {
-        let deadline = Instant::now() + FIRST_WORD;
+        let deadline = Instant::now() + self.patience.first_word;
         self.request(
             &Request::ReadFile {
                 path: path.to_owned(),
@@ -185,6 +201,7 @@ impl Agent {
                 frames: self.frames,
                 size,
                 left: size,
+                stall: self.patience.stall,
             }),
             Reply::File { size } => Err(AgentError::Protocol(format!(
                 "a file of {size} bytes where {max_size} are the limit"
@@ -198,7 +215,7 @@ impl Agent {
     /// # Errors
     /// [`AgentError::Refused`] when it is not there or not a directory.
     pub async fn list(mut self, path: &str, recursive: bool, limit: u32) -> Result<Listing, AgentError> {
-        let deadline = Instant::now() + LISTING;
+        let deadline = Instant::now() + self.patience.listing;
         self.request(
             &Request::List {
                 path: path.to_owned(),
@@ -254,6 +271,7 @@ pub struct ExecStream {
     frames: Frames,
     /// When the agent must have answered; none for a command without a timeout.
     deadline: Option<Instant>,
+    stall: Duration,
     ended: bool,
 }
 
@@ -275,7 +293,7 @@ impl ExecStream {
     }
 
     async fn event(&mut self) -> Result<ExecEvent, AgentError> {
-        let (kind, payload) = self.frames.next(STALL).await?;
+        let (kind, payload) = self.frames.next(self.stall).await?;
         match kind {
             FrameKind::Stdout => Ok(ExecEvent::Stdout(payload)),
             FrameKind::Stderr => Ok(ExecEvent::Stderr(payload)),
@@ -302,6 +320,7 @@ pub struct FileStream {
     frames: Frames,
     size: u64,
     left: u64,
+    stall: Duration,
 }
 
 impl FileStream {
@@ -324,7 +343,7 @@ impl FileStream {
     }
 
     async fn part(&mut self) -> Result<Bytes, AgentError> {
-        let received = tokio::time::timeout(STALL, self.frames.next(STALL));
+        let received = tokio::time::timeout(self.stall, self.frames.next(self.stall));
         let (kind, payload) = received.await.map_err(|_elapsed| AgentError::Timeout)??;
         match kind {
             FrameKind::Data => {

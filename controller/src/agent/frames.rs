@@ -33,6 +33,12 @@ impl Frames {
         }
     }
 
+    /// How many bytes are set aside for what arrives.
+    #[cfg(test)]
+    pub(super) fn capacity(&self) -> usize {
+        self.received.capacity()
+    }
+
     /// The next frame. The first byte may take for ever (bound it from outside); once it is there, the rest
     /// must not stand still for longer than `stall`. Can be dropped and called again.
     pub(super) async fn next(&mut self, stall: Duration) -> Result<(FrameKind, Bytes), AgentError> {
