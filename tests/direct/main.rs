@@ -1,1 +1,4 @@
-fn main(){}
+//! Rules of the whole workspace that need no privilege.
+
+mod layers;
+mod sources;

@@ -73,7 +73,8 @@ pub(crate) fn names_that_only_look_allowed_do_not_pass(machine: &Machine) {
         let outcome = probe.try_one(&probe::https(name, name));
         assert_eq!(outcome.outcome, "no_name", "{name}: {outcome:?}");
         outcome.assert_at_once();
-        assert!(machine.world.dns.queries_for(name).is_empty(), "{name} was asked upstream");
+        let asked = machine.world.dns.queries().iter().any(|query| query.name == name);
+        assert!(!asked, "{name} was asked upstream");
     }
     machine.world.capture().assert_nothing_to(EVIL, mark);
     assert_no_connection(machine, WILD, mark);

@@ -117,7 +117,7 @@ impl World {
             .name("xwild.test", &["203.0.113.66"])
             .site("203.0.113.10", &["ok.test", "tenant.test", "alias.test", "half-rebind.test"])
             .site("203.0.113.20", &["api.test", "plain.test"])
-            .site("203.0.113.30", &["wild.test", "*.wild.test"])
+            .site("203.0.113.30", &["wild.test", "*.wild.test", "deep.down.wild.test"])
             .site("203.0.113.66", &["evil.test", "*.evil.test"])
             .collect_tcp("203.0.113.10", &[22, 8443], "SSH-2.0-world\r\n")
             .collect_tcp("203.0.113.66", &[22, 53, 853, 5353, 8080, 8443], "")
