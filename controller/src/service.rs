@@ -18,6 +18,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
+use jiff::Timestamp;
 use sandgate_api::{
     id::SandboxId,
     rest::{Health, NodeHealth},
@@ -267,4 +268,11 @@ impl Service {
             keeper::gone(progress).await;
         }
     }
+}
+
+/// The time, to the millisecond: as exactly as the store keeps it, so that an answer shows what the next
+/// one will.
+fn now() -> Timestamp {
+    let now = Timestamp::now();
+    Timestamp::from_millisecond(now.as_millisecond()).unwrap_or(now)
 }

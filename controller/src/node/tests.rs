@@ -1,1 +1,459 @@
-//!
+//! The link against the other end of its own sockets: the test speaks as netd does.
+
+use std::{collections::BTreeMap, os::fd::AsFd as _};
+
+use http_body_util::{BodyExt as _, Full};
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
+use jiff::{SignedDuration, Timestamp};
+use sandgate_api::{
+    control::{DialError, DialReply, DialRequest},
+    feed::{Endpoint, FeedError, FeedFrame},
+    id::{ApiKeyId, OrgId},
+    rest::Isolation,
+};
+use sandgate_daemon::handover;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, UnixStream},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::*;
+use crate::{
+    spec::{SandboxSpec, Size},
+    store::{AuditFilter, NewAccount, NewKey, NewSandbox},
+};
+
+const SOON: Duration = Duration::from_secs(5);
+
+struct World {
+    link: NodeLink,
+    store: Store,
+    org: OrgId,
+    /// netd's end.
+    netd: Channel,
+    _directory: tempfile::TempDir,
+}
+
+async fn world() -> World {
+    let directory = tempfile::tempdir().expect("a directory");
+    let store = Store::open(&directory.path().join("test.db"))
+        .await
+        .expect("a store");
+    let (ours, theirs) = handover::pair().expect("a pair");
+    let tasks = Tasks::new(CancellationToken::new());
+    let link = NodeLink::start(Channel::from_fd(ours).expect("a channel"), store.clone(), &tasks);
+    let org = OrgId::random();
+    let account = NewAccount {
+        email: "a@b".to_owned(),
+        organization: "Acme".to_owned(),
+        first_name: None,
+        last_name: None,
+        use_case: None,
+    };
+    let key = NewKey {
+        id: ApiKeyId::random(),
+        org_id: org.clone(),
+        name: "x".to_owned(),
+        prefix: "x".to_owned(),
+        hash: [0; 32],
+        scopes: vec![],
+        expires_at: None,
+    };
+    store
+        .register(&account, "acme", &key, Timestamp::now())
+        .await
+        .expect("registered");
+    World {
+        link,
+        store,
+        org,
+        netd: Channel::from_fd(theirs).expect("a channel"),
+        _directory: directory,
+    }
+}
+
+impl World {
+    async fn announced(&self) -> (SandboxId, Revision) {
+        let now = Timestamp::now();
+        let spec = SandboxSpec {
+            cpus: "1".parse().expect("cpus"),
+            memory: Size::memory("1Gi").expect("memory"),
+            disk: Size::disk("1Gi").expect("disk"),
+            pids: 64,
+            timeout_seconds: 60,
+            env: BTreeMap::new(),
+            isolation: Isolation::Container,
+        };
+        let new = NewSandbox {
+            id: SandboxId::random(),
+            org_id: self.org.clone(),
+            spec,
+            policy: None,
+            created_at: now,
+            expires_at: now + SignedDuration::from_secs(60),
+        };
+        let id = self.store.insert_sandbox(&new, 9).await.expect("inserted").id;
+        let endpoint = Endpoint {
+            ifindex: 7,
+            interface: "sg7".to_owned(),
+            address: std::net::Ipv4Addr::new(10, 213, 0, 7),
+            mac: [2, 83, 71, 1, 0, 7],
+            agent_port: 9111,
+        };
+        let revision = self.store.announce(&id, &endpoint).await.expect("announced");
+        (id, revision)
+    }
+
+    /// What netd does to speak HTTP to the controller.
+    async fn http(&self) -> http1::SendRequest<Full<bytes::Bytes>> {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().expect("a stream pair");
+        let packet = serde_json::to_vec(&Open::Feed).expect("a packet");
+        self.netd.send(&packet, Some(theirs.as_fd())).await.expect("sent");
+        drop(theirs);
+        ours.set_nonblocking(true).expect("non-blocking");
+        let stream = UnixStream::from_std(ours).expect("a stream");
+        let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.expect("a handshake");
+        Tasks::new(CancellationToken::new()).spawn("connection", async move { drop(connection.await) });
+        sender
+    }
+
+    async fn follow(&self, since: Option<Revision>) -> Follower {
+        let mut sender = self.http().await;
+        let since = since.map_or_else(String::new, |since| format!("&since={since}"));
+        let request = http::Request::get(format!("/feed?node=local{since}"))
+            .body(Full::default())
+            .expect("a request");
+        let response = sender.send_request(request).await.expect("a response");
+        assert_eq!(response.status(), 200);
+        Follower {
+            body: response.into_body(),
+            held: Vec::new(),
+            _sender: sender,
+        }
+    }
+
+    async fn post(&self, path: &str, body: &impl serde::Serialize) -> http::StatusCode {
+        let body = Full::from(serde_json::to_vec(body).expect("a body"));
+        let request = http::Request::post(path).body(body).expect("a request");
+        self.http()
+            .await
+            .send_request(request)
+            .await
+            .expect("a response")
+            .status()
+    }
+
+    async fn ack(&self, revision: Revision, errors: Vec<FeedError>) {
+        let ack = FeedAck {
+            revision,
+            ready: true,
+            not_ready_reason: None,
+            errors,
+        };
+        assert_eq!(self.post("/feed/ack", &ack).await, 200);
+    }
+}
+
+struct Follower {
+    body: hyper::body::Incoming,
+    held: Vec<u8>,
+    _sender: http1::SendRequest<Full<bytes::Bytes>>,
+}
+
+impl Follower {
+    async fn frame(&mut self) -> FeedFrame {
+        loop {
+            if let Some(end) = self.held.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.held.drain(..=end).collect();
+                return serde_json::from_slice(&line).expect("a frame");
+            }
+            let frame = tokio::time::timeout(SOON * 2, self.body.frame())
+                .await
+                .expect("in time");
+            let data = frame
+                .expect("not the end")
+                .expect("no error")
+                .into_data()
+                .expect("data");
+            self.held.extend_from_slice(&data);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_node_hears_everything_and_then_what_changes_and_then_that_nothing_does() {
+    let world = world().await;
+    let (one, _) = world.announced().await;
+    let mut follower = world.follow(None).await;
+    let FeedFrame::Snapshot { revision, sandboxes } = follower.frame().await else {
+        panic!("a snapshot first")
+    };
+    assert_eq!(
+        sandboxes
+            .iter()
+            .map(|sandbox| &sandbox.sandbox_id)
+            .collect::<Vec<_>>(),
+        [&one]
+    );
+    assert!(world.link.state().connected);
+
+    let gone = world
+        .store
+        .withdraw(&one)
+        .await
+        .expect("withdrawn")
+        .expect("a revision");
+    assert!(gone > revision);
+    let frame = follower.frame().await;
+    assert_eq!(
+        frame,
+        FeedFrame::Delta {
+            revision: gone,
+            upserts: vec![],
+            removed: vec![one]
+        }
+    );
+    assert_eq!(follower.frame().await, FeedFrame::Heartbeat { revision: gone });
+
+    let mut again = world.follow(Some(revision)).await;
+    let FeedFrame::Delta { removed, .. } = again.frame().await else {
+        panic!("a delta for a known position")
+    };
+    assert_eq!(removed.len(), 1);
+}
+
+#[tokio::test]
+async fn an_acknowledgement_is_awaited_and_names_who_is_refused() {
+    let world = world().await;
+    let (good, first) = world.announced().await;
+    let (bad, second) = world.announced().await;
+    let mut follower = world.follow(None).await;
+    follower.frame().await;
+    assert!(
+        !world.link.state().ready,
+        "a node that has not reported is not ready"
+    );
+    let short = Duration::from_millis(50);
+    let both = [good.clone(), bad.clone()];
+    assert_eq!(
+        world.link.enforced(second, &both, short).await,
+        Enforcement::Pending
+    );
+
+    world.ack(first, vec![]).await;
+    assert!(world.link.state().ready);
+    assert_eq!(
+        world.link.is_enforced(first, std::slice::from_ref(&good)),
+        Enforcement::Applied
+    );
+    assert_eq!(
+        world.link.is_enforced(second, std::slice::from_ref(&bad)),
+        Enforcement::Pending
+    );
+
+    let (waited, ()) = tokio::join!(
+        world.link.enforced(second, std::slice::from_ref(&bad), SOON),
+        async {
+            tokio::time::sleep(short).await;
+            let error = FeedError {
+                sandbox_id: bad.clone(),
+                message: "map\u{1b}[31m full".to_owned(),
+            };
+            world.ack(second, vec![error]).await;
+        }
+    );
+    assert_eq!(waited, Enforcement::Refused("map[31m full".to_owned()));
+    assert_eq!(world.link.is_enforced(second, &[good]), Enforcement::Applied);
+
+    // A later state that the node takes makes the earlier refusal history.
+    let gone = world
+        .store
+        .withdraw(&bad)
+        .await
+        .expect("withdrawn")
+        .expect("a revision");
+    world.ack(gone, vec![]).await;
+    assert_eq!(world.link.is_enforced(gone, &[bad]), Enforcement::Applied);
+}
+
+#[tokio::test]
+async fn a_node_that_goes_away_is_not_ready_until_it_reports_again() {
+    let world = world().await;
+    let mut follower = world.follow(None).await;
+    follower.frame().await;
+    world.ack(1, vec![]).await;
+    assert!(world.link.state().ready);
+
+    // The new netd may come before the old one is seen to be gone.
+    let mut newer = world.follow(None).await;
+    newer.frame().await;
+    assert!(
+        !world.link.state().ready,
+        "what the old one said does not count for the new one"
+    );
+    drop(follower);
+    world.ack(1, vec![]).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(world.link.state().ready && world.link.state().connected);
+
+    drop(newer);
+    let mut state = world.link.watch();
+    let away = tokio::time::timeout(SOON, state.wait_for(|state| !state.connected)).await;
+    away.expect("in time").expect("the link lives");
+    assert!(!world.link.state().ready);
+}
+
+#[tokio::test]
+async fn records_arrive_once_however_often_they_are_delivered() {
+    let world = world().await;
+    let event = serde_json::json!({
+        "id": "0190a", "time": "2026-01-30T10:00:00Z", "org_id": world.org, "sandbox_id": "sandbox-1",
+        "verdict": "deny", "reason": "default_deny", "protocol": "tls", "host": "evil.test"
+    });
+    let batch = serde_json::json!({"events": [event]});
+    assert_eq!(world.post("/feed/audit", &batch).await, 200);
+    assert_eq!(world.post("/feed/audit", &batch).await, 200);
+    let filter = AuditFilter {
+        limit: 9,
+        ..AuditFilter::default()
+    };
+    assert_eq!(
+        world
+            .store
+            .audit(&world.org, &filter)
+            .await
+            .expect("records")
+            .len(),
+        1
+    );
+    assert_eq!(
+        world
+            .post("/feed/audit", &serde_json::json!({"events": [{}]}))
+            .await,
+        400
+    );
+}
+
+#[tokio::test]
+async fn another_node_has_no_feed_here() {
+    let world = world().await;
+    let request = http::Request::get("/feed?node=other")
+        .body(Full::default())
+        .expect("a request");
+    let response = world
+        .http()
+        .await
+        .send_request(request)
+        .await
+        .expect("a response");
+    assert_eq!(response.status(), 404);
+    assert!(!world.link.state().connected);
+}
+
+/// Receives the dial socket that the controller opened.
+async fn dial_socket(netd: &Channel) -> Channel {
+    let mut buffer = [0; MAX_PACKET];
+    let (length, descriptor) = tokio::time::timeout(SOON, netd.recv(&mut buffer))
+        .await
+        .expect("in time")
+        .expect("a packet");
+    assert_eq!(
+        serde_json::from_slice::<Open>(&buffer[..length]).expect("an opening"),
+        Open::Dial
+    );
+    Channel::from_fd(descriptor.expect("a socket")).expect("a channel")
+}
+
+async fn request(socket: &Channel) -> DialRequest {
+    let mut buffer = [0; MAX_PACKET];
+    let (length, _) = socket.recv(&mut buffer).await.expect("a packet");
+    serde_json::from_slice(&buffer[..length]).expect("a request")
+}
+
+async fn answer(socket: &Channel, request_id: u64, answer: Result<std::os::fd::OwnedFd, DialError>) {
+    let reply = serde_json::to_vec(&DialReply {
+        request_id,
+        error: answer.as_ref().err().copied(),
+    })
+    .expect("a reply");
+    let descriptor = answer.ok();
+    socket
+        .send(&reply, descriptor.as_ref().map(std::os::fd::AsFd::as_fd))
+        .await
+        .expect("sent");
+}
+
+#[tokio::test]
+async fn a_connection_comes_back_as_a_descriptor_in_any_order() {
+    let world = world().await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a listener");
+    let address = listener.local_addr().expect("an address");
+    let (left, right) = (SandboxId::random(), SandboxId::random());
+    let (one, other, ()) = tokio::join!(
+        world.link.dial(&left, 9111),
+        world.link.dial(&right, 9111),
+        async {
+            let socket = dial_socket(&world.netd).await;
+            let (first, second) = (request(&socket).await, request(&socket).await);
+            assert_ne!(first.request_id, second.request_id);
+            assert_eq!(first.port, 9111);
+            let stream = std::net::TcpStream::connect(address).expect("connected");
+            answer(&socket, 4_711, Err(DialError::Failed)).await;
+            answer(&socket, second.request_id, Err(DialError::Refused)).await;
+            answer(&socket, first.request_id, Ok(stream.into())).await;
+        }
+    );
+    let (connected, refused) = if one.is_ok() { (one, other) } else { (other, one) };
+    assert!(
+        matches!(refused, Err(DialFailure::Refused(DialError::Refused))),
+        "{refused:?}"
+    );
+    let mut connected = connected.expect("connected");
+    let (mut accepted, _) = listener.accept().await.expect("accepted");
+    accepted.write_all(b"hello").await.expect("written");
+    drop(accepted);
+    let mut text = String::new();
+    connected.read_to_string(&mut text).await.expect("read");
+    assert_eq!(text, "hello");
+}
+
+#[tokio::test]
+async fn a_restarted_node_gets_a_fresh_socket_and_the_request_again() {
+    let world = world().await;
+    let id = SandboxId::random();
+    let (dialled, ()) = tokio::join!(world.link.dial(&id, 9111), async {
+        let first = dial_socket(&world.netd).await;
+        request(&first).await;
+        drop(first);
+        let second = dial_socket(&world.netd).await;
+        let again = request(&second).await;
+        assert_eq!(again.sandbox_id, id);
+        answer(&second, again.request_id, Err(DialError::UnknownSandbox)).await;
+    });
+    assert!(
+        matches!(dialled, Err(DialFailure::Refused(DialError::UnknownSandbox))),
+        "{dialled:?}"
+    );
+}
+
+#[tokio::test]
+async fn an_answer_without_descriptor_is_no_connection() {
+    let world = world().await;
+    let id = SandboxId::random();
+    let (dialled, ()) = tokio::join!(world.link.dial(&id, 9111), async {
+        let socket = dial_socket(&world.netd).await;
+        let request = request(&socket).await;
+        let reply = serde_json::to_vec(&DialReply {
+            request_id: request.request_id,
+            error: None,
+        })
+        .expect("a reply");
+        socket.send(&reply, None).await.expect("sent");
+    });
+    assert!(
+        matches!(dialled, Err(DialFailure::Refused(DialError::Failed))),
+        "{dialled:?}"
+    );
+}

@@ -1,6 +1,5 @@
 //! Registration.
 
-use jiff::Timestamp;
 use sandgate_api::{
     id::OrgId,
     rest::{FirstKey, Organization, RegisterResponse, User},
@@ -57,7 +56,7 @@ impl Service {
                 &account,
                 &slug(&account.organization),
                 &issued.stored,
-                Timestamp::now(),
+                super::now(),
             )
             .await?;
         tracing::info!(target: "audit", org_id = %org_id, user_id = %stored.user_id, "registered");

@@ -9,7 +9,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use jiff::Timestamp;
 use sandgate_api::{
     agent::AGENT_PORT,
     feed::{Endpoint, Revision},
@@ -351,7 +350,7 @@ impl Work {
 
     /// Ends with the sandbox's life, which is announced as an event of its own.
     async fn watch(&self) -> Outcome {
-        let left = self.record.expires_at.duration_since(Timestamp::now());
+        let left = self.record.expires_at.duration_since(super::now());
         let left = Duration::try_from(left).unwrap_or(Duration::ZERO);
         let cause = tokio::select! {
             () = self.backend.wait_exit(self.id()) => Cause::Died,
@@ -390,10 +389,10 @@ impl Work {
 
     async fn record_end(&self, cause: Cause, failures: u32) -> Outcome {
         pause(failures).await;
-        let ended =
-            self.shared
-                .store
-                .finish(self.id(), cause.status(), Some(cause.reason()), Timestamp::now());
+        let ended = self
+            .shared
+            .store
+            .finish(self.id(), cause.status(), Some(cause.reason()), super::now());
         match ended.await {
             Ok(()) => done(),
             Err(error) => self.store_failed("record the end of", &error),

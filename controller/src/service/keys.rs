@@ -145,7 +145,7 @@ impl Service {
     /// # Errors
     /// [`ServiceError::Unauthorized`], the same for every reason.
     pub async fn authenticate(&self, key: &str) -> Result<Caller, ServiceError> {
-        let now = Timestamp::now();
+        let now = super::now();
         let id = key_id(key).ok_or(ServiceError::Unauthorized(REFUSED))?;
         let record = self
             .shared
@@ -197,7 +197,7 @@ impl Service {
         caller: &Caller,
         request: KeyRequest,
     ) -> Result<(ApiKey, String), ServiceError> {
-        let now = Timestamp::now();
+        let now = super::now();
         let (name, scopes, expires_at) = check(caller, request, now)?;
         let issued = issue(&caller.org_id, name, scopes, expires_at)?;
         self.shared
@@ -238,7 +238,7 @@ impl Service {
     /// # Errors
     /// [`ServiceError::NotFound`] when the organisation has no such key.
     pub async fn revoke_key(&self, org_id: &OrgId, id: &ApiKeyId) -> Result<(), ServiceError> {
-        if !self.shared.store.revoke_key(org_id, id, Timestamp::now()).await? {
+        if !self.shared.store.revoke_key(org_id, id, super::now()).await? {
             return Err(ServiceError::NotFound(format!("API key {id}")));
         }
         tracing::info!(target: "audit", org_id = %org_id, key_id = %id, "API key revoked");

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use jiff::Timestamp;
 use sandgate_api::{
     feed::{Revision, TierName},
     id::{OrgId, SandboxId},
@@ -74,7 +73,7 @@ impl Service {
         let change = self
             .shared
             .store
-            .set_organization_policy(org_id, &policy, expected, Timestamp::now())
+            .set_organization_policy(org_id, &policy, expected, super::now())
             .await?;
         tracing::info!(target: "audit", org_id = %org_id, revision = change.stored.revision, "egress policy of an organization changed");
         let applied = self.applied(&change).await;
@@ -162,7 +161,7 @@ impl Service {
         let change = self
             .shared
             .store
-            .set_sandbox_policy(id, policy, expected, Timestamp::now())
+            .set_sandbox_policy(id, policy, expected, super::now())
             .await?;
         tracing::info!(target: "audit", org_id = %org_id, sandbox_id = %id, revision = change.stored.revision, "egress policy of a sandbox changed");
         let applied = self.applied(&change).await;

@@ -72,7 +72,7 @@ impl Service {
     pub async fn retain(self) {
         let shutdown = self.shared.tasks.shutdown();
         loop {
-            if let Err(error) = self.forget_old(Timestamp::now()).await {
+            if let Err(error) = self.forget_old(super::now()).await {
                 tracing::error!(
                     error = &error as &dyn std::error::Error,
                     "old records cannot be forgotten"

@@ -94,7 +94,7 @@ impl Service {
             self.check_tiers(organization.as_ref().map(|stored| &stored.policy), Some(policy))
                 .map_err(|error| super::policies::invalid("network", error))?;
         }
-        let now = Timestamp::now();
+        let now = super::now();
         let lifetime = SignedDuration::try_from(Duration::from_secs(request.spec.timeout_seconds))
             .map_err(|error| ServiceError::Internal(error.to_string()))?;
         let new = NewSandbox {
@@ -166,7 +166,7 @@ impl Service {
         org_id: &OrgId,
         id: &SandboxId,
     ) -> Result<SandboxLifetime, ServiceError> {
-        Ok(lifetime(&self.record(org_id, id).await?, Timestamp::now()))
+        Ok(lifetime(&self.record(org_id, id).await?, super::now()))
     }
 
     /// A page of the organisation's sandboxes: the live ones, or also those that have ended.
@@ -213,7 +213,7 @@ impl Service {
             return self.was_deleted(org_id, id).await;
         };
         self.take_down(&record).await?;
-        Ok(self.shared.store.mark_deleted(id, Timestamp::now()).await?)
+        Ok(self.shared.store.mark_deleted(id, super::now()).await?)
     }
 
     async fn was_deleted(&self, org_id: &OrgId, id: &SandboxId) -> Result<(), ServiceError> {

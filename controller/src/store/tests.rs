@@ -1,1 +1,764 @@
-//!
+//! The store against a real database file.
+
+use std::collections::BTreeMap;
+
+use jiff::{SignedDuration, Timestamp};
+use sandgate_api::{
+    audit::{AuditEvent, AuditVerdict},
+    feed::{Endpoint, FeedFrame, FeedSandbox, TierName},
+    id::{ApiKeyId, OrgId, SandboxId},
+    rest::{Isolation, SandboxStatus},
+};
+use sandgate_policy::{Policy, Reason};
+use serde_json::json;
+
+use super::*;
+use crate::spec::{SandboxSpec, Size};
+
+struct World {
+    store: Store,
+    directory: tempfile::TempDir,
+    org: OrgId,
+}
+
+async fn world() -> World {
+    let directory = tempfile::tempdir().expect("a directory");
+    let store = Store::open(&directory.path().join("test.db"))
+        .await
+        .expect("a store");
+    let org = organization(&store, "first@example.org").await;
+    World {
+        store,
+        directory,
+        org,
+    }
+}
+
+async fn organization(store: &Store, email: &str) -> OrgId {
+    let org_id = OrgId::random();
+    store
+        .register(&account(email), "acme", &key(&org_id), now())
+        .await
+        .expect("registered");
+    org_id
+}
+
+fn account(email: &str) -> NewAccount {
+    NewAccount {
+        email: email.to_owned(),
+        organization: "Acme".to_owned(),
+        first_name: None,
+        last_name: None,
+        use_case: None,
+    }
+}
+
+fn key(org_id: &OrgId) -> NewKey {
+    NewKey {
+        id: ApiKeyId::random(),
+        org_id: org_id.clone(),
+        name: "default".to_owned(),
+        prefix: "sk_sandbox_x".to_owned(),
+        hash: [7; 32],
+        scopes: vec!["*".to_owned()],
+        expires_at: None,
+    }
+}
+
+/// To the millisecond, as stored.
+fn now() -> Timestamp {
+    Timestamp::from_millisecond(Timestamp::now().as_millisecond()).expect("now")
+}
+
+fn new_sandbox(org_id: &OrgId, policy: Option<Policy>) -> NewSandbox {
+    let spec = SandboxSpec {
+        cpus: "500m".parse().expect("cpus"),
+        memory: Size::memory("512Mi").expect("memory"),
+        disk: Size::disk("1Gi").expect("disk"),
+        pids: 64,
+        timeout_seconds: 60,
+        env: BTreeMap::from([("A".to_owned(), "b".to_owned())]),
+        isolation: Isolation::Container,
+    };
+    let created_at = now();
+    let expires_at = created_at + SignedDuration::from_secs(60);
+    NewSandbox {
+        id: SandboxId::random(),
+        org_id: org_id.clone(),
+        spec,
+        policy,
+        created_at,
+        expires_at,
+    }
+}
+
+fn endpoint(last: u8) -> Endpoint {
+    Endpoint {
+        ifindex: u32::from(last),
+        interface: format!("sg{last}"),
+        address: std::net::Ipv4Addr::new(10, 213, 0, last),
+        mac: [2, 83, 71, 1, 0, last],
+        agent_port: 9111,
+    }
+}
+
+fn policy(mode: &str) -> Policy {
+    Policy::parse(&json!({"mode": mode})).expect("a policy")
+}
+
+impl World {
+    async fn sandbox(&self, policy: Option<Policy>) -> SandboxId {
+        let new = new_sandbox(&self.org, policy);
+        self.store.insert_sandbox(&new, 100).await.expect("inserted").id
+    }
+
+    async fn announced(&self, last: u8) -> (SandboxId, Revision) {
+        let id = self.sandbox(None).await;
+        let revision = self
+            .store
+            .announce(&id, &endpoint(last))
+            .await
+            .expect("announced");
+        (id, revision)
+    }
+
+    async fn since(&self, since: Option<Revision>) -> FeedChange {
+        self.store.feed_since(since).await.expect("a change")
+    }
+}
+
+fn delta(change: FeedChange) -> (Vec<FeedSandbox>, Vec<SandboxId>) {
+    match change.frame {
+        FeedFrame::Delta { upserts, removed, .. } => (upserts, removed),
+        other => panic!("not a delta: {other:?}"),
+    }
+}
+
+fn snapshot(change: FeedChange) -> Vec<FeedSandbox> {
+    match change.frame {
+        FeedFrame::Snapshot { sandboxes, .. } => sandboxes,
+        other => panic!("not a snapshot: {other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn an_address_registers_once_and_nothing_is_left_of_the_second_attempt() {
+    let world = world().await;
+    let other = OrgId::random();
+    let second = world
+        .store
+        .register(&account("first@example.org"), "acme", &key(&other), now())
+        .await;
+    assert!(matches!(second, Err(StoreError::Conflict(Conflict::EmailTaken))));
+    assert!(world.store.keys(&other).await.expect("keys").is_empty());
+    let third = world
+        .store
+        .register(&account("other@example.org"), "acme", &key(&other), now())
+        .await;
+    assert_ne!(third.expect("registered").slug, "acme", "a slug is unique");
+}
+
+#[tokio::test]
+async fn a_key_is_found_until_it_is_revoked_and_only_by_its_owner() {
+    let world = world().await;
+    let stranger = organization(&world.store, "stranger@example.org").await;
+    let own = world.store.keys(&world.org).await.expect("keys").remove(0);
+    assert!(
+        !world
+            .store
+            .revoke_key(&stranger, &own.id, now())
+            .await
+            .expect("asked")
+    );
+    let at = now();
+    world.store.touch_key(&own.id, at).await.expect("touched");
+    let found = world.store.key(&own.id).await.expect("asked").expect("found");
+    assert_eq!(
+        (found.org_id, found.last_used_at, found.hash),
+        (world.org.clone(), Some(at), vec![7; 32])
+    );
+    assert!(
+        world
+            .store
+            .revoke_key(&world.org, &own.id, now())
+            .await
+            .expect("revoked")
+    );
+    assert!(
+        world
+            .store
+            .revoke_key(&world.org, &own.id, now())
+            .await
+            .expect("revoked twice")
+    );
+    assert!(world.store.key(&own.id).await.expect("asked").is_none());
+    assert!(world.store.keys(&world.org).await.expect("keys").is_empty());
+}
+
+#[tokio::test]
+async fn an_organization_has_only_so_many_keys() {
+    let world = world().await;
+    world
+        .store
+        .insert_key(&key(&world.org), 2, now())
+        .await
+        .expect("the second");
+    let third = world.store.insert_key(&key(&world.org), 2, now()).await;
+    assert!(matches!(
+        third,
+        Err(StoreError::Conflict(Conflict::TooManyKeys { limit: 2 }))
+    ));
+}
+
+#[tokio::test]
+async fn the_quota_counts_live_sandboxes_of_one_organization() {
+    let world = world().await;
+    let stranger = organization(&world.store, "stranger@example.org").await;
+    let first = world
+        .store
+        .insert_sandbox(&new_sandbox(&world.org, None), 1)
+        .await
+        .expect("the first");
+    let second = world
+        .store
+        .insert_sandbox(&new_sandbox(&world.org, None), 1)
+        .await;
+    assert!(matches!(
+        second,
+        Err(StoreError::Conflict(Conflict::QuotaReached { limit: 1 }))
+    ));
+    world
+        .store
+        .insert_sandbox(&new_sandbox(&stranger, None), 1)
+        .await
+        .expect("a stranger's");
+    world.store.withdraw(&first.id).await.expect("withdrawn");
+    let while_ending = world
+        .store
+        .insert_sandbox(&new_sandbox(&world.org, None), 1)
+        .await;
+    assert!(
+        while_ending.is_err(),
+        "a sandbox that is ending holds its resources"
+    );
+    world
+        .store
+        .finish(&first.id, SandboxStatus::Terminated, None, now())
+        .await
+        .expect("finished");
+    world
+        .store
+        .insert_sandbox(&new_sandbox(&world.org, None), 1)
+        .await
+        .expect("after the first has ended");
+}
+
+#[tokio::test]
+async fn a_sandbox_comes_back_as_it_was_stored() {
+    let world = world().await;
+    let new = new_sandbox(&world.org, None);
+    let inserted = world.store.insert_sandbox(&new, 1).await.expect("inserted");
+    let found = world
+        .store
+        .sandbox(&world.org, &new.id)
+        .await
+        .expect("asked")
+        .expect("found");
+    assert_eq!(found, inserted);
+    assert_eq!((found.spec, found.expires_at), (new.spec, new.expires_at));
+    assert_eq!(found.status, SandboxStatus::Creating);
+}
+
+#[tokio::test]
+async fn a_foreign_or_deleted_sandbox_is_not_there() {
+    let world = world().await;
+    let stranger = organization(&world.store, "stranger@example.org").await;
+    let id = world.sandbox(None).await;
+    assert!(
+        world
+            .store
+            .sandbox(&stranger, &id)
+            .await
+            .expect("asked")
+            .is_none()
+    );
+    assert!(!world.store.had_sandbox(&stranger, &id).await.expect("asked"));
+    world.store.withdraw(&id).await.expect("withdrawn");
+    world
+        .store
+        .finish(&id, SandboxStatus::Terminated, Some("stopped"), now())
+        .await
+        .expect("finished");
+    let ended = world
+        .store
+        .sandbox(&world.org, &id)
+        .await
+        .expect("asked")
+        .expect("still shown");
+    assert_eq!(
+        (ended.status, ended.status_reason.as_deref()),
+        (SandboxStatus::Terminated, Some("stopped"))
+    );
+    world.store.mark_deleted(&id, now()).await.expect("deleted");
+    assert!(
+        world
+            .store
+            .sandbox(&world.org, &id)
+            .await
+            .expect("asked")
+            .is_none()
+    );
+    assert!(world.store.had_sandbox(&world.org, &id).await.expect("asked"));
+}
+
+#[tokio::test]
+async fn lists_are_paged_newest_first_and_leave_ended_ones_out() {
+    let world = world().await;
+    let mut ids = Vec::new();
+    for _ in 0..4 {
+        ids.push(world.sandbox(None).await);
+    }
+    world.store.withdraw(&ids[1]).await.expect("withdrawn");
+    world
+        .store
+        .finish(&ids[1], SandboxStatus::Error, None, now())
+        .await
+        .expect("finished");
+    let page = world
+        .store
+        .sandboxes(&world.org, false, None, 2)
+        .await
+        .expect("a page");
+    assert_eq!(
+        page.iter().map(|record| &record.id).collect::<Vec<_>>(),
+        [&ids[3], &ids[2]]
+    );
+    let rest = world
+        .store
+        .sandboxes(&world.org, false, Some(page[1].sequence), 2)
+        .await
+        .expect("a page");
+    assert_eq!(
+        rest.iter().map(|record| &record.id).collect::<Vec<_>>(),
+        [&ids[0]]
+    );
+    assert_eq!(
+        world
+            .store
+            .sandboxes(&world.org, true, None, 9)
+            .await
+            .expect("all")
+            .len(),
+        4
+    );
+}
+
+#[tokio::test]
+async fn a_status_moves_only_forward() {
+    let world = world().await;
+    let id = world.sandbox(None).await;
+    world.store.mark_running(&id).await.expect("running");
+    assert!(world.store.mark_running(&id).await.is_err());
+    assert!(
+        world.store.announce(&id, &endpoint(1)).await.is_err(),
+        "only what is being created is announced"
+    );
+    world.store.withdraw(&id).await.expect("withdrawn");
+    world
+        .store
+        .finish(&id, SandboxStatus::Terminated, None, now())
+        .await
+        .expect("finished");
+    assert_eq!(world.store.withdraw(&id).await.expect("withdrawn again"), None);
+    let record = world
+        .store
+        .sandbox(&world.org, &id)
+        .await
+        .expect("asked")
+        .expect("found");
+    assert_eq!(record.status, SandboxStatus::Terminated, "an end is final");
+    assert!(world.store.live_sandboxes().await.expect("live").is_empty());
+}
+
+#[tokio::test]
+async fn a_node_without_position_gets_everything_and_then_only_changes() {
+    let world = world().await;
+    let waiting = world.sandbox(None).await;
+    let (one, _) = world.announced(1).await;
+    let first = world.since(None).await;
+    let position = first.revision;
+    let everything = snapshot(first);
+    assert_eq!(everything.len(), 1, "{waiting} is not on the feed yet");
+    assert_eq!(
+        (&everything[0].sandbox_id, &everything[0].endpoint),
+        (&one, &endpoint(1))
+    );
+    assert!(everything[0].tiers.is_empty());
+
+    let (two, revision) = world.announced(2).await;
+    assert!(revision > position);
+    let change = world.since(Some(position)).await;
+    assert_eq!(change.revision, revision);
+    let (upserts, removed) = delta(change);
+    assert_eq!(
+        (upserts.len(), &upserts[0].sandbox_id, removed),
+        (1, &two, vec![])
+    );
+
+    let gone = world
+        .store
+        .withdraw(&one)
+        .await
+        .expect("withdrawn")
+        .expect("a revision");
+    assert_eq!(
+        delta(world.since(Some(revision)).await),
+        (vec![], vec![one.clone()])
+    );
+    assert_eq!(delta(world.since(Some(gone)).await), (vec![], vec![]));
+    assert_eq!(snapshot(world.since(None).await).len(), 1);
+}
+
+#[tokio::test]
+async fn a_position_from_elsewhere_gets_a_snapshot() {
+    let world = world().await;
+    let (_, revision) = world.announced(1).await;
+    for since in [0, 1, revision + 1, Revision::MAX] {
+        assert_eq!(snapshot(world.since(Some(since)).await).len(), 1, "since {since}");
+    }
+}
+
+#[tokio::test]
+async fn a_policy_change_puts_exactly_those_it_concerns_on_the_feed() {
+    let world = world().await;
+    let stranger = organization(&world.store, "stranger@example.org").await;
+    let (one, _) = world.announced(1).await;
+    let (two, _) = world.announced(2).await;
+    let foreign = world
+        .store
+        .insert_sandbox(&new_sandbox(&stranger, None), 9)
+        .await
+        .expect("inserted")
+        .id;
+    let before = world
+        .store
+        .announce(&foreign, &endpoint(3))
+        .await
+        .expect("announced");
+
+    let deny = policy("deny_all");
+    let change = world
+        .store
+        .set_organization_policy(&world.org, &deny, None, now())
+        .await
+        .expect("set");
+    let (upserts, _) = delta(world.since(Some(before)).await);
+    let ids: Vec<_> = upserts.iter().map(|sandbox| sandbox.sandbox_id.clone()).collect();
+    assert_eq!(ids.len(), 2);
+    assert!(ids.contains(&one) && ids.contains(&two));
+    assert_eq!(change.concerns.len(), 2);
+    for sandbox in &upserts {
+        assert_eq!(sandbox.tiers.len(), 1);
+        assert_eq!(
+            (sandbox.tiers[0].tier, &sandbox.tiers[0].policy),
+            (TierName::Organization, &deny)
+        );
+    }
+
+    let own = policy("allow_all");
+    let at = change.stored.revision;
+    let change = world
+        .store
+        .set_sandbox_policy(&one, &own, None, now())
+        .await
+        .expect("set");
+    assert_eq!(change.concerns, [one.clone()]);
+    let (upserts, _) = delta(world.since(Some(at)).await);
+    assert_eq!(upserts.len(), 1);
+    let tiers: Vec<_> = upserts[0].tiers.iter().map(|tier| tier.tier).collect();
+    assert_eq!(
+        tiers,
+        [TierName::Organization, TierName::Sandbox],
+        "in the order of precedence"
+    );
+    assert_eq!(
+        world
+            .store
+            .sandbox_policy(&one)
+            .await
+            .expect("asked")
+            .expect("stored")
+            .policy,
+        own
+    );
+}
+
+#[tokio::test]
+async fn a_policy_given_at_creation_is_on_the_feed_from_the_first_frame() {
+    let world = world().await;
+    let id = world.sandbox(Some(policy("deny_all"))).await;
+    world.store.announce(&id, &endpoint(1)).await.expect("announced");
+    let everything = snapshot(world.since(None).await);
+    assert_eq!(everything[0].tiers.len(), 1);
+    assert_eq!(everything[0].tiers[0].policy, policy("deny_all"));
+}
+
+#[tokio::test]
+async fn a_stale_revision_changes_nothing() {
+    let world = world().await;
+    let (id, _) = world.announced(1).await;
+    let set = |policy: Policy, expected| {
+        let (store, id) = (world.store.clone(), id.clone());
+        async move { store.set_sandbox_policy(&id, &policy, expected, now()).await }
+    };
+    let first = set(policy("deny_all"), Some(0))
+        .await
+        .expect("the first")
+        .stored
+        .revision;
+    let position = world.since(None).await.revision;
+    for stale in [0, first - 1, first + 1] {
+        let refused = set(policy("allow_all"), Some(stale)).await;
+        assert!(
+            matches!(refused, Err(StoreError::Conflict(Conflict::StaleRevision { current })) if current == first),
+            "{stale}"
+        );
+    }
+    assert_eq!(
+        world.since(None).await.revision,
+        position,
+        "a refusal takes no revision"
+    );
+    assert_eq!(
+        world
+            .store
+            .sandbox_policy(&id)
+            .await
+            .expect("asked")
+            .expect("stored")
+            .policy,
+        policy("deny_all")
+    );
+    set(policy("allow_all"), Some(first))
+        .await
+        .expect("with the present revision");
+}
+
+#[tokio::test]
+async fn an_ended_sandbox_takes_no_policy() {
+    let world = world().await;
+    let (id, _) = world.announced(1).await;
+    world.store.withdraw(&id).await.expect("withdrawn");
+    let refused = world
+        .store
+        .set_sandbox_policy(&id, &policy("deny_all"), None, now())
+        .await;
+    assert!(matches!(refused, Err(StoreError::Conflict(Conflict::WrongState))));
+}
+
+#[tokio::test]
+async fn those_who_follow_are_told_after_the_commit() {
+    let world = world().await;
+    let mut follower = world.store.watch_revision();
+    follower.mark_unchanged();
+    let (_, revision) = world.announced(1).await;
+    assert!(follower.has_changed().expect("open"));
+    assert_eq!(*follower.borrow_and_update(), revision);
+    world.sandbox(None).await;
+    assert!(
+        !follower.has_changed().expect("open"),
+        "nothing on the feed changed"
+    );
+}
+
+#[tokio::test]
+async fn everything_is_there_after_a_restart() {
+    let world = world().await;
+    let (id, revision) = world.announced(1).await;
+    world
+        .store
+        .set_organization_policy(&world.org, &policy("deny_all"), None, now())
+        .await
+        .expect("set");
+    let before = world.since(None).await;
+    world.store.close().await;
+    let store = Store::open(&world.directory.path().join("test.db"))
+        .await
+        .expect("opened again");
+    assert!(*store.watch_revision().borrow() > revision);
+    assert_eq!(store.feed_since(None).await.expect("a change"), before);
+    assert_eq!(store.live_sandboxes().await.expect("live")[0].id, id);
+}
+
+fn event(world: &World, host: &str, verdict: AuditVerdict, age_seconds: i64) -> AuditEvent {
+    AuditEvent {
+        id: uuid::Uuid::now_v7().to_string(),
+        time: now() - SignedDuration::from_secs(age_seconds),
+        org_id: world.org.clone(),
+        sandbox_id: SandboxId::random(),
+        verdict,
+        reason: Reason::Allowed,
+        tier: Some(TierName::Sandbox),
+        rule: None,
+        protocol: "tls".to_owned(),
+        host: Some(host.to_owned()),
+        ip: None,
+        port: Some(443),
+        bytes_up: 1,
+        bytes_down: 2,
+        duration_ms: 3,
+        repeated: 1,
+        detail: None,
+    }
+}
+
+async fn audit(world: &World, filter: AuditFilter) -> Vec<String> {
+    let filter = AuditFilter {
+        limit: if filter.limit == 0 { 100 } else { filter.limit },
+        ..filter
+    };
+    let rows = world.store.audit(&world.org, &filter).await.expect("records");
+    rows.into_iter().filter_map(|row| row.event.host).collect()
+}
+
+#[tokio::test]
+async fn a_record_delivered_twice_is_stored_once_and_every_filter_counts() {
+    let world = world().await;
+    let events = [
+        event(&world, "a.test", AuditVerdict::Allow, 30),
+        event(&world, "b.test", AuditVerdict::Deny, 20),
+        event(&world, "c.test", AuditVerdict::Deny, 10),
+    ];
+    world.store.insert_audit(&events).await.expect("stored");
+    world
+        .store
+        .insert_audit(&events[1..])
+        .await
+        .expect("stored again");
+    assert_eq!(
+        audit(&world, AuditFilter::default()).await,
+        ["c.test", "b.test", "a.test"]
+    );
+    let stored = world
+        .store
+        .audit(
+            &world.org,
+            &AuditFilter {
+                limit: 1,
+                ..AuditFilter::default()
+            },
+        )
+        .await;
+    assert_eq!(stored.expect("records")[0].event, events[2]);
+
+    let deny = AuditFilter {
+        verdict: Some(AuditVerdict::Deny),
+        ..AuditFilter::default()
+    };
+    assert_eq!(audit(&world, deny).await, ["c.test", "b.test"]);
+    let host = AuditFilter {
+        host: Some("a.test".to_owned()),
+        ..AuditFilter::default()
+    };
+    assert_eq!(audit(&world, host).await, ["a.test"]);
+    let of = AuditFilter {
+        sandbox_id: Some(events[1].sandbox_id.clone()),
+        ..AuditFilter::default()
+    };
+    assert_eq!(audit(&world, of).await, ["b.test"]);
+    let between = AuditFilter {
+        since: Some(events[1].time),
+        until: Some(events[2].time),
+        ..AuditFilter::default()
+    };
+    assert_eq!(audit(&world, between).await, ["b.test"]);
+    let second = AuditFilter {
+        limit: 1,
+        offset: 1,
+        ..AuditFilter::default()
+    };
+    assert_eq!(audit(&world, second).await, ["b.test"]);
+    let before = world
+        .store
+        .audit(
+            &world.org,
+            &AuditFilter {
+                limit: 1,
+                ..AuditFilter::default()
+            },
+        )
+        .await;
+    let before = Some(before.expect("records")[0].sequence);
+    assert_eq!(
+        audit(
+            &world,
+            AuditFilter {
+                before,
+                ..AuditFilter::default()
+            }
+        )
+        .await,
+        ["b.test", "a.test"]
+    );
+    let stranger = organization(&world.store, "stranger@example.org").await;
+    let filter = AuditFilter {
+        limit: 9,
+        ..AuditFilter::default()
+    };
+    assert!(
+        world
+            .store
+            .audit(&stranger, &filter)
+            .await
+            .expect("records")
+            .is_empty()
+    );
+}
+
+#[tokio::test]
+async fn old_records_go_first() {
+    let world = world().await;
+    let ages = [100, 50, 10, 5];
+    let events: Vec<_> = ages
+        .map(|age| event(&world, &format!("{age}.test"), AuditVerdict::Allow, age))
+        .into_iter()
+        .collect();
+    world.store.insert_audit(&events).await.expect("stored");
+    let before = now() - SignedDuration::from_secs(60);
+    assert_eq!(
+        world.store.prune_audit(before, 1_000, 100).await.expect("pruned"),
+        1
+    );
+    assert_eq!(
+        audit(&world, AuditFilter::default()).await,
+        ["5.test", "10.test", "50.test"]
+    );
+    assert_eq!(
+        world.store.prune_audit(before, 1, 1).await.expect("pruned"),
+        1,
+        "step by step"
+    );
+    assert_eq!(world.store.prune_audit(before, 1, 100).await.expect("pruned"), 1);
+    assert_eq!(audit(&world, AuditFilter::default()).await, ["5.test"]);
+    assert_eq!(world.store.prune_audit(before, 1, 100).await.expect("pruned"), 0);
+}
+
+#[tokio::test]
+async fn ended_sandboxes_are_forgotten_with_their_policies() {
+    let world = world().await;
+    let id = world.sandbox(Some(policy("deny_all"))).await;
+    let live = world.sandbox(None).await;
+    world.store.withdraw(&id).await.expect("withdrawn");
+    world
+        .store
+        .finish(&id, SandboxStatus::Terminated, None, now())
+        .await
+        .expect("finished");
+    let past = now() - SignedDuration::from_secs(60);
+    assert_eq!(world.store.prune_sandboxes(past, 10).await.expect("pruned"), 0);
+    let future = now() + SignedDuration::from_secs(60);
+    assert_eq!(world.store.prune_sandboxes(future, 10).await.expect("pruned"), 1);
+    assert!(!world.store.had_sandbox(&world.org, &id).await.expect("asked"));
+    assert!(world.store.sandbox_policy(&id).await.expect("asked").is_none());
+    assert!(world.store.had_sandbox(&world.org, &live).await.expect("asked"));
+}
