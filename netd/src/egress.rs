@@ -8,6 +8,7 @@ pub mod dial;
 mod flow;
 pub mod head;
 pub mod hello;
+pub mod retry;
 pub mod sniff;
 
 use std::{io, net::SocketAddrV4, sync::Arc, time::Duration};

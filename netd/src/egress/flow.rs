@@ -16,6 +16,7 @@ use super::{
     Egress, clear,
     head::{Head, Host},
     refuse,
+    retry::{self, Unsettled},
     sniff::{self, Beginning, Spoken},
 };
 use crate::{
@@ -280,13 +281,7 @@ impl Egress {
                     }
                 }
             }
-            Manner::Splice(received) => match send_first(&mut far, &received).await {
-                Err(why) => Ended::Stopped(why),
-                Ok(()) => {
-                    traffic.add_up(received.len());
-                    splice(near, &mut far, traffic).await
-                }
-            },
+            Manner::Splice(received) => self.handshake(near, &mut far, &received, said, traffic).await,
             Manner::Opaque => {
                 observe(near, &far, said).await;
                 splice(near, &mut far, traffic).await
@@ -296,6 +291,29 @@ impl Egress {
             refuse(&far);
         }
         ended
+    }
+
+    /// Splices a TLS flow, once it is settled which server its handshake is with.
+    async fn handshake(
+        &self,
+        near: &mut TcpStream,
+        far: &mut TcpStream,
+        received: &[u8],
+        said: &Said,
+        traffic: &Traffic,
+    ) -> Ended {
+        if let Err(why) = send_first(far, received).await {
+            return Ended::Stopped(why);
+        }
+        traffic.add_up(received.len());
+        match retry::settle(near, far, said.host.as_deref(), traffic).await {
+            Ok(()) => splice(near, far, traffic).await,
+            Err(Unsettled::FarFailed) => Ended::Stopped("the server went away"),
+            Err(Unsettled::NearFailed) => Ended::Stopped("the client went away"),
+            Err(Unsettled::TimedOut) => Ended::Stopped("no answer during the TLS handshake"),
+            Err(error @ Unsettled::AnotherName) => Ended::Failed(Reason::HostMismatch, error.to_string()),
+            Err(error @ Unsettled::Malformed(_)) => Ended::Failed(Reason::Malformed, error.to_string()),
+        }
     }
 }
 
