@@ -45,6 +45,7 @@ fn wait_until_served(probe: &Probe<'_>) -> Duration {
 }
 
 pub(crate) fn a_killed_netd_lets_nothing_out_and_recovers(machine: &Machine) {
+    machine.node.wait_ready();
     let sandbox = machine.organization.sandbox(&json!({ "network": fixture_policy() }));
     let probe = machine.probe(&sandbox);
     probe.try_one(&probe::https("ok.test", "ok.test")).assert_answered("hello from ok.test");
@@ -89,6 +90,7 @@ pub(crate) fn a_killed_netd_lets_nothing_out_and_recovers(machine: &Machine) {
 }
 
 pub(crate) fn a_killed_controller_forgets_nothing(machine: &Machine) {
+    machine.node.wait_ready();
     let sandbox = machine.organization.sandbox(&json!({ "network": fixture_policy() }));
     let probe = machine.probe(&sandbox);
     sandbox.write("/workspace/kept", "kept");
@@ -97,6 +99,7 @@ pub(crate) fn a_killed_controller_forgets_nothing(machine: &Machine) {
     wait::until("the API answers again", RECOVERY, || {
         machine.node.client().get("//health").try_send().ok().filter(|answer| answer.status.is_success())
     });
+    // What was committed is known before anything else is.
     assert_eq!(sandbox.status(), "running");
     assert!(machine.organization.running().contains(&sandbox.id));
     wait::until("commands run again", RECOVERY, || {
@@ -122,6 +125,7 @@ pub(crate) fn a_killed_controller_forgets_nothing(machine: &Machine) {
     assert!(restored.is_some(), "no commands after both were killed");
     wait_until_served(&probe);
     assert_only_allowed_traffic(machine, mark);
+    machine.node.wait_ready();
     let fresh = machine.organization.sandbox(&json!({}));
     assert_eq!(fresh.sh_ok("echo fine"), "fine");
     fresh.stop();
@@ -130,6 +134,7 @@ pub(crate) fn a_killed_controller_forgets_nothing(machine: &Machine) {
 }
 
 pub(crate) fn a_create_cut_off_by_a_kill_leaves_nothing(machine: &Machine) {
+    machine.node.wait_ready();
     let before = machine.node.traces();
     for pause in [5, 20, 60, 150] {
         std::thread::scope(|scope| {
@@ -140,9 +145,7 @@ pub(crate) fn a_create_cut_off_by_a_kill_leaves_nothing(machine: &Machine) {
             std::thread::sleep(Duration::from_millis(pause));
             machine.node.replace(Node::controller);
         });
-        wait::until("the API answers again", RECOVERY, || {
-            machine.node.client().get("//health").try_send().ok().filter(|answer| answer.status.is_success())
-        });
+        machine.node.wait_ready();
     }
     for id in machine.organization.running() {
         // Whatever is called running must be so.
@@ -156,11 +159,13 @@ pub(crate) fn a_create_cut_off_by_a_kill_leaves_nothing(machine: &Machine) {
         let new: Vec<_> = machine.node.traces().into_iter().filter(|trace| !before.contains(trace)).collect();
         new
     };
-    wait::within(RECOVERY, || left().is_empty().then_some(()));
-    assert!(left().is_empty(), "half-made sandboxes are left: {:#?}", left());
+    if wait::within(RECOVERY, || left().is_empty().then_some(())).is_none() {
+        panic!("half-made sandboxes are left: {:#?}", left());
+    }
 }
 
 pub(crate) fn a_killed_supervisor_takes_nothing_with_it(machine: &Machine) {
+    machine.node.wait_ready();
     let sandbox = machine.organization.sandbox(&json!({ "network": fixture_policy() }));
     let probe = machine.probe(&sandbox);
     probe.try_one(&probe::https("ok.test", "ok.test")).assert_answered("hello from ok.test");

@@ -78,7 +78,8 @@ fn lines(sandbox: &Sandbox) -> u64 {
 
 pub(crate) fn tightening_cuts_open_connections(machine: &Machine) {
     let organization = machine.node.register("tight");
-    let sandboxes: Vec<Sandbox> = (0..3).map(|_| organization.sandbox(&json!({}))).collect();
+    let both = json!({ "network": { "mode": "allowlist", "allowed_domains": ["ok.test", "api.test"] } });
+    let sandboxes: Vec<Sandbox> = (0..3).map(|_| organization.sandbox(&both)).collect();
     for sandbox in &sandboxes {
         machine.probe(sandbox);
         open_drip(sandbox);

@@ -1,4 +1,7 @@
 //! The built programs, running on the node of a world as `controller up` starts them.
+//!
+//! `SANDGATE_BIN_DIR` says where they are (else the target directory is searched), `SANDGATE_TEST_LOG` names a
+//! file for all they wrote.
 
 use std::{
     env, fs,
@@ -175,6 +178,19 @@ impl Node {
         status.with_context(|| format!("controller up did not end within {limit:?} of {signal}"))
     }
 
+    /// Waits until a sandbox could be created (again).
+    ///
+    /// # Panics
+    /// When that takes too long.
+    pub fn wait_ready(&self) -> Duration {
+        let started = Instant::now();
+        wait::until("the node is ready", START, || {
+            let answer = self.client().get("//ready").try_send().ok();
+            answer.filter(|answer| answer.status.is_success())
+        });
+        started.elapsed()
+    }
+
     /// Removes what the instance made, as `controller down` does.
     ///
     /// # Errors
@@ -240,6 +256,10 @@ impl Drop for Node {
         let stopped = if lock(&self.up).is_some() { self.stop().map(|_| ()) } else { Ok(()) };
         let down = self.down();
         let left = self.traces();
+        if let Some(file) = env::var_os("SANDGATE_TEST_LOG") {
+            // Only for whoever looks for something in it.
+            fs::write(file, self.log_lines().join("\n")).ok();
+        }
         traces::remove_cgroups(&self.instance);
         // A second panic would end the test program before the world is cleaned.
         if !thread::panicking() {
