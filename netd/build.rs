@@ -150,7 +150,7 @@ fn linker() -> PathBuf {
     if let Some(chosen) = env::var_os("BPF_LINKER").map(PathBuf::from) {
         assert!(
             runs(&chosen),
-            "$BPF_LINKER is {}, which does not run",
+            "$BPF_LINKER is {}, which does not run; without that variable, {INSTALL}",
             chosen.display()
         );
         return chosen;

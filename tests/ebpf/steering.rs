@@ -1,8 +1,14 @@
 //! Allowed traffic reaches netd's sockets, with its original destination.
 
-use std::{io::ErrorKind, net::TcpStream, thread, time::Duration};
+use std::{
+    io::ErrorKind,
+    net::{SocketAddrV4, TcpStream},
+    thread,
+    time::{Duration, Instant},
+};
 
 use sandgate_policy::KernelAction;
+use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
     sockets::{Listeners, ask, at, connect, query},
@@ -135,21 +141,33 @@ fn one_port_may_be_used_again_at_once() {
     let _listeners = Listeners::serve(&world.datapath);
     let to = at([203, 0, 113, 10], 443);
     sandbox.run(|| {
-        // netd closes first here, so its end would wait; the sandbox's end forgets at once and takes the same port.
+        // netd closes first here, so its end would wait; the sandbox's end forgets and takes the same port.
         for _ in 0..50 {
-            use socket2::{Domain, Socket, Type};
-            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
-            socket.set_reuse_address(true).expect("reuse");
-            socket.bind(&at([10, 213, 0, 1], 45_000).into()).expect("bound");
-            socket
-                .connect_timeout(&to.into(), Duration::from_millis(500))
-                .expect("accepted without a second's delay");
+            let socket = from_port(45_000, to);
             let mut stream = TcpStream::from(socket);
             let mut answer = String::new();
             std::io::Read::read_to_string(&mut stream, &mut answer).expect("an answer");
             assert_eq!(answer, format!("tcp {to}"));
         }
     });
+}
+
+/// Connects from a given port as soon as this end has let go of it; the other end gets half a second.
+fn from_port(port: u16, to: SocketAddrV4) -> Socket {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    loop {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+        socket.set_reuse_address(true).expect("reuse");
+        socket.bind(&at([10, 213, 0, 1], port).into()).expect("bound");
+        match socket.connect_timeout(&to.into(), Duration::from_millis(500)) {
+            Ok(()) => return socket,
+            // The last acknowledgement of the connection before is still to come.
+            Err(error) if error.kind() == ErrorKind::AddrNotAvailable && Instant::now() < deadline => {
+                thread::sleep(Duration::from_millis(1));
+            }
+            Err(error) => panic!("not accepted at once: {error}"),
+        }
+    }
 }
 
 #[test]
@@ -168,7 +186,6 @@ fn a_flood_of_connections_is_refused_beyond_the_limit_and_leaves_others_alone() 
     let to = at([203, 0, 113, 10], 443);
     // SYNs that nobody completes, as fast as the machine makes them.
     let sent = flooder.run(|| {
-        use socket2::{Domain, Protocol, Socket, Type};
         let raw = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::TCP)).expect("a raw socket");
         let mut sent = 0_u32;
         for port in 20_000_u16..60_000 {
