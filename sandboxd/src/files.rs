@@ -78,7 +78,8 @@ pub(crate) fn code(error: &io::Error) -> AgentErrorCode {
     match errno {
         Errno::NOENT => AgentErrorCode::NotFound,
         Errno::ISDIR => AgentErrorCode::IsDirectory,
-        Errno::NOTDIR => AgentErrorCode::NotDirectory,
+        // Of a parent that is there and no directory.
+        Errno::NOTDIR | Errno::EXIST => AgentErrorCode::NotDirectory,
         Errno::ACCESS | Errno::PERM | Errno::ROFS => AgentErrorCode::PermissionDenied,
         Errno::NOSPC | Errno::DQUOT => AgentErrorCode::NoSpace,
         Errno::FBIG => AgentErrorCode::TooLarge,

@@ -88,7 +88,12 @@ mod tests {
     fn only_the_key_matches() {
         let key = take(TEXT).unwrap();
         assert!(key.matches(TEXT.to_owned()));
-        for wrong in [String::new(), TEXT[1..].to_owned(), TEXT.to_uppercase(), format!("{TEXT}0")] {
+        for wrong in [
+            String::new(),
+            TEXT[1..].to_owned(),
+            TEXT.to_uppercase(),
+            format!("{TEXT}0"),
+        ] {
             assert!(!key.matches(wrong.clone()), "{wrong} was taken for the key");
         }
     }

@@ -1,0 +1,13 @@
+//! The local backend with a real runtime, real images, real limits. Needs root, runc and the default image
+//! (`make setup`). No namespace made here has an uplink; no netd runs, so nothing filters the veths.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    reason = "a test fails by panicking and says why"
+)]
+
+mod isolation;
+mod lifecycle;
+mod limits;
+mod world;
