@@ -49,7 +49,8 @@ const WISHED: &[(&str, &str)] = &[
     ("net/ipv4/icmp_msgs_per_sec", "100000"),
     ("net/ipv4/icmp_msgs_burst", "10000"),
     // The sandbox's end is one hop away, so nothing old can arrive late; and a SYN that reuses the four-tuple of a
-    // socket in TIME_WAIT could not find our listener (it is bound to another address) and would lose a second.
+    // socket in TIME_WAIT would not find our listener (it is bound to another address): each such connect loses a
+    // retransmission, 10 ms on a new kernel, a second on an old one.
     ("net/ipv4/tcp_max_tw_buckets", "0"),
     // All sandboxes share a few listeners.
     ("net/core/somaxconn", "8192"),
