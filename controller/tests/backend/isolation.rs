@@ -104,6 +104,42 @@ async fn what_runs_inside_can_do_nothing_it_should_not() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    // The agent has no more rights than the code it serves.
+    let denied = |error: AgentError| {
+        matches!(
+            error,
+            AgentError::Refused {
+                code: AgentErrorCode::PermissionDenied,
+                ..
+            }
+        )
+    };
+    for path in [
+        "/x",
+        "/etc/hosts",
+        "/usr/lib/sandgate/sandboxd",
+        "/proc/sys/kernel/hostname",
+    ] {
+        let written = world
+            .agent(&spec)
+            .await
+            .write_file(path, None, vec![0].into())
+            .await;
+        assert!(denied(written.unwrap_err()), "{path} was written");
+    }
+    for path in ["/etc/shadow", "/proc/1/environ"] {
+        assert!(
+            denied(
+                world
+                    .agent(&spec)
+                    .await
+                    .read_file(path, 1 << 20)
+                    .await
+                    .unwrap_err()
+            ),
+            "{path} was read"
+        );
+    }
     world.close().await;
 }
 

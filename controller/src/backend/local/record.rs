@@ -6,7 +6,10 @@ use std::{
     fs, io,
     net::Ipv4Addr,
     path::Path,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use ipnet::Ipv4Net;
@@ -75,11 +78,16 @@ impl Record {
     }
 }
 
-/// Writes beside the file and renames.
+/// Writes beside the file and renames. Two writers at once do not disturb each other; the later one stays.
 pub(super) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let beside = path.with_extension("new");
-    fs::write(&beside, bytes)?;
-    fs::rename(beside, path)
+    static SERIAL: AtomicU64 = AtomicU64::new(0);
+    let beside = path.with_extension(format!("new{}", SERIAL.fetch_add(1, Ordering::Relaxed)));
+    let written = fs::write(&beside, bytes).and_then(|()| fs::rename(&beside, path));
+    if written.is_err() {
+        // What failed to be written may have failed to exist.
+        let _absent = fs::remove_file(&beside);
+    }
+    written
 }
 
 /// A sandbox known to this process.
@@ -284,6 +292,32 @@ mod tests {
             record.endpoint()
         );
         assert!(record.endpoint().is_some());
+    }
+
+    #[test]
+    fn many_writers_of_one_file_all_succeed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        std::thread::scope(|scope| {
+            for number in 0..8_u8 {
+                let path = &path;
+                scope.spawn(move || {
+                    for _ in 0..200 {
+                        replace(path, &[number; 64]).unwrap();
+                    }
+                });
+            }
+        });
+        let bytes = fs::read(&path).unwrap();
+        assert!(
+            bytes.len() == 64 && bytes.iter().all(|byte| *byte == bytes[0]),
+            "{bytes:?}"
+        );
+        assert_eq!(
+            fs::read_dir(folder.path()).unwrap().count(),
+            1,
+            "something was left beside it"
+        );
     }
 
     #[test]
