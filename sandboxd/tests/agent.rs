@@ -130,7 +130,9 @@ impl Agent {
 
 impl Drop for Agent {
     fn drop(&mut self) {
-        let _gone = self.process.kill();
+        // Asked to end, it takes its commands along; killed, it leaves them to this machine.
+        let id = i32::try_from(self.process.id()).unwrap();
+        let _gone = nix::sys::signal::kill(nix::unistd::Pid::from_raw(id), nix::sys::signal::Signal::SIGTERM);
         let _status = self.process.wait();
     }
 }

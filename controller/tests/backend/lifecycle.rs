@@ -69,6 +69,7 @@ async fn half_made_sandboxes_are_found_and_taken_away() {
     };
     assert!(message.contains("is netd running"), "{message}");
     assert!(lost.inventory().await.unwrap().iter().all(|found| !found.running));
+    lost.remove_instance();
     assert!(router.exists());
     // Traces of a sandbox nobody has a record of.
     let stray = SandboxId::random();

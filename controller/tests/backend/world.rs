@@ -38,7 +38,7 @@ pub(super) struct Outcome {
 }
 
 pub(super) struct World {
-    pub(super) folder: TempDir,
+    pub(super) folder: Scratch,
     pub(super) config: LocalConfig,
     pub(super) backend: LocalBackend,
 }
@@ -58,7 +58,7 @@ pub(super) fn can_run() -> bool {
 
 impl World {
     pub(super) async fn open() -> Self {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = Scratch(tempfile::tempdir().unwrap());
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
         let run_dir = folder.path().join("run");
         make_router(&run_dir.join("netns/router")).unwrap();
@@ -228,15 +228,43 @@ impl World {
 
 impl Drop for World {
     fn drop(&mut self) {
-        // Also when a test failed: no mount may keep the scratch directory.
+        // Also when a test failed: nothing of it may stay on this machine.
+        let backend = self.backend.clone();
+        let cleaning = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap();
+            runtime.block_on(async {
+                for found in backend.inventory().await.unwrap() {
+                    backend.destroy(&found.sandbox_id).await.unwrap();
+                }
+                backend.remove_instance();
+            });
+        });
+        if cleaning.join().is_err() {
+            eprintln!("a failed test's sandboxes could not be taken away");
+        }
+    }
+}
+
+/// The scratch directory. Dropped after the backend; no mount may keep it.
+pub(super) struct Scratch(TempDir);
+
+impl Scratch {
+    pub(super) fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        let scratch = self.folder.path().to_string_lossy().into_owned();
-        let mine: Vec<&str> = mounts
-            .lines()
-            .filter_map(|line| line.split(' ').nth(4))
-            .filter(|path| path.starts_with(&scratch))
-            .collect();
-        for path in mine.into_iter().rev() {
+        let scratch = self.path().to_string_lossy().into_owned();
+        let targets = mounts.lines().filter_map(|line| line.split(' ').nth(4));
+        let mut mine: Vec<&str> = targets.filter(|path| path.starts_with(&scratch)).collect();
+        mine.reverse();
+        for path in mine {
             let _gone = umount2(path, MntFlags::MNT_DETACH);
         }
     }
