@@ -12,66 +12,118 @@ const SOON: Duration = Duration::from_secs(5);
 pub(crate) fn a_stream_brings_output_as_it_comes_and_ends_with_done(machine: &Machine) {
     let sandbox = machine.organization.sandbox(&json!({}));
     let command = "echo one; sleep 1; echo two >&2; printf 'a\\342\\200\\250b\\n'; exit 7";
-    let call = sandbox.client().post(&sandbox.path("/execute")).json(&json!({ "command": command, "stream": true }));
+    let call = sandbox
+        .client()
+        .post(&sandbox.path("/execute"))
+        .json(&json!({ "command": command, "stream": true }));
     let started = Instant::now();
     let mut events = call.events().expect("an event stream");
-    assert_eq!(events.next(SOON), Some(json!({ "type": "stdout", "data": "one\n" })));
-    assert!(started.elapsed() < Duration::from_millis(900), "the first line came after {:?}", started.elapsed());
+    assert_eq!(
+        events.next(SOON),
+        Some(json!({ "type": "stdout", "data": "one\n" }))
+    );
+    assert!(
+        started.elapsed() < Duration::from_millis(900),
+        "the first line came after {:?}",
+        started.elapsed()
+    );
     let rest = events.rest(SOON);
-    let kinds: Vec<_> = rest.iter().map(|event| event["type"].as_str().unwrap_or("?")).collect();
+    let kinds: Vec<_> = rest
+        .iter()
+        .map(|event| event["type"].as_str().unwrap_or("?"))
+        .collect();
     assert!(kinds.ends_with(&["exit", "done"]), "{rest:?}");
-    assert!(rest.contains(&json!({ "type": "stderr", "data": "two\n" })), "{rest:?}");
-    assert!(rest.contains(&json!({ "type": "stdout", "data": "a\u{2028}b\n" })), "{rest:?}");
-    assert!(rest.iter().any(|event| event["type"] == "exit" && event["code"] == 7), "{rest:?}");
+    assert!(
+        rest.contains(&json!({ "type": "stderr", "data": "two\n" })),
+        "{rest:?}"
+    );
+    assert!(
+        rest.contains(&json!({ "type": "stdout", "data": "a\u{2028}b\n" })),
+        "{rest:?}"
+    );
+    assert!(
+        rest.iter()
+            .any(|event| event["type"] == "exit" && event["code"] == 7),
+        "{rest:?}"
+    );
     sandbox.stop();
 }
 
 pub(crate) fn a_disconnect_cancels_the_command(machine: &Machine) {
     let sandbox = machine.organization.sandbox(&json!({}));
-    let running = |marker: &str| sandbox.sh(&format!("pgrep -f '[{}]{}'", &marker[..1], &marker[1..])).exit_code == 0;
+    let running = |marker: &str| {
+        sandbox
+            .sh(&format!("pgrep -f '[{}]{}'", &marker[..1], &marker[1..]))
+            .exit_code
+            == 0
+    };
     let has_pgrep = sandbox.sh("command -v pgrep").exit_code == 0;
     let processes = |marker: &str| {
         let all = machine.node.processes_of(&sandbox.id);
-        all.iter().filter(|process| process.command.iter().any(|part| part == marker)).count()
+        all.iter()
+            .filter(|process| process.command.iter().any(|part| part == marker))
+            .count()
     };
     // Streamed, then buffered: both end with their client.
     let body = json!({ "command": "(setsid sleep 4321 &) ; sleep 4321", "stream": true });
-    let events = sandbox.client().post(&sandbox.path("/execute")).json(&body).events().expect("a stream");
+    let events = sandbox
+        .client()
+        .post(&sandbox.path("/execute"))
+        .json(&body)
+        .events()
+        .expect("a stream");
     wait::until("the command runs", SOON, || (processes("4321") > 0).then_some(()));
     drop(events);
-    wait::until("the streamed command is cancelled", SOON, || (processes("4321") <= 1).then_some(()));
+    wait::until("the streamed command is cancelled", SOON, || {
+        (processes("4321") <= 1).then_some(())
+    });
 
     let mut stream = sandbox.client().connect().expect("the API listens");
     let body = json!({ "command": "sleep 5432" }).to_string();
     let head = format!(
         "POST /api/v1{} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
-        sandbox.path("/execute"), machine.organization.key, body.len(),
+        sandbox.path("/execute"),
+        machine.organization.key,
+        body.len(),
     );
     std::io::Write::write_all(&mut stream, head.as_bytes()).expect("sent");
     wait::until("the command runs", SOON, || (processes("5432") > 0).then_some(()));
     drop(stream);
-    wait::until("the buffered command is cancelled", SOON, || (processes("5432") == 0).then_some(()));
+    wait::until("the buffered command is cancelled", SOON, || {
+        (processes("5432") == 0).then_some(())
+    });
     assert!(!has_pgrep || !running("5432"));
     sandbox.stop();
 }
 
 pub(crate) fn a_command_out_of_time_is_ended_with_everything_it_started(machine: &Machine) {
     let sandbox = machine.organization.sandbox(&json!({}));
-    let output = sandbox.execute(&json!({ "command": "echo before; sleep 6543 & sleep 6543; echo after", "timeout": 700 }));
+    let output = sandbox
+        .execute(&json!({ "command": "echo before; sleep 6543 & sleep 6543; echo after", "timeout": 700 }));
     assert_eq!(output.exit_code, 124, "{output:?}");
     assert_eq!(output.answer["timed_out"], true, "{output:?}");
     assert_eq!(output.stdout, "before\n");
     assert!(output.took < Duration::from_secs(4), "{:?}", output.took);
     wait::until("its child is gone", SOON, || {
         let all = machine.node.processes_of(&sandbox.id);
-        (!all.iter().any(|process| process.command.iter().any(|part| part == "6543"))).then_some(())
+        (!all
+            .iter()
+            .any(|process| process.command.iter().any(|part| part == "6543")))
+        .then_some(())
     });
     sandbox.stop();
 }
 
 pub(crate) fn exit_codes_are_real(machine: &Machine) {
-    let sandbox = machine.organization.sandbox(&json!({ "env": { "A": "sandbox", "B": "sandbox" } }));
-    for (command, code) in [("exit 3", 3), ("kill -9 $$", 137), ("no-such-program-at-all", 127), ("true", 0)] {
+    let sandbox = machine
+        .organization
+        .sandbox(&json!({ "env": { "A": "sandbox", "B": "sandbox" } }));
+    for (command, code) in [
+        ("exit 3", 3),
+        ("kill -9 $$", 137),
+        ("no-such-program-at-all", 127),
+        ("true", 0),
+    ] {
         assert_eq!(sandbox.sh(command).exit_code, code, "{command}");
     }
     let argv = sandbox.execute(&json!({ "command": ["printf", "%s|", "a b", "$HOME", "*"] }));
@@ -84,7 +136,12 @@ pub(crate) fn exit_codes_are_real(machine: &Machine) {
     let zombies = sandbox.sh_ok("cat /proc/[0-9]*/stat | awk '$3 == \"Z\"' | wc -l");
     assert_eq!(zombies, "0");
     let flood = sandbox.sh("head -c 50000000 /dev/zero | tr '\\0' x");
-    assert_eq!(flood.answer["output_truncated"], true, "{} bytes came", flood.stdout.len());
+    assert_eq!(
+        flood.answer["output_truncated"],
+        true,
+        "{} bytes came",
+        flood.stdout.len()
+    );
     let binary = sandbox.sh("printf '\\377\\376ok'");
     assert!(binary.stdout.ends_with("ok"), "{:?}", binary.stdout);
     sandbox.stop();
@@ -94,26 +151,48 @@ pub(crate) fn files_of_any_bytes_survive_the_way(machine: &Machine) {
     let sandbox = machine.organization.sandbox(&json!({}));
     let bytes: Vec<u8> = (0..=255).cycle().take(3_000_000).collect();
     sandbox.write("/workspace/deep/er/bytes", &bytes);
-    assert!(sandbox.read("/workspace/deep/er/bytes") == bytes, "the file changed on its way");
+    assert!(
+        sandbox.read("/workspace/deep/er/bytes") == bytes,
+        "the file changed on its way"
+    );
     assert_eq!(sandbox.sh_ok("stat -c %s /workspace/deep/er/bytes"), "3000000");
     sandbox.write("/workspace/empty", "");
     assert_eq!(sandbox.read("/workspace/empty"), b"");
     // Base64 as a command line writes it, with line ends.
     let wrapped = json!({ "files": [{ "path": "/workspace/wrapped", "content": "aGVs\nbG8=\n" }] });
-    sandbox.client().post(&sandbox.path("/files")).json(&wrapped).send().ok();
+    sandbox
+        .client()
+        .post(&sandbox.path("/files"))
+        .json(&wrapped)
+        .send()
+        .ok();
     assert_eq!(sandbox.read("/workspace/wrapped"), b"hello");
-    let get = |path: &str| sandbox.client().get(&sandbox.path(&format!("/files?path={path}"))).send();
+    let get = |path: &str| {
+        sandbox
+            .client()
+            .get(&sandbox.path(&format!("/files?path={path}")))
+            .send()
+    };
     get("/workspace/missing").refused(404, "FILE_NOT_FOUND");
     let directory = get("/workspace/deep");
     assert!(directory.status.is_client_error(), "{directory:?}");
     // A name that leads out leads to what the sandbox itself could read, never to the node's files.
     sandbox.sh_ok("ln -s /etc/passwd /workspace/link");
     assert!(String::from_utf8_lossy(&sandbox.read("/workspace/link")).contains("root:"));
-    let recursive = sandbox.client().get(&sandbox.path("/files/list?path=/workspace&recursive=true")).send().ok();
+    let recursive = sandbox
+        .client()
+        .get(&sandbox.path("/files/list?path=/workspace&recursive=true"))
+        .send()
+        .ok();
     let entries = recursive["files"].as_array().expect("a list");
-    let file = entries.iter().find(|entry| entry["path"] == "/workspace/deep/er/bytes");
+    let file = entries
+        .iter()
+        .find(|entry| entry["path"] == "/workspace/deep/er/bytes");
     let file = file.unwrap_or_else(|| panic!("not listed: {recursive}"));
-    assert_eq!((&file["type"], &file["size"]), (&json!("file"), &json!(3_000_000)));
+    assert_eq!(
+        (&file["type"], &file["size"]),
+        (&json!("file"), &json!(3_000_000))
+    );
     assert!(file["modified_at"].is_string(), "{file}");
     sandbox.stop();
 }
@@ -122,32 +201,69 @@ pub(crate) fn the_sandbox_is_locked_down(machine: &Machine) {
     let sandbox = machine.organization.sandbox(&json!({}));
     assert_eq!(sandbox.sh_ok("id -u"), "1001");
     let status = sandbox.sh_ok("cat /proc/self/status");
-    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or("missing").trim().to_owned();
+    let field = |name: &str| {
+        status
+            .lines()
+            .find_map(|line| line.strip_prefix(name))
+            .unwrap_or("missing")
+            .trim()
+            .to_owned()
+    };
     for capabilities in ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"] {
         assert_eq!(field(capabilities), "0000000000000000", "{capabilities}");
     }
-    assert_eq!((field("NoNewPrivs:"), field("Seccomp:")), ("1".to_owned(), "2".to_owned()));
+    assert_eq!(
+        (field("NoNewPrivs:"), field("Seccomp:")),
+        ("1".to_owned(), "2".to_owned())
+    );
     for (command, why) in [
-        ("touch /x", "Read-only"), ("touch /usr/bin/x", "Read-only"), ("unshare -U true", "Operation not permitted"),
-        ("echo 1 > /proc/sys/kernel/panic", "Read-only"), ("mount -t tmpfs none /tmp", ""), ("cat /proc/kcore | head -c 1 | grep -q .", ""),
+        ("touch /x", "Read-only"),
+        ("touch /usr/bin/x", "Read-only"),
+        ("unshare -U true", "Operation not permitted"),
+        ("echo 1 > /proc/sys/kernel/panic", "Read-only"),
+        ("mount -t tmpfs none /tmp", ""),
+        ("cat /proc/kcore | head -c 1 | grep -q .", ""),
     ] {
         let output = sandbox.sh(command);
-        assert!(output.exit_code != 0 && output.stderr.contains(why), "{command}: {output:?}");
+        assert!(
+            output.exit_code != 0 && output.stderr.contains(why),
+            "{command}: {output:?}"
+        );
     }
     sandbox.sh_ok("touch /workspace/a /tmp/b && echo x > /dev/null");
     let first = sandbox.sh_ok("tr '\\0' ' ' < /proc/1/cmdline");
     assert!(first.contains("sandboxd"), "{first}");
-    assert_ne!(sandbox.sh("cat /proc/1/environ").exit_code, 0, "the first process can be read");
+    assert_ne!(
+        sandbox.sh("cat /proc/1/environ").exit_code,
+        0,
+        "the first process can be read"
+    );
     assert_ne!(sandbox.sh("kill -9 1; kill -0 1 && exit 5").exit_code, 0);
     assert_eq!(sandbox.status(), "running");
     // Every sandbox has users of its own: the node sees another number.
-    let uid = machine.node.processes_of(&sandbox.id).into_iter().filter_map(|process| {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid)).ok()?;
-        status.lines().find_map(|line| line.strip_prefix("Uid:")?.split_whitespace().next()?.parse::<u32>().ok())
-    });
-    assert!(uid.min().is_some_and(|lowest| lowest > 65_535), "it runs as a user of the node");
+    let uid = machine
+        .node
+        .processes_of(&sandbox.id)
+        .into_iter()
+        .filter_map(|process| {
+            let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid)).ok()?;
+            status.lines().find_map(|line| {
+                line.strip_prefix("Uid:")?
+                    .split_whitespace()
+                    .next()?
+                    .parse::<u32>()
+                    .ok()
+            })
+        });
+    assert!(
+        uid.min().is_some_and(|lowest| lowest > 65_535),
+        "it runs as a user of the node"
+    );
     let other = machine.organization.sandbox(&json!({}));
-    let seen = other.sh_ok("ls /proc | grep -c '^[0-9]'").parse::<u32>().expect("a number");
+    let seen = other
+        .sh_ok("ls /proc | grep -c '^[0-9]'")
+        .parse::<u32>()
+        .expect("a number");
     assert!(seen < 10, "{seen} processes are visible");
     other.stop();
     sandbox.stop();
@@ -171,10 +287,18 @@ except OSError as error:
     print(made, error.errno)
 '";
     let forks = sandbox.sh_ok(forks);
-    let (made, errno) = forks.split_once(' ').unwrap_or_else(|| panic!("no limit: {forks}"));
-    assert!(made.parse::<u32>().is_ok_and(|made| made < 64) && errno == "11", "{forks}");
+    let (made, errno) = forks
+        .split_once(' ')
+        .unwrap_or_else(|| panic!("no limit: {forks}"));
+    assert!(
+        made.parse::<u32>().is_ok_and(|made| made < 64) && errno == "11",
+        "{forks}"
+    );
     let fill = sandbox.sh("dd if=/dev/zero of=/workspace/fill bs=1M count=200");
-    assert!(fill.exit_code != 0 && fill.stderr.contains("No space left"), "{fill:?}");
+    assert!(
+        fill.exit_code != 0 && fill.stderr.contains("No space left"),
+        "{fill:?}"
+    );
     sandbox.sh_ok("rm /workspace/fill && echo ok > /workspace/again");
     let spin = "python3 -c '
 import time
@@ -211,6 +335,11 @@ pub(crate) fn full_disks_harm_nobody_else(machine: &Machine) {
         sandbox.stop();
     }
     // A promise that the machine cannot keep is refused, not made.
-    let refused = machine.organization.client.post("/sandbox/create").json(&json!({ "disk": "900Gi" })).send();
+    let refused = machine
+        .organization
+        .client
+        .post("/sandbox/create")
+        .json(&json!({ "disk": "900Gi" }))
+        .send();
     refused.refused(409, "CONFLICT");
 }

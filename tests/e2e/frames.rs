@@ -12,12 +12,24 @@ use crate::machine::Machine;
 
 pub(crate) fn forged_frames_go_nowhere(machine: &Machine) {
     let (sandbox, victim) = (machine.wide(), machine.wide());
-    let address = |of: &harness::sandbox::Sandbox| of.sh_ok("hostname -I").split(' ').next().unwrap_or_default().to_owned();
+    let address = |of: &harness::sandbox::Sandbox| {
+        of.sh_ok("hostname -I")
+            .split(' ')
+            .next()
+            .unwrap_or_default()
+            .to_owned()
+    };
     let (own, stolen) = (address(&sandbox), address(&victim));
     let query = dns_query("frame.wild.test");
-    let honest = json!({ "kind": "frame", "source": own, "to": EVIL.to_string(), "port": 8080, "protocol": 6 });
+    let honest =
+        json!({ "kind": "frame", "source": own, "to": EVIL.to_string(), "port": 8080, "protocol": 6 });
     let change = |changes: Value| with(honest.clone(), changes);
-    let gateway = |operation: &str| format!("0001080006040{operation}020000000001a9fe0101020000000002{}", "0ad50001");
+    let gateway = |operation: &str| {
+        format!(
+            "0001080006040{operation}020000000001a9fe0101020000000002{}",
+            "0ad50001"
+        )
+    };
     let mut attempts = vec![
         // Somebody else's address: another sandbox's, the node's, the gateway's, the server's own.
         change(json!({ "source": stolen })),
@@ -57,7 +69,10 @@ pub(crate) fn forged_frames_go_nowhere(machine: &Machine) {
     ];
     let mark = machine.world.capture().mark();
     for outcome in as_root(&machine.node, &sandbox, &attempts) {
-        assert!(["sent", "OSError"].contains(&outcome.outcome.as_str()), "{outcome:?}");
+        assert!(
+            ["sent", "OSError"].contains(&outcome.outcome.as_str()),
+            "{outcome:?}"
+        );
     }
     let sent = machine.world.capture().sent_since(mark);
     assert!(sent.is_empty(), "forged frames made the node send: {sent:#?}");
@@ -72,11 +87,15 @@ pub(crate) fn forged_frames_go_nowhere(machine: &Machine) {
         (!machine.world.dns.queries_for("frame.wild.test").is_empty()).then_some(())
     });
     // Root there is behind the same wall: what is allowed passes, what is not does not.
-    let outcomes = as_root(&machine.node, &sandbox, &[
-        probe::tcp(OK, 443, "x"),
-        probe::tcp(EVIL, 8080, "x"),
-        with(probe::dns("203.0.113.53", "root.wild.test"), json!({})),
-    ]);
+    let outcomes = as_root(
+        &machine.node,
+        &sandbox,
+        &[
+            probe::tcp(OK, 443, "x"),
+            probe::tcp(EVIL, 8080, "x"),
+            with(probe::dns("203.0.113.53", "root.wild.test"), json!({})),
+        ],
+    );
     outcomes[0].assert_refused_at_connect();
     outcomes[1].assert_refused_at_connect();
     assert_eq!(outcomes[2].addresses, [std::net::IpAddr::from(WILD)]);

@@ -23,7 +23,10 @@ pub(crate) fn assert_gone(machine: &Machine, sandbox: &str) {
 
 pub(crate) fn a_sandbox_that_expires_is_cleaned_up(machine: &Machine) {
     let sandbox = machine.organization.sandbox(&json!({ "timeout_seconds": 60 }));
-    assert!(!machine.node.traces_of(&sandbox.id).is_empty(), "the judge sees a living sandbox");
+    assert!(
+        !machine.node.traces_of(&sandbox.id).is_empty(),
+        "the judge sees a living sandbox"
+    );
     let status = sandbox.client().get(&sandbox.path("/status")).send().ok();
     assert!(status["expires_at"].is_string(), "{status}");
     wait::until("it expires", Duration::from_secs(75), || {
@@ -31,7 +34,11 @@ pub(crate) fn a_sandbox_that_expires_is_cleaned_up(machine: &Machine) {
         (sandbox.status() == "terminated").then_some(())
     });
     assert_gone(machine, &sandbox.id);
-    let late = sandbox.client().post(&sandbox.path("/execute")).json(&json!({ "command": "true" })).send();
+    let late = sandbox
+        .client()
+        .post(&sandbox.path("/execute"))
+        .json(&json!({ "command": "true" }))
+        .send();
     assert!(late.status.is_client_error(), "{late:?}");
 }
 
@@ -41,7 +48,10 @@ pub(crate) fn a_stopped_sandbox_leaves_nothing(machine: &Machine) {
     for sandbox in &sandboxes {
         // Busy ones end as well.
         sandbox.background("exec sleep 7654", |sandbox| sandbox.sh("true").exit_code == 0);
-        assert!(machine.node.processes_of(&sandbox.id).len() >= 2, "the judge sees its processes");
+        assert!(
+            machine.node.processes_of(&sandbox.id).len() >= 2,
+            "the judge sees its processes"
+        );
     }
     for (index, sandbox) in sandboxes.iter().enumerate() {
         if index % 2 == 0 {
@@ -62,12 +72,20 @@ pub(crate) fn a_stopped_sandbox_leaves_nothing(machine: &Machine) {
 }
 
 pub(crate) fn a_sandbox_whose_first_process_dies_is_cleaned_up(machine: &Machine) {
-    let (sandbox, other) = (machine.organization.sandbox(&json!({})), machine.organization.sandbox(&json!({})));
+    let (sandbox, other) = (
+        machine.organization.sandbox(&json!({})),
+        machine.organization.sandbox(&json!({})),
+    );
     let processes = machine.node.processes_of(&sandbox.id);
-    let first = processes.iter().find(|process| process.numbers.last() == Some(&1)).expect("a first process");
+    let first = processes
+        .iter()
+        .find(|process| process.numbers.last() == Some(&1))
+        .expect("a first process");
     machine.node.kill(first).expect("it runs");
     wait::until("the end is noticed", Duration::from_secs(10), || {
-        ["error", "terminated"].contains(&sandbox.status().as_str()).then_some(())
+        ["error", "terminated"]
+            .contains(&sandbox.status().as_str())
+            .then_some(())
     });
     assert_gone(machine, &sandbox.id);
     assert_eq!(other.sh_ok("echo fine"), "fine");

@@ -25,7 +25,11 @@ impl Fixture for Machine {
         let world = World::fixture().build()?;
         let node = Node::start(&world)?;
         let organization = node.register("acme");
-        Ok(Self { organization, node, world })
+        Ok(Self {
+            organization,
+            node,
+            world,
+        })
     }
 
     fn report(&self) -> String {

@@ -32,7 +32,10 @@ fn assert_only_allowed_traffic(machine: &Machine, mark: Mark) {
             || packet.destination == IpAddr::from(RESOLVER) && packet.protocol == protocol::ICMP;
         assert!(allowed, "this left the node: {packet:#?}");
     }
-    assert!(machine.world.dns.queries_for("evil.test").is_empty(), "a denied name was asked");
+    assert!(
+        machine.world.dns.queries_for("evil.test").is_empty(),
+        "a denied name was asked"
+    );
 }
 
 #[track_caller]
@@ -46,9 +49,13 @@ fn wait_until_served(probe: &Probe<'_>) -> Duration {
 
 pub(crate) fn a_killed_netd_lets_nothing_out_and_recovers(machine: &Machine) {
     machine.node.wait_ready();
-    let sandbox = machine.organization.sandbox(&json!({ "network": fixture_policy() }));
+    let sandbox = machine
+        .organization
+        .sandbox(&json!({ "network": fixture_policy() }));
     let probe = machine.probe(&sandbox);
-    probe.try_one(&probe::https("ok.test", "ok.test")).assert_answered("hello from ok.test");
+    probe
+        .try_one(&probe::https("ok.test", "ok.test"))
+        .assert_answered("hello from ok.test");
     let mark = machine.world.capture().mark();
     let attempts = [
         probe::https(OK, "ok.test"),
@@ -62,12 +69,20 @@ pub(crate) fn a_killed_netd_lets_nothing_out_and_recovers(machine: &Machine) {
         probe::with(probe::dns(EVIL, "leak.evil.test"), json!({ "timeout": 0.2 })),
     ];
     let line = Probe::loop_line(&attempts, 0);
-    sandbox.background(&line, |sandbox| sandbox.sh("grep -q answered /workspace/background.log").exit_code == 0);
+    sandbox.background(&line, |sandbox| {
+        sandbox.sh("grep -q answered /workspace/background.log").exit_code == 0
+    });
     for _ in 0..3 {
-        let before = sandbox.sh_ok("wc -l < /workspace/background.log").parse::<u64>().expect("a number");
+        let before = sandbox
+            .sh_ok("wc -l < /workspace/background.log")
+            .parse::<u64>()
+            .expect("a number");
         machine.node.replace(Node::netd);
         wait_until_served(&probe);
-        let after = sandbox.sh_ok("wc -l < /workspace/background.log").parse::<u64>().expect("a number");
+        let after = sandbox
+            .sh_ok("wc -l < /workspace/background.log")
+            .parse::<u64>()
+            .expect("a number");
         assert!(after > before, "the attacker was asleep");
     }
     // Names resolved before the kills still open their addresses: nobody has to resolve them again.
@@ -82,7 +97,10 @@ pub(crate) fn a_killed_netd_lets_nothing_out_and_recovers(machine: &Machine) {
     let hung = sandbox.sh_ok("grep -c '\"timeout\"' /workspace/background.log || true");
     let all = sandbox.sh_ok("wc -l < /workspace/background.log");
     // What a dying netd had accepted may hang for a moment; refusals may not.
-    assert!(hung.parse::<u64>().expect("a number") <= 12, "{hung} of {all} attempts ended by timeout");
+    assert!(
+        hung.parse::<u64>().expect("a number") <= 12,
+        "{hung} of {all} attempts ended by timeout"
+    );
     // And the policy is still the same one.
     sandbox.audited(&json!({ "decision": "deny", "ip": EVIL.to_string(), "port": 8080 }));
     sandbox.stop();
@@ -91,35 +109,58 @@ pub(crate) fn a_killed_netd_lets_nothing_out_and_recovers(machine: &Machine) {
 
 pub(crate) fn a_killed_controller_forgets_nothing(machine: &Machine) {
     machine.node.wait_ready();
-    let sandbox = machine.organization.sandbox(&json!({ "network": fixture_policy() }));
+    let sandbox = machine
+        .organization
+        .sandbox(&json!({ "network": fixture_policy() }));
     let probe = machine.probe(&sandbox);
     sandbox.write("/workspace/kept", "kept");
     let mark = machine.world.capture().mark();
     machine.node.replace(Node::controller);
     wait::until("the API answers again", RECOVERY, || {
-        machine.node.client().get("//health").try_send().ok().filter(|answer| answer.status.is_success())
+        machine
+            .node
+            .client()
+            .get("//health")
+            .try_send()
+            .ok()
+            .filter(|answer| answer.status.is_success())
     });
     // What was committed is known before anything else is.
     assert_eq!(sandbox.status(), "running");
     assert!(machine.organization.running().contains(&sandbox.id));
     wait::until("commands run again", RECOVERY, || {
-        let call = sandbox.client().post(&sandbox.path("/execute")).json(&json!({ "command": "cat /workspace/kept" }));
+        let call = sandbox
+            .client()
+            .post(&sandbox.path("/execute"))
+            .json(&json!({ "command": "cat /workspace/kept" }));
         let answer = call.try_send().ok()?;
         (answer.status.is_success() && answer.ok()["stdout"] == "kept").then_some(())
     });
-    probe.try_one(&probe::https("ok.test", "ok.test")).assert_answered("hello from ok.test");
-    probe.try_one(&probe::tcp(EVIL, 8080, "x")).assert_refused_at_connect();
+    probe
+        .try_one(&probe::https("ok.test", "ok.test"))
+        .assert_answered("hello from ok.test");
+    probe
+        .try_one(&probe::tcp(EVIL, 8080, "x"))
+        .assert_refused_at_connect();
     // The new one rules.
     sandbox.set_network(&json!({ "mode": "deny_all" }));
-    probe.try_one(&probe::https(OK, "ok.test")).assert_refused_at_connect();
+    probe
+        .try_one(&probe::https(OK, "ok.test"))
+        .assert_refused_at_connect();
     sandbox.set_network(&fixture_policy());
     assert_only_allowed_traffic(machine, mark);
     // Both at once.
-    let (netd, controller) = (machine.node.netd().expect("netd runs"), machine.node.controller().expect("it runs"));
+    let (netd, controller) = (
+        machine.node.netd().expect("netd runs"),
+        machine.node.controller().expect("it runs"),
+    );
     machine.node.kill(&netd).expect("it runs");
     machine.node.kill(&controller).expect("it runs");
     let restored = wait::within(RECOVERY, || {
-        let call = sandbox.client().post(&sandbox.path("/execute")).json(&json!({ "command": "true" }));
+        let call = sandbox
+            .client()
+            .post(&sandbox.path("/execute"))
+            .json(&json!({ "command": "true" }));
         call.try_send().ok().filter(|answer| answer.status.is_success())
     });
     assert!(restored.is_some(), "no commands after both were killed");
@@ -140,7 +181,13 @@ pub(crate) fn a_create_cut_off_by_a_kill_leaves_nothing(machine: &Machine) {
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 // Whether it is answered depends on who is faster.
-                machine.organization.client.post("/sandbox/create").json(&json!({})).try_send().ok();
+                machine
+                    .organization
+                    .client
+                    .post("/sandbox/create")
+                    .json(&json!({}))
+                    .try_send()
+                    .ok();
             });
             std::thread::sleep(Duration::from_millis(pause));
             machine.node.replace(Node::controller);
@@ -150,13 +197,27 @@ pub(crate) fn a_create_cut_off_by_a_kill_leaves_nothing(machine: &Machine) {
     for id in machine.organization.running() {
         // Whatever is called running must be so.
         wait::until("a running sandbox runs", RECOVERY, || {
-            let call = machine.organization.client.post(&format!("/sandbox/{id}/execute")).json(&json!({ "command": "true" }));
+            let call = machine
+                .organization
+                .client
+                .post(&format!("/sandbox/{id}/execute"))
+                .json(&json!({ "command": "true" }));
             call.try_send().ok().filter(|answer| answer.status.is_success())
         });
-        machine.organization.client.post(&format!("/sandbox/{id}/stop")).send().ok();
+        machine
+            .organization
+            .client
+            .post(&format!("/sandbox/{id}/stop"))
+            .send()
+            .ok();
     }
     let left = || {
-        let new: Vec<_> = machine.node.traces().into_iter().filter(|trace| !before.contains(trace)).collect();
+        let new: Vec<_> = machine
+            .node
+            .traces()
+            .into_iter()
+            .filter(|trace| !before.contains(trace))
+            .collect();
         new
     };
     if wait::within(RECOVERY, || left().is_empty().then_some(())).is_none() {
@@ -166,17 +227,26 @@ pub(crate) fn a_create_cut_off_by_a_kill_leaves_nothing(machine: &Machine) {
 
 pub(crate) fn a_killed_supervisor_takes_nothing_with_it(machine: &Machine) {
     machine.node.wait_ready();
-    let sandbox = machine.organization.sandbox(&json!({ "network": fixture_policy() }));
+    let sandbox = machine
+        .organization
+        .sandbox(&json!({ "network": fixture_policy() }));
     let probe = machine.probe(&sandbox);
-    probe.try_one(&probe::https("ok.test", "ok.test")).assert_answered("hello from ok.test");
+    probe
+        .try_one(&probe::https("ok.test", "ok.test"))
+        .assert_answered("hello from ok.test");
     let attempts = [probe::tcp(EVIL, 8080, "canary"), probe::https(OK, "ok.test")];
-    sandbox.background(&Probe::loop_line(&attempts, 10), |sandbox| sandbox.sh("test -s /workspace/background.log").exit_code == 0);
+    sandbox.background(&Probe::loop_line(&attempts, 10), |sandbox| {
+        sandbox.sh("test -s /workspace/background.log").exit_code == 0
+    });
     let mark = machine.world.capture().mark();
     machine.node.kill_up().expect("it runs");
     wait::until("its children follow it", RECOVERY, || {
         (machine.node.netd().is_none() && machine.node.controller().is_none()).then_some(())
     });
-    assert!(!machine.node.processes_of(&sandbox.id).is_empty(), "the sandbox ended with its supervisor");
+    assert!(
+        !machine.node.processes_of(&sandbox.id).is_empty(),
+        "the sandbox ended with its supervisor"
+    );
     std::thread::sleep(Duration::from_secs(1));
     assert_only_allowed_traffic(machine, mark);
     machine.node.start_again().expect("it starts again");

@@ -18,20 +18,40 @@ pub(crate) fn a_tier_below_narrows_and_never_widens(machine: &Machine) {
     let probe = machine.probe(&sandbox);
     organization.set_egress(&json!({ "mode": "allowlist", "allowed_domains": ["ok.test", "api.test"] }));
     sandbox.set_network(&json!({ "mode": "allowlist", "allowed_domains": ["ok.test", "evil.test"] }));
-    probe.try_one(&probe::https("ok.test", "ok.test")).assert_answered("hello from ok.test");
+    probe
+        .try_one(&probe::https("ok.test", "ok.test"))
+        .assert_answered("hello from ok.test");
     let mark = machine.world.capture().mark();
     for name in ["api.test", "evil.test"] {
-        assert_eq!(probe.try_one(&probe::https(name, name)).outcome, "no_name", "{name}");
+        assert_eq!(
+            probe.try_one(&probe::https(name, name)).outcome,
+            "no_name",
+            "{name}"
+        );
     }
     machine.world.capture().assert_nothing_to(EVIL, mark);
     machine.world.capture().assert_nothing_to(API, mark);
-    denied_because(&sandbox, &json!({ "host": "api.test", "tier": "sandbox" }), &["dns_refused"]);
-    denied_because(&sandbox, &json!({ "host": "evil.test", "tier": "organization" }), &["dns_refused"]);
+    denied_because(
+        &sandbox,
+        &json!({ "host": "api.test", "tier": "sandbox" }),
+        &["dns_refused"],
+    );
+    denied_because(
+        &sandbox,
+        &json!({ "host": "evil.test", "tier": "organization" }),
+        &["dns_refused"],
+    );
     // Without its own tier the organisation's decides; another organisation is not concerned.
     let other = machine.organization.sandbox(&json!({}));
-    machine.probe(&other).try_one(&probe::https("api.test", "api.test")).assert_answered("hello from api.test");
+    machine
+        .probe(&other)
+        .try_one(&probe::https("api.test", "api.test"))
+        .assert_answered("hello from api.test");
     let sibling = organization.sandbox(&json!({}));
-    machine.probe(&sibling).try_one(&probe::https("api.test", "api.test")).assert_answered("hello from api.test");
+    machine
+        .probe(&sibling)
+        .try_one(&probe::https("api.test", "api.test"))
+        .assert_answered("hello from api.test");
     for sandbox in [sandbox, other, sibling] {
         sandbox.stop();
     }
@@ -54,13 +74,24 @@ pub(crate) fn each_mode_does_what_it_says(machine: &Machine) {
     ]);
     sandbox.set_network(&json!({ "mode": "allowlist", "rules": rules }));
     assert!(passes("good.wild.test") && !passes("bad.wild.test"));
-    denied_because(&sandbox, &json!({ "host": "bad.wild.test", "rule": "not this one" }), &["dns_refused", "denied_by_rule"]);
+    denied_because(
+        &sandbox,
+        &json!({ "host": "bad.wild.test", "rule": "not this one" }),
+        &["dns_refused", "denied_by_rule"],
+    );
     sandbox.set_network(&json!({ "mode": "allow_all" }));
     assert!(passes("ok.test") && passes("evil.test"));
     let mark = machine.world.capture().mark();
     sandbox.set_network(&json!({ "mode": "allow_all", "allowed_ports": [] }));
     assert!(!passes("ok.test"));
-    assert!(!machine.world.capture().sent_to(OK, mark).iter().any(|packet| packet.opens));
+    assert!(
+        !machine
+            .world
+            .capture()
+            .sent_to(OK, mark)
+            .iter()
+            .any(|packet| packet.opens)
+    );
     sandbox.stop();
 }
 
@@ -68,12 +99,17 @@ pub(crate) fn each_mode_does_what_it_says(machine: &Machine) {
 #[track_caller]
 fn open_drip(sandbox: &Sandbox) {
     let line = format!("exec curl -sSN --cacert {} https://ok.test/drip", probe::CA);
-    sandbox.background(&line, |sandbox| sandbox.sh_ok("wc -l < /workspace/background.log") != "0");
+    sandbox.background(&line, |sandbox| {
+        sandbox.sh_ok("wc -l < /workspace/background.log") != "0"
+    });
 }
 
 #[track_caller]
 fn lines(sandbox: &Sandbox) -> u64 {
-    sandbox.sh_ok("grep -c drip /workspace/background.log").parse().expect("a number")
+    sandbox
+        .sh_ok("grep -c drip /workspace/background.log")
+        .parse()
+        .expect("a number")
 }
 
 pub(crate) fn tightening_cuts_open_connections(machine: &Machine) {
@@ -84,29 +120,53 @@ pub(crate) fn tightening_cuts_open_connections(machine: &Machine) {
         machine.probe(sandbox);
         open_drip(sandbox);
     }
-    let open = || machine.world.web.visits_for("ok.test").iter().filter(|visit| !visit.closed).count();
+    let open = || {
+        machine
+            .world
+            .web
+            .visits_for("ok.test")
+            .iter()
+            .filter(|visit| !visit.closed)
+            .count()
+    };
     assert_eq!(open(), 3);
     // By the sandbox's own policy: cut before the call answers.
     let started = Instant::now();
     sandboxes[0].set_network(&json!({ "mode": "allowlist", "allowed_domains": ["api.test"] }));
-    wait::until("the server sees the connection end", Duration::from_secs(1), || (open() == 2).then_some(()));
-    assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+    wait::until(
+        "the server sees the connection end",
+        Duration::from_secs(1),
+        || (open() == 2).then_some(()),
+    );
+    assert!(
+        started.elapsed() < Duration::from_secs(2),
+        "{:?}",
+        started.elapsed()
+    );
     sandboxes[0].audited(&json!({ "host": "ok.test", "reason": "policy_tightened" }));
     let frozen = lines(&sandboxes[0]);
     // A change that still allows it leaves it alone.
     sandboxes[1].set_network(&json!({ "mode": "allowlist", "allowed_domains": ["ok.test"] }));
     let before = lines(&sandboxes[1]);
-    wait::until("the other goes on", Duration::from_secs(3), || (lines(&sandboxes[1]) > before + 5).then_some(()));
+    wait::until("the other goes on", Duration::from_secs(3), || {
+        (lines(&sandboxes[1]) > before + 5).then_some(())
+    });
     assert_eq!(lines(&sandboxes[0]), frozen);
     // By the organisation's: every sandbox of it.
     organization.set_egress(&json!({ "mode": "deny_all" }));
-    wait::until("every connection ends", Duration::from_secs(1), || (open() == 0).then_some(()));
+    wait::until("every connection ends", Duration::from_secs(1), || {
+        (open() == 0).then_some(())
+    });
     let mark = machine.world.capture().mark();
     let probe = machine.probe(&sandboxes[1]);
-    probe.try_one(&probe::https(OK, "ok.test")).assert_refused_at_connect();
+    probe
+        .try_one(&probe::https(OK, "ok.test"))
+        .assert_refused_at_connect();
     machine.world.capture().assert_nothing_to(OK, mark);
     organization.set_egress(&json!({ "mode": "allow_all" }));
-    probe.try_one(&probe::https("ok.test", "ok.test")).assert_answered("hello from ok.test");
+    probe
+        .try_one(&probe::https("ok.test", "ok.test"))
+        .assert_answered("hello from ok.test");
     for sandbox in &sandboxes {
         sandbox.stop();
     }
@@ -116,17 +176,30 @@ pub(crate) fn read_modify_write_works(machine: &Machine) {
     let organization = machine.node.register("editor");
     let policy = json!({ "mode": "allowlist", "allowed_domains": ["ok.test"], "allowed_ports": [443] });
     let stored = organization.set_egress(&policy);
-    for field in ["mode", "allowed_domains", "denied_domains", "allowed_ports", "enforcement", "failure_mode"] {
+    for field in [
+        "mode",
+        "allowed_domains",
+        "denied_domains",
+        "allowed_ports",
+        "enforcement",
+        "failure_mode",
+    ] {
         assert!(!stored[field].is_null(), "{field} is missing in {stored}");
     }
     let mut read = organization.client.get("/settings/egress").send().ok();
     assert_eq!(read["allowed_domains"], json!(["ok.test"]));
     read["allowed_domains"] = json!(["ok.test", "api.test"]);
     organization.set_egress(&read);
-    assert_eq!(organization.client.get("/settings/egress").send().ok()["allowed_domains"], json!(["ok.test", "api.test"]));
+    assert_eq!(
+        organization.client.get("/settings/egress").send().ok()["allowed_domains"],
+        json!(["ok.test", "api.test"])
+    );
     // PUT replaces: what is not given is empty again.
     organization.set_egress(&json!({ "mode": "allowlist" }));
-    assert_eq!(organization.client.get("/settings/egress").send().ok()["allowed_domains"], json!([]));
+    assert_eq!(
+        organization.client.get("/settings/egress").send().ok()["allowed_domains"],
+        json!([])
+    );
 
     let sandbox = organization.sandbox(&json!({}));
     let path = sandbox.path("/network");
@@ -138,19 +211,41 @@ pub(crate) fn read_modify_write_works(machine: &Machine) {
     assert_eq!(read["policy"]["allowed_domains"], json!(["ok.test"]), "{read}");
     read["policy"]["allowed_domains"] = json!(["api.test"]);
     let second = sandbox.set_network(&read["policy"]);
-    assert!(second["revision"].as_u64() > first["revision"].as_u64(), "{first} then {second}");
-    let patched = sandbox.client().patch(&path).json(&json!({ "allowed_ports": [80] })).send().ok();
-    assert_eq!((&patched["policy"]["allowed_domains"], &patched["policy"]["allowed_ports"]), (&json!(["api.test"]), &json!([80])), "{patched}");
+    assert!(
+        second["revision"].as_u64() > first["revision"].as_u64(),
+        "{first} then {second}"
+    );
+    let patched = sandbox
+        .client()
+        .patch(&path)
+        .json(&json!({ "allowed_ports": [80] }))
+        .send()
+        .ok();
+    assert_eq!(
+        (
+            &patched["policy"]["allowed_domains"],
+            &patched["policy"]["allowed_ports"]
+        ),
+        (&json!(["api.test"]), &json!([80])),
+        "{patched}"
+    );
     let mut stale = policy;
     stale["revision"] = first["revision"].clone();
-    sandbox.client().put(&path).json(&stale).send().refused(409, "CONFLICT");
+    sandbox
+        .client()
+        .put(&path)
+        .json(&stale)
+        .send()
+        .refused(409, "CONFLICT");
     sandbox.stop();
 }
 
 pub(crate) fn a_policy_given_at_create_holds_from_the_first_packet(machine: &Machine) {
     let mark = machine.world.capture().mark();
     for _ in 0..5 {
-        let sandbox = machine.organization.sandbox(&json!({ "network": { "mode": "deny_all" } }));
+        let sandbox = machine
+            .organization
+            .sandbox(&json!({ "network": { "mode": "deny_all" } }));
         // The very first thing that runs.
         let line = "python3 -c 'import socket; socket.create_connection((\"203.0.113.66\", 443), 3)'";
         assert_ne!(sandbox.sh(line).exit_code, 0);

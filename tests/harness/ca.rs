@@ -22,12 +22,17 @@ impl CertificateAuthority {
     /// When no key can be made.
     pub fn new() -> Result<Self> {
         let mut params = CertificateParams::new(Vec::new())?;
-        params.distinguished_name.push(DnType::CommonName, "Sandgate test world");
+        params
+            .distinguished_name
+            .push(DnType::CommonName, "Sandgate test world");
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
         let key = KeyPair::generate()?;
         let pem = params.self_signed(&key)?.pem();
-        Ok(Self { issuer: Issuer::new(params, key), pem })
+        Ok(Self {
+            issuer: Issuer::new(params, key),
+            pem,
+        })
     }
 
     /// Its certificate, for clients that shall trust it.
@@ -42,7 +47,9 @@ impl CertificateAuthority {
     pub fn server(&self, names: &[&str]) -> Result<Arc<ServerConfig>> {
         let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
         let mut params = CertificateParams::new(names.clone())?;
-        params.distinguished_name.push(DnType::CommonName, names.first().map_or("server", String::as_str));
+        params
+            .distinguished_name
+            .push(DnType::CommonName, names.first().map_or("server", String::as_str));
         params.use_authority_key_identifier_extension = true;
         let key = KeyPair::generate()?;
         let certificate = params.signed_by(&key, &self.issuer)?;

@@ -84,9 +84,19 @@ pub struct Mark(usize);
 impl Capture {
     /// Records what passes `interface` (an index) of the internet. `gateway` is the internet's end of the
     /// link, to which the node can send.
-    pub(crate) fn start(internet: &Namespace, interface: usize, node: Arc<Namespace>, gateway: Ipv4Addr) -> Result<Self> {
+    pub(crate) fn start(
+        internet: &Namespace,
+        interface: usize,
+        node: Arc<Namespace>,
+        gateway: Ipv4Addr,
+    ) -> Result<Self> {
         let socket = internet.run(|| {
-            socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::EthAll)
+            socket(
+                AddressFamily::Packet,
+                SockType::Raw,
+                SockFlag::SOCK_CLOEXEC,
+                SockProtocol::EthAll,
+            )
         });
         let socket = socket.context("a packet socket")?;
         // A burst must not be lost: a lost packet would be a leak unseen.
@@ -103,7 +113,12 @@ impl Capture {
                 true
             });
         })?;
-        Ok(Self { packets, node, gateway, marks: AtomicU64::new(0) })
+        Ok(Self {
+            packets,
+            node,
+            gateway,
+            marks: AtomicU64::new(0),
+        })
     }
 
     /// This moment: everything the node has sent until now comes before it.
@@ -116,7 +131,10 @@ impl Capture {
             socket.send_to(&bytes, target).expect("the link is up");
         });
         wait::until("the capture sees its own mark", Duration::from_secs(5), || {
-            lock(&self.packets).iter().position(|packet| packet.payload == text.as_bytes()).map(|index| Mark(index + 1))
+            lock(&self.packets)
+                .iter()
+                .position(|packet| packet.payload == text.as_bytes())
+                .map(|index| Mark(index + 1))
         })
     }
 
@@ -124,7 +142,11 @@ impl Capture {
     pub fn sent_since(&self, mark: Mark) -> Vec<Packet> {
         let end = self.mark();
         let packets = lock(&self.packets);
-        packets[mark.0..end.0 - 1].iter().filter(|packet| packet.from_node && !packet.is_housekeeping()).cloned().collect()
+        packets[mark.0..end.0 - 1]
+            .iter()
+            .filter(|packet| packet.from_node && !packet.is_housekeeping())
+            .cloned()
+            .collect()
     }
 
     /// What the node sent to `address` since `mark`, up to this moment.
@@ -140,14 +162,20 @@ impl Capture {
     pub fn assert_nothing_to(&self, address: impl Into<IpAddr>, mark: Mark) {
         let address = address.into();
         let leaked = self.sent_to(address, mark);
-        assert!(leaked.is_empty(), "packets to {address} left the node: {leaked:#?}");
+        assert!(
+            leaked.is_empty(),
+            "packets to {address} left the node: {leaked:#?}"
+        );
     }
 
     /// Panics unless the node sent something to `address` since `mark`: the positive twin.
     #[track_caller]
     pub fn assert_something_to(&self, address: impl Into<IpAddr>, mark: Mark) {
         let address = address.into();
-        assert!(!self.sent_to(address, mark).is_empty(), "nothing left the node for {address}");
+        assert!(
+            !self.sent_to(address, mark).is_empty(),
+            "nothing left the node for {address}"
+        );
     }
 }
 
@@ -156,7 +184,9 @@ impl Packet {
     fn is_housekeeping(&self) -> bool {
         self.destination.is_multicast()
             || self.protocol == protocol::ICMPV6 && matches!(self.payload.first(), Some(133..=137))
-            || self.protocol == protocol::UDP && self.destination_port == MARK_PORT && self.payload.starts_with(b"mark ")
+            || self.protocol == protocol::UDP
+                && self.destination_port == MARK_PORT
+                && self.payload.starts_with(b"mark ")
     }
 }
 
@@ -192,24 +222,52 @@ fn parse(frame: &[u8], from_node: bool) -> Option<Packet> {
             let total = usize::from(u16::from_be_bytes(ip.get(2..4)?.try_into().ok()?));
             // Ethernet pads short packets.
             let end = total.clamp(header, ip.len().max(header));
-            (address(12)?.into(), address(16)?.into(), *ip.get(9)?, ip.get(header..end)?)
+            (
+                address(12)?.into(),
+                address(16)?.into(),
+                *ip.get(9)?,
+                ip.get(header..end)?,
+            )
         }
         0x86dd => {
             let address = |at: usize| Some(Ipv6Addr::from(<[u8; 16]>::try_from(ip.get(at..at + 16)?).ok()?));
-            (address(8)?.into(), address(24)?.into(), *ip.get(6)?, ip.get(40..)?)
+            (
+                address(8)?.into(),
+                address(24)?.into(),
+                *ip.get(6)?,
+                ip.get(40..)?,
+            )
         }
         _ => return None,
     };
-    let port = |at: usize| rest.get(at..at + 2).map_or(0, |bytes| u16::from_be_bytes([bytes[0], bytes[1]]));
+    let port = |at: usize| {
+        rest.get(at..at + 2)
+            .map_or(0, |bytes| u16::from_be_bytes([bytes[0], bytes[1]]))
+    };
     let (source_port, destination_port, opens, payload) = match protocol {
         protocol::TCP => {
             let header = rest.get(12).map_or(20, |byte| usize::from(byte >> 4) * 4);
             let flags = rest.get(13).copied().unwrap_or(0);
-            (port(0), port(2), flags & 0x12 == 0x02, rest.get(header..).unwrap_or(&[]))
+            (
+                port(0),
+                port(2),
+                flags & 0x12 == 0x02,
+                rest.get(header..).unwrap_or(&[]),
+            )
         }
         protocol::UDP => (port(0), port(2), false, rest.get(8..).unwrap_or(&[])),
         _ => (0, 0, false, rest),
     };
     let payload = payload.to_vec();
-    Some(Packet { at: Instant::now(), from_node, source, destination, protocol, source_port, destination_port, opens, payload })
+    Some(Packet {
+        at: Instant::now(),
+        from_node,
+        source,
+        destination,
+        protocol,
+        source_port,
+        destination_port,
+        opens,
+        payload,
+    })
 }

@@ -61,17 +61,27 @@ pub struct Events {
 
 impl Client {
     pub(crate) fn new(world: &Arc<World>, api: SocketAddr) -> Self {
-        Self { world: Arc::clone(world), api, key: None }
+        Self {
+            world: Arc::clone(world),
+            api,
+            key: None,
+        }
     }
 
     /// The same caller with another key.
     pub fn with_key(&self, key: &str) -> Self {
-        Self { key: Some(key.to_owned()), ..self.clone() }
+        Self {
+            key: Some(key.to_owned()),
+            ..self.clone()
+        }
     }
 
     /// A caller without key.
     pub fn without_key(&self) -> Self {
-        Self { key: None, ..self.clone() }
+        Self {
+            key: None,
+            ..self.clone()
+        }
     }
 
     /// `GET /api/v1<path>`.
@@ -101,12 +111,21 @@ impl Client {
 
     /// Any method below `/api/v1`, or from the root when the path begins with `//`.
     pub fn call(&self, method: Method, path: &str) -> Call<'_> {
-        let path = path.strip_prefix('/').filter(|path| path.starts_with('/')).map_or_else(
-            || format!("/api/v1{path}"),
-            str::to_owned,
-        );
-        let key = self.key.as_ref().map(|key| ("authorization", format!("Bearer {key}")));
-        Call { client: self, method, path, headers: key.into_iter().collect(), body: Bytes::new() }
+        let path = path
+            .strip_prefix('/')
+            .filter(|path| path.starts_with('/'))
+            .map_or_else(|| format!("/api/v1{path}"), str::to_owned);
+        let key = self
+            .key
+            .as_ref()
+            .map(|key| ("authorization", format!("Bearer {key}")));
+        Call {
+            client: self,
+            method,
+            path,
+            headers: key.into_iter().collect(),
+            body: Bytes::new(),
+        }
     }
 
     /// A plain connection to the API.
@@ -124,7 +143,8 @@ impl Call<'_> {
     /// With this JSON body.
     #[must_use]
     pub fn json(self, body: &Value) -> Self {
-        self.header("content-type", "application/json").raw(body.to_string())
+        self.header("content-type", "application/json")
+            .raw(body.to_string())
     }
 
     /// With exactly this body.
@@ -148,7 +168,8 @@ impl Call<'_> {
     #[track_caller]
     pub fn send(self) -> Answer {
         let asked = format!("{} {}", self.method, self.path);
-        self.try_send().unwrap_or_else(|error| panic!("{asked}: {error:#}"))
+        self.try_send()
+            .unwrap_or_else(|error| panic!("{asked}: {error:#}"))
     }
 
     /// Sends it and reads the whole answer.
@@ -161,8 +182,17 @@ impl Call<'_> {
         let (parts, body) = response.into_parts();
         let body = runtime().block_on(async { tokio::time::timeout(PATIENCE, body.collect()).await });
         connection.abort();
-        let body = body.context("the body did not end")?.context("reading the body")?.to_bytes();
-        Ok(Answer { asked, status: parts.status, headers: parts.headers, body, took: started.elapsed() })
+        let body = body
+            .context("the body did not end")?
+            .context("reading the body")?
+            .to_bytes();
+        Ok(Answer {
+            asked,
+            status: parts.status,
+            headers: parts.headers,
+            body,
+            took: started.elapsed(),
+        })
     }
 
     /// Sends it and leaves the answer open.
@@ -171,15 +201,30 @@ impl Call<'_> {
     /// When the answer is no event stream.
     pub fn events(self) -> Result<Events> {
         let (response, connection) = self.open()?;
-        let kind = response.headers().get("content-type").and_then(|kind| kind.to_str().ok()).unwrap_or("none");
-        anyhow::ensure!(kind.starts_with("text/event-stream"), "{} with content type {kind}", response.status());
-        Ok(Events { body: response.into_body(), buffer: String::new(), connection })
+        let kind = response
+            .headers()
+            .get("content-type")
+            .and_then(|kind| kind.to_str().ok())
+            .unwrap_or("none");
+        anyhow::ensure!(
+            kind.starts_with("text/event-stream"),
+            "{} with content type {kind}",
+            response.status()
+        );
+        Ok(Events {
+            body: response.into_body(),
+            buffer: String::new(),
+            connection,
+        })
     }
 
     fn open(self) -> Result<(http::Response<Incoming>, tokio::task::JoinHandle<()>)> {
         let stream = self.client.connect()?;
         stream.set_nonblocking(true)?;
-        let mut request = Request::builder().method(self.method).uri(&self.path).header("host", "sandgate");
+        let mut request = Request::builder()
+            .method(self.method)
+            .uri(&self.path)
+            .header("host", "sandgate");
         for (name, value) in &self.headers {
             request = request.header(*name, value);
         }
@@ -192,7 +237,10 @@ impl Call<'_> {
                 connection.await.ok();
             });
             let response = tokio::time::timeout(PATIENCE, sender.send_request(request)).await;
-            Ok((response.context("no answer in time")?.context("no answer")?, connection))
+            Ok((
+                response.context("no answer in time")?.context("no answer")?,
+                connection,
+            ))
         })
     }
 }
@@ -207,20 +255,41 @@ impl Answer {
     /// The JSON object of a success.
     #[track_caller]
     pub fn ok(&self) -> Value {
-        assert!(self.status.is_success(), "{} answered {}: {}", self.asked, self.status, self.text());
+        assert!(
+            self.status.is_success(),
+            "{} answered {}: {}",
+            self.asked,
+            self.status,
+            self.text()
+        );
         let value = self.json();
-        assert!(value.is_object(), "{} answered something else than an object: {value}", self.asked);
+        assert!(
+            value.is_object(),
+            "{} answered something else than an object: {value}",
+            self.asked
+        );
         value
     }
 
     /// Checks that this is a refusal in the documented envelope and gives its inside.
     #[track_caller]
     pub fn refused(&self, status: u16, code: &str) -> Value {
-        assert_eq!(self.status.as_u16(), status, "{} answered {}", self.asked, self.text());
+        assert_eq!(
+            self.status.as_u16(),
+            status,
+            "{} answered {}",
+            self.asked,
+            self.text()
+        );
         let envelope = self.json();
         let error = &envelope["error"];
         assert_eq!(error["code"], code, "{} answered {envelope}", self.asked);
-        assert!(error["message"].as_str().is_some_and(|message| !message.is_empty()), "no message in {envelope}");
+        assert!(
+            error["message"]
+                .as_str()
+                .is_some_and(|message| !message.is_empty()),
+            "no message in {envelope}"
+        );
         let id = self.headers.get("x-request-id").and_then(|id| id.to_str().ok());
         assert!(id.is_some(), "{} has no x-request-id", self.asked);
         if let Some(body) = error.get("request_id") {
@@ -233,9 +302,17 @@ impl Answer {
     #[track_caller]
     pub fn refused_field(&self, field: &str) {
         let error = self.refused(400, "VALIDATION_ERROR");
-        assert_eq!(error["details"]["field"], field, "{} blames another field: {error}", self.asked);
+        assert_eq!(
+            error["details"]["field"], field,
+            "{} blames another field: {error}",
+            self.asked
+        );
         let message = error["message"].as_str().unwrap_or_default();
-        assert!(message.contains(field), "{} does not name `{field}`: {message}", self.asked);
+        assert!(
+            message.contains(field),
+            "{} does not name `{field}`: {message}",
+            self.asked
+        );
     }
 
     /// The body as text.
@@ -256,7 +333,9 @@ impl Events {
             if let Some(end) = self.buffer.find("\n\n") {
                 let block: String = self.buffer.drain(..end + 2).collect();
                 if let Some(data) = data_of(&block) {
-                    return Some(serde_json::from_str(data).unwrap_or_else(|error| panic!("{error} in {block:?}")));
+                    return Some(
+                        serde_json::from_str(data).unwrap_or_else(|error| panic!("{error} in {block:?}")),
+                    );
                 }
                 continue;
             }
@@ -287,5 +366,8 @@ impl Drop for Events {
 fn data_of(block: &str) -> Option<&str> {
     let lines: Vec<&str> = block.lines().filter(|line| line.starts_with("data")).collect();
     assert!(lines.len() <= 1, "an event of several lines: {block:?}");
-    lines.first().map(|line| line.strip_prefix("data: ").unwrap_or_else(|| panic!("clients skip {line:?}")))
+    lines.first().map(|line| {
+        line.strip_prefix("data: ")
+            .unwrap_or_else(|| panic!("clients skip {line:?}"))
+    })
 }

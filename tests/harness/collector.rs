@@ -45,7 +45,9 @@ impl Collector {
     /// # Errors
     /// When the address is taken.
     pub fn tcp(namespace: &Namespace, address: SocketAddr, banner: &'static str) -> Result<Self> {
-        let listener = namespace.run(move || std::net::TcpListener::bind(address)).with_context(|| format!("tcp {address}"))?;
+        let listener = namespace
+            .run(move || std::net::TcpListener::bind(address))
+            .with_context(|| format!("tcp {address}"))?;
         listener.set_nonblocking(true)?;
         let arrivals = Arc::new(Mutex::new(Vec::new()));
         let _context = runtime().enter();
@@ -55,13 +57,21 @@ impl Collector {
             while let Ok((stream, from)) = listener.accept().await {
                 let index = {
                     let mut seen = lock(&seen);
-                    seen.push(Arrival { from, bytes: Vec::new(), closed: false });
+                    seen.push(Arrival {
+                        from,
+                        bytes: Vec::new(),
+                        closed: false,
+                    });
                     seen.len() - 1
                 };
                 tokio::spawn(echo(stream, banner, Arc::clone(&seen), index));
             }
         });
-        Ok(Self { address, arrivals, task })
+        Ok(Self {
+            address,
+            arrivals,
+            task,
+        })
     }
 
     /// Receives datagrams on an address of the namespace.
@@ -69,7 +79,9 @@ impl Collector {
     /// # Errors
     /// When the address is taken.
     pub fn udp(namespace: &Namespace, address: SocketAddr) -> Result<Self> {
-        let socket = namespace.run(move || std::net::UdpSocket::bind(address)).with_context(|| format!("udp {address}"))?;
+        let socket = namespace
+            .run(move || std::net::UdpSocket::bind(address))
+            .with_context(|| format!("udp {address}"))?;
         socket.set_nonblocking(true)?;
         let arrivals = Arc::new(Mutex::new(Vec::new()));
         let _context = runtime().enter();
@@ -78,11 +90,19 @@ impl Collector {
         let task = runtime().spawn(async move {
             let mut buffer = vec![0; KEEP];
             while let Ok((length, from)) = socket.recv_from(&mut buffer).await {
-                lock(&seen).push(Arrival { from, bytes: buffer[..length].to_vec(), closed: true });
+                lock(&seen).push(Arrival {
+                    from,
+                    bytes: buffer[..length].to_vec(),
+                    closed: true,
+                });
                 socket.send_to(&buffer[..length], from).await.ok();
             }
         });
-        Ok(Self { address, arrivals, task })
+        Ok(Self {
+            address,
+            arrivals,
+            task,
+        })
     }
 
     /// Everything that has arrived so far.

@@ -87,7 +87,10 @@ impl Dns {
     /// Answers on an address of the namespace, by UDP and TCP.
     pub(crate) fn serve(&self, internet: &Namespace, address: SocketAddr) -> Result<()> {
         let sockets = internet.run(move || {
-            anyhow::Ok((std::net::UdpSocket::bind(address)?, std::net::TcpListener::bind(address)?))
+            anyhow::Ok((
+                std::net::UdpSocket::bind(address)?,
+                std::net::TcpListener::bind(address)?,
+            ))
         });
         let (udp, tcp) = sockets.with_context(|| format!("dns server on {address}"))?;
         udp.set_nonblocking(true)?;
@@ -102,7 +105,9 @@ impl Dns {
     async fn serve_udp(self, socket: UdpSocket, server: SocketAddr) {
         let mut buffer = vec![0; 4096];
         while let Ok((length, from)) = socket.recv_from(&mut buffer).await {
-            let Some(answer) = self.answer(&buffer[..length], server, from, false) else { continue };
+            let Some(answer) = self.answer(&buffer[..length], server, from, false) else {
+                continue;
+            };
             let bytes = answer.to_vec().expect("our own message encodes");
             let bytes = if bytes.len() <= UDP_LIMIT {
                 bytes
@@ -125,7 +130,9 @@ impl Dns {
             if stream.read_exact(&mut query).await.is_err() {
                 return;
             }
-            let Some(answer) = self.answer(&query, server, from, true) else { return };
+            let Some(answer) = self.answer(&query, server, from, true) else {
+                return;
+            };
             let bytes = answer.to_vec().expect("our own message encodes");
             let length = u16::try_from(bytes.len()).expect("zones are small");
             if stream.write_u16(length).await.is_err() || stream.write_all(&bytes).await.is_err() {
@@ -141,7 +148,14 @@ impl Dns {
         let name = name.trim_end_matches('.').to_owned();
         let kind = query.query_type();
         let mut shared = self.lock();
-        shared.queries.push(Query { server, from, name: name.clone(), kind, tcp, edns: request.edns.is_some() });
+        shared.queries.push(Query {
+            server,
+            from,
+            name: name.clone(),
+            kind,
+            tcp,
+            edns: request.edns.is_some(),
+        });
 
         let mut response = Message::response(request.metadata.id, request.metadata.op_code);
         response.metadata.recursion_desired = request.metadata.recursion_desired;
@@ -189,7 +203,10 @@ impl Dns {
 
 impl Shared {
     fn find(&self, name: &str) -> Option<&Answer> {
-        let below = || name.match_indices('.').find_map(|(dot, _)| self.zones.get(&format!("*{}", &name[dot..])));
+        let below = || {
+            name.match_indices('.')
+                .find_map(|(dot, _)| self.zones.get(&format!("*{}", &name[dot..])))
+        };
         self.zones.get(name).or_else(below)
     }
 }

@@ -80,7 +80,12 @@ impl Namespace {
             }
         })?;
         let task = task.recv().context("the namespace's thread died")??;
-        Ok(Self { name, jobs: Some(jobs), thread: Some(thread), task })
+        Ok(Self {
+            name,
+            jobs: Some(jobs),
+            thread: Some(thread),
+            task,
+        })
     }
 
     /// Runs `work` on the namespace's thread and returns what it returns; a panic travels too. Keep it
@@ -91,7 +96,11 @@ impl Namespace {
             // The receiver waits below, and a panic there is already on its way.
             answer.send(catch_unwind(AssertUnwindSafe(work))).ok();
         };
-        self.jobs.as_ref().expect("present until drop").send(Box::new(job)).expect("the namespace's thread runs");
+        self.jobs
+            .as_ref()
+            .expect("present until drop")
+            .send(Box::new(job))
+            .expect("the namespace's thread runs");
         match result.recv().expect("the namespace's thread answers") {
             Ok(value) => value,
             Err(panic) => resume_unwind(panic),
@@ -106,9 +115,16 @@ impl Namespace {
         let shown = format!("{program} {}", arguments.join(" "));
         let mut command = Command::new(program);
         command.args(arguments);
-        let output = self.run(move || command.output()).with_context(|| shown.clone())?;
+        let output = self
+            .run(move || command.output())
+            .with_context(|| shown.clone())?;
         if !output.status.success() {
-            bail!("{shown} in {}: {} {}", self.name, output.status, String::from_utf8_lossy(&output.stderr).trim());
+            bail!(
+                "{shown} in {}: {} {}",
+                self.name,
+                output.status,
+                String::from_utf8_lossy(&output.stderr).trim()
+            );
         }
         Ok(output)
     }
@@ -154,7 +170,14 @@ fn enter_new(flags: CloneFlags) -> Result<()> {
     unshare(flags).context("a new namespace (root is required)")?;
     if flags.contains(CloneFlags::CLONE_NEWNS) {
         let nothing = None::<&str>;
-        mount(nothing, "/", nothing, MsFlags::MS_REC | MsFlags::MS_PRIVATE, nothing).context("private mounts")?;
+        mount(
+            nothing,
+            "/",
+            nothing,
+            MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+            nothing,
+        )
+        .context("private mounts")?;
     }
     Ok(())
 }

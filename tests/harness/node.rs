@@ -65,11 +65,18 @@ impl Node {
     pub fn start_with(world: &Arc<World>, settings: &[(&str, &str)]) -> Result<Self> {
         let binaries = binaries();
         // The last component names the instance: no two worlds may share it.
-        let unique = world.directory().file_name().and_then(|name| name.to_str()).context("the world's directory")?;
+        let unique = world
+            .directory()
+            .file_name()
+            .and_then(|name| name.to_str())
+            .context("the world's directory")?;
         let instance = world.directory().join(unique);
         let images = env::var("SANDGATE_IMAGE_DIR").unwrap_or_else(|_| "/var/lib/sandgate/images".to_owned());
         let mut all = vec![
-            ("SANDGATE_DATA_DIR".to_owned(), world.directory().join("data").display().to_string()),
+            (
+                "SANDGATE_DATA_DIR".to_owned(),
+                world.directory().join("data").display().to_string(),
+            ),
             ("SANDGATE_RUN_DIR".to_owned(), instance.display().to_string()),
             ("SANDGATE_IMAGE_DIR".to_owned(), images),
             ("SANDGATE_API_ADDR".to_owned(), API.to_owned()),
@@ -80,9 +87,20 @@ impl Node {
         for variable in ["PATH", "HOME", "SANDGATE_LOG", "RUST_BACKTRACE"] {
             all.extend(env::var(variable).ok().map(|value| (variable.to_owned(), value)));
         }
-        all.extend(settings.iter().map(|&(name, value)| (name.to_owned(), value.to_owned())));
+        all.extend(
+            settings
+                .iter()
+                .map(|&(name, value)| (name.to_owned(), value.to_owned())),
+        );
         let log = Arc::default();
-        let node = Self { world: Arc::clone(world), binaries, instance, settings: all, up: Mutex::new(None), log };
+        let node = Self {
+            world: Arc::clone(world),
+            binaries,
+            instance,
+            settings: all,
+            up: Mutex::new(None),
+            log,
+        };
         node.start_again()?;
         Ok(node)
     }
@@ -99,12 +117,24 @@ impl Node {
     pub fn start_again(&self) -> Result<()> {
         let lines = self.log_lines().len();
         let mut command = self.command("controller", &["up"]);
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = self.world.node().run(move || command.spawn()).context("starting controller up")?;
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut child = self
+            .world
+            .node()
+            .run(move || command.spawn())
+            .context("starting controller up")?;
         follow(child.stdout.take().context("a pipe")?, "out", &self.log);
         follow(child.stderr.take().context("a pipe")?, "err", &self.log);
         *lock(&self.up) = Some(child);
-        let is_ready = |line: &String| line.starts_with("out| ") && line.split(|c: char| !c.is_alphanumeric()).any(|word| word == "ready");
+        let is_ready = |line: &String| {
+            line.starts_with("out| ")
+                && line
+                    .split(|c: char| !c.is_alphanumeric())
+                    .any(|word| word == "ready")
+        };
         let ready = wait::within(START, || {
             if self.log_lines()[lines..].iter().any(is_ready) {
                 return Some(true);
@@ -131,7 +161,10 @@ impl Node {
 
     fn command(&self, program: &str, arguments: &[&str]) -> Command {
         let mut command = Command::new(self.binaries.join(program));
-        command.args(arguments).env_clear().envs(self.settings.iter().map(|(name, value)| (name, value)));
+        command
+            .args(arguments)
+            .env_clear()
+            .envs(self.settings.iter().map(|(name, value)| (name, value)));
         command
     }
 
@@ -197,7 +230,11 @@ impl Node {
     /// When it fails.
     pub fn down(&self) -> Result<()> {
         let (status, text) = self.run("controller", &["down"])?;
-        ensure!(status.success(), "controller down: {status} (signal {:?})\n{text}", status.signal());
+        ensure!(
+            status.success(),
+            "controller down: {status} (signal {:?})\n{text}",
+            status.signal()
+        );
         Ok(())
     }
 
@@ -211,12 +248,16 @@ impl Node {
 
     /// netd's process.
     pub fn netd(&self) -> Option<Process> {
-        self.processes().into_iter().find(|process| process.is("netd", None))
+        self.processes()
+            .into_iter()
+            .find(|process| process.is("netd", None))
     }
 
     /// The controller's serving process.
     pub fn controller(&self) -> Option<Process> {
-        self.processes().into_iter().find(|process| process.is("controller", Some("serve")))
+        self.processes()
+            .into_iter()
+            .find(|process| process.is("controller", Some("serve")))
     }
 
     /// Kills netd and waits until another one has taken its place.
@@ -227,9 +268,11 @@ impl Node {
         let old = find(self).expect("it runs");
         self.kill(&old).expect("it runs");
         let started = Instant::now();
-        wait::until("a new process instead of the killed one", Duration::from_secs(20), || {
-            find(self).filter(|new| new.pid != old.pid)
-        });
+        wait::until(
+            "a new process instead of the killed one",
+            Duration::from_secs(20),
+            || find(self).filter(|new| new.pid != old.pid),
+        );
         started.elapsed()
     }
 
@@ -247,13 +290,20 @@ impl Node {
     pub fn report(&self) -> String {
         let lines = self.log_lines();
         let skipped = lines.len().saturating_sub(SHOWN);
-        format!("--- the node's log ({skipped} lines before)\n{}\n---", lines[skipped..].join("\n"))
+        format!(
+            "--- the node's log ({skipped} lines before)\n{}\n---",
+            lines[skipped..].join("\n")
+        )
     }
 }
 
 impl Drop for Node {
     fn drop(&mut self) {
-        let stopped = if lock(&self.up).is_some() { self.stop().map(|_| ()) } else { Ok(()) };
+        let stopped = if lock(&self.up).is_some() {
+            self.stop().map(|_| ())
+        } else {
+            Ok(())
+        };
         let down = self.down();
         let left = self.traces();
         if let Some(file) = env::var_os("SANDGATE_TEST_LOG") {
@@ -297,8 +347,14 @@ fn binaries() -> PathBuf {
         Some(directory) => vec![PathBuf::from(directory)],
         None => vec![target.join("release"), target.join("debug")],
     };
-    let complete = |directory: &&PathBuf| ["controller", "netd", "sandboxd"].iter().all(|name| directory.join(name).is_file());
+    let complete = |directory: &&PathBuf| {
+        ["controller", "netd", "sandboxd"]
+            .iter()
+            .all(|name| directory.join(name).is_file())
+    };
     let found = candidates.iter().find(complete).cloned();
-    let found = found.unwrap_or_else(|| panic!("controller, netd and sandboxd are not in {candidates:?}: run `make build`"));
+    let found = found.unwrap_or_else(|| {
+        panic!("controller, netd and sandboxd are not in {candidates:?}: run `make build`")
+    });
     fs::canonicalize(&found).unwrap_or(found)
 }

@@ -53,7 +53,15 @@ impl Outcome {
     /// It was refused, and at once.
     #[track_caller]
     pub fn assert_refused(&self) {
-        let refused = ["refused", "reset", "closed", "unreachable", "prohibited", "denied", "no_name"];
+        let refused = [
+            "refused",
+            "reset",
+            "closed",
+            "unreachable",
+            "prohibited",
+            "denied",
+            "no_name",
+        ];
         assert!(refused.contains(&self.outcome.as_str()), "not refused: {self:?}");
         self.assert_at_once();
     }
@@ -120,7 +128,9 @@ pub fn lookup(name: &str) -> Value {
 #[must_use]
 pub fn with(mut attempt: Value, changes: Value) -> Value {
     let members = attempt.as_object_mut().expect("an attempt is an object");
-    let Value::Object(changes) = changes else { panic!("changes are an object") };
+    let Value::Object(changes) = changes else {
+        panic!("changes are an object")
+    };
     members.extend(changes);
     attempt
 }
@@ -150,7 +160,9 @@ impl<'a> Probe<'a> {
     #[track_caller]
     pub fn try_all(&self, attempts: &[Value]) -> Vec<Outcome> {
         let input = Value::from(attempts).to_string();
-        let output = self.sandbox.execute(&json!({ "command": ["python3", PATH, input], "timeout": 55_000 }));
+        let output = self
+            .sandbox
+            .execute(&json!({ "command": ["python3", PATH, input], "timeout": 55_000 }));
         assert_eq!(output.exit_code, 0, "the probe failed: {output:?}");
         parse(&output.stdout, attempts.len())
     }
@@ -167,14 +179,18 @@ impl<'a> Probe<'a> {
 #[track_caller]
 pub fn as_root(node: &Node, sandbox: &Sandbox, attempts: &[Value]) -> Vec<Outcome> {
     let processes = node.processes_of(&sandbox.id);
-    let inside = processes.iter().find(|process| process.numbers.last() == Some(&1));
+    let inside = processes
+        .iter()
+        .find(|process| process.numbers.last() == Some(&1));
     let inside = inside.unwrap_or_else(|| panic!("{} has no first process among {processes:?}", sandbox.id));
     let file = format!("/proc/{}/ns/net", inside.pid);
     let namespace = Namespace::join("attacker", file.as_ref()).expect("the sandbox's network namespace");
     let program = node.world().directory().join("probe.py");
     std::fs::write(&program, PROGRAM).expect("the world's directory is writable");
     let input = Value::from(attempts).to_string();
-    let output = namespace.command("python3", &[&program.display().to_string(), &input]).expect("the probe runs");
+    let output = namespace
+        .command("python3", &[&program.display().to_string(), &input])
+        .expect("the probe runs");
     parse(&String::from_utf8_lossy(&output.stdout), attempts.len())
 }
 

@@ -52,9 +52,19 @@ pub struct Output {
 
 impl Organization {
     pub(crate) fn new(client: Client, registered: &Value) -> Self {
-        let key = registered["api_key"]["key"].as_str().unwrap_or_else(|| panic!("no key in {registered}")).to_owned();
-        let id = registered["organization"]["id"].as_str().unwrap_or_else(|| panic!("no id in {registered}")).to_owned();
-        Self { client: client.with_key(&key), id, key }
+        let key = registered["api_key"]["key"]
+            .as_str()
+            .unwrap_or_else(|| panic!("no key in {registered}"))
+            .to_owned();
+        let id = registered["organization"]["id"]
+            .as_str()
+            .unwrap_or_else(|| panic!("no id in {registered}"))
+            .to_owned();
+        Self {
+            client: client.with_key(&key),
+            id,
+            key,
+        }
     }
 
     /// Creates a sandbox from a body such as `{}`.
@@ -62,17 +72,28 @@ impl Organization {
     pub fn sandbox(&self, body: &Value) -> Sandbox {
         let created = self.client.post("/sandbox/create").json(body).send().ok();
         assert_eq!(created["status"], "running", "create answered {created}");
-        let id = created["sandbox_id"].as_str().unwrap_or_else(|| panic!("no id in {created}")).to_owned();
-        Sandbox { organization: self.clone(), id, created }
+        let id = created["sandbox_id"]
+            .as_str()
+            .unwrap_or_else(|| panic!("no id in {created}"))
+            .to_owned();
+        Sandbox {
+            organization: self.clone(),
+            id,
+            created,
+        }
     }
 
     /// The ids of its sandboxes that run.
     #[track_caller]
     pub fn running(&self) -> Vec<String> {
         let list = self.client.get("/sandboxes").send().ok();
-        let sandboxes = list["sandboxes"].as_array().unwrap_or_else(|| panic!("no list in {list}"));
+        let sandboxes = list["sandboxes"]
+            .as_array()
+            .unwrap_or_else(|| panic!("no list in {list}"));
         let running = sandboxes.iter().filter(|sandbox| sandbox["status"] == "running");
-        running.filter_map(|sandbox| sandbox["sandbox_id"].as_str().map(str::to_owned)).collect()
+        running
+            .filter_map(|sandbox| sandbox["sandbox_id"].as_str().map(str::to_owned))
+            .collect()
     }
 
     /// Replaces the organisation's policy.
@@ -84,8 +105,15 @@ impl Organization {
     /// Audit records by filters such as `decision=deny`.
     #[track_caller]
     pub fn audit(&self, filters: &str) -> Vec<Value> {
-        let answer = self.client.get(&format!("/egress/audit?limit=1000&{filters}")).send().ok();
-        answer["events"].as_array().unwrap_or_else(|| panic!("no events in {answer}")).clone()
+        let answer = self
+            .client
+            .get(&format!("/egress/audit?limit=1000&{filters}"))
+            .send()
+            .ok();
+        answer["events"]
+            .as_array()
+            .unwrap_or_else(|| panic!("no events in {answer}"))
+            .clone()
     }
 }
 
@@ -120,9 +148,22 @@ impl Sandbox {
         let answer = self.client().post(&self.path("/execute")).json(body).send();
         let took = answer.took;
         let answer = answer.ok();
-        let text = |field: &str| answer[field].as_str().unwrap_or_else(|| panic!("no {field} in {answer}")).to_owned();
-        let exit_code = answer["exit_code"].as_i64().unwrap_or_else(|| panic!("no exit_code in {answer}"));
-        Output { exit_code, stdout: text("stdout"), stderr: text("stderr"), took, answer }
+        let text = |field: &str| {
+            answer[field]
+                .as_str()
+                .unwrap_or_else(|| panic!("no {field} in {answer}"))
+                .to_owned()
+        };
+        let exit_code = answer["exit_code"]
+            .as_i64()
+            .unwrap_or_else(|| panic!("no exit_code in {answer}"));
+        Output {
+            exit_code,
+            stdout: text("stdout"),
+            stderr: text("stderr"),
+            took,
+            answer,
+        }
     }
 
     /// Writes a file.
@@ -135,8 +176,14 @@ impl Sandbox {
     /// Reads a file.
     #[track_caller]
     pub fn read(&self, path: &str) -> Vec<u8> {
-        let answer = self.client().get(&self.path(&format!("/files?path={path}"))).send().ok();
-        let content = answer["content"].as_str().unwrap_or_else(|| panic!("no content in {answer}"));
+        let answer = self
+            .client()
+            .get(&self.path(&format!("/files?path={path}")))
+            .send()
+            .ok();
+        let content = answer["content"]
+            .as_str()
+            .unwrap_or_else(|| panic!("no content in {answer}"));
         STANDARD.decode(content).expect("standard base64")
     }
 
@@ -144,14 +191,18 @@ impl Sandbox {
     #[track_caller]
     pub fn set_network(&self, policy: &Value) -> Value {
         let answer = self.client().put(&self.path("/network")).json(policy).send().ok();
-        assert_eq!(answer["applied"], true, "the node did not apply the policy: {answer}");
+        assert_eq!(
+            answer["applied"], true,
+            "the node did not apply the policy: {answer}"
+        );
         answer
     }
 
     /// Its audit records by further filters.
     #[track_caller]
     pub fn audit(&self, filters: &str) -> Vec<Value> {
-        self.organization.audit(&format!("sandbox_id={}&{filters}", self.id))
+        self.organization
+            .audit(&format!("sandbox_id={}&{filters}", self.id))
     }
 
     /// Waits for an audit record with these fields.
@@ -173,7 +224,10 @@ impl Sandbox {
     #[track_caller]
     pub fn status(&self) -> String {
         let answer = self.client().get(&self.path("")).send().ok();
-        answer["status"].as_str().unwrap_or_else(|| panic!("no status in {answer}")).to_owned()
+        answer["status"]
+            .as_str()
+            .unwrap_or_else(|| panic!("no status in {answer}"))
+            .to_owned()
     }
 
     /// Stops it.
@@ -186,9 +240,17 @@ impl Sandbox {
     /// Starts a command that goes on, and comes back once `ready` is true.
     #[track_caller]
     pub fn background(&self, line: &str, ready: impl Fn(&Self) -> bool) {
-        self.sh_ok(&format!("setsid sh -c '{line}' >/workspace/background.log 2>&1 </dev/null & echo started"));
+        self.sh_ok(&format!(
+            "setsid sh -c '{line}' >/workspace/background.log 2>&1 </dev/null & echo started"
+        ));
         let started = Instant::now();
         let ready = wait::within(Duration::from_secs(10), || ready(self).then_some(()));
-        ready.unwrap_or_else(|| panic!("`{line}` is not ready after {:?}: {}", started.elapsed(), self.sh("cat /workspace/background.log").stdout));
+        ready.unwrap_or_else(|| {
+            panic!(
+                "`{line}` is not ready after {:?}: {}",
+                started.elapsed(),
+                self.sh("cat /workspace/background.log").stdout
+            )
+        });
     }
 }

@@ -59,24 +59,38 @@ impl Suite {
     /// A run as the command line asks for it.
     pub fn from_arguments() -> Self {
         let arguments = Arguments::parse(env::args().skip(1));
-        Self { arguments, root: root(), started: Instant::now(), passed: 0, ignored: 0, filtered: 0, failed: Vec::new() }
+        Self {
+            arguments,
+            root: root(),
+            started: Instant::now(),
+            passed: 0,
+            ignored: 0,
+            filtered: 0,
+            failed: Vec::new(),
+        }
     }
 
     /// Runs the cases that were asked for, if any, on one fixture.
     #[must_use]
     pub fn group<F: Fixture>(mut self, name: &str, cases: &[Case<F>]) -> Self {
         let full = |case: &str| format!("{name}::{}", case.rsplit("::").next().unwrap_or(case).trim());
-        let (wanted, unwanted): (Vec<_>, Vec<_>) = cases.iter().partition(|(case, _)| self.arguments.want(&full(case)));
+        let (wanted, unwanted): (Vec<_>, Vec<_>) = cases
+            .iter()
+            .partition(|(case, _)| self.arguments.want(&full(case)));
         self.filtered += unwanted.len();
         if self.arguments.list {
-            wanted.iter().for_each(|(case, _)| say(&format!("{}: test", full(case))));
+            wanted
+                .iter()
+                .for_each(|(case, _)| say(&format!("{}: test", full(case))));
             return self;
         }
         if wanted.is_empty() {
             return self;
         }
         if !self.root {
-            wanted.iter().for_each(|(case, _)| say(&format!("test {} ... ignored, needs root", full(case))));
+            wanted
+                .iter()
+                .for_each(|(case, _)| say(&format!("test {} ... ignored, needs root", full(case))));
             self.ignored += wanted.len();
             return self;
         }
@@ -97,7 +111,10 @@ impl Suite {
                 return self;
             }
         };
-        say(&format!("fixture of {name} ready after {:.1?}", started.elapsed()));
+        say(&format!(
+            "fixture of {name} ready after {:.1?}",
+            started.elapsed()
+        ));
         for (case, run) in wanted {
             let started = Instant::now();
             let result = catch_unwind(AssertUnwindSafe(|| run(&fixture)));
@@ -106,7 +123,11 @@ impl Suite {
                 say(&format!("test {} ... ok ({took:.1?})", full(case)));
                 self.passed += 1;
             } else {
-                say(&format!("test {} ... FAILED ({took:.1?})\n{}", full(case), fixture.report()));
+                say(&format!(
+                    "test {} ... FAILED ({took:.1?})\n{}",
+                    full(case),
+                    fixture.report()
+                ));
                 self.failed.push(full(case));
             }
         }
@@ -127,9 +148,13 @@ impl Suite {
         if !self.failed.is_empty() {
             say(&format!("\nfailures:\n    {}", self.failed.join("\n    ")));
         }
-        let (word, code) =
-            if self.failed.is_empty() { ("ok", ExitCode::SUCCESS) } else { ("FAILED", ExitCode::FAILURE) };
-        let (passed, failed, ignored, filtered) = (self.passed, self.failed.len(), self.ignored, self.filtered);
+        let (word, code) = if self.failed.is_empty() {
+            ("ok", ExitCode::SUCCESS)
+        } else {
+            ("FAILED", ExitCode::FAILURE)
+        };
+        let (passed, failed, ignored, filtered) =
+            (self.passed, self.failed.len(), self.ignored, self.filtered);
         let took = self.started.elapsed().as_secs_f64();
         say(&format!(
             "\ntest result: {word}. {passed} passed; {failed} failed; {ignored} ignored; 0 measured; \
@@ -171,7 +196,15 @@ impl Arguments {
     }
 
     fn want(&self, name: &str) -> bool {
-        let fits = |text: &String| if self.exact { name == text } else { name.contains(text.as_str()) };
-        !self.ignored_only && (self.only.is_empty() || self.only.iter().any(fits)) && !self.skip.iter().any(fits)
+        let fits = |text: &String| {
+            if self.exact {
+                name == text
+            } else {
+                name.contains(text.as_str())
+            }
+        };
+        !self.ignored_only
+            && (self.only.is_empty() || self.only.iter().any(fits))
+            && !self.skip.iter().any(fits)
     }
 }

@@ -67,12 +67,22 @@ impl Web {
     /// Connections with a request for `host` so far.
     pub fn visits_for(&self, host: &str) -> Vec<Visit> {
         let mut visits = self.visits();
-        visits.retain(|visit| visit.requests.iter().any(|request| request.split(' ').nth(1) == Some(host)));
+        visits.retain(|visit| {
+            visit
+                .requests
+                .iter()
+                .any(|request| request.split(' ').nth(1) == Some(host))
+        });
         visits
     }
 
     /// Serves HTTP (or HTTPS, with `tls`) on an address of the namespace.
-    pub(crate) fn serve(&self, internet: &Namespace, address: SocketAddr, tls: Option<Arc<ServerConfig>>) -> Result<()> {
+    pub(crate) fn serve(
+        &self,
+        internet: &Namespace,
+        address: SocketAddr,
+        tls: Option<Arc<ServerConfig>>,
+    ) -> Result<()> {
         let listener = internet.run(move || std::net::TcpListener::bind(address));
         let listener = listener.with_context(|| format!("web server on {address}"))?;
         listener.set_nonblocking(true)?;
@@ -84,7 +94,14 @@ impl Web {
                 let index = {
                     let mut visits = web.lock();
                     let requests = Vec::new();
-                    visits.push(Visit { server: address, from, sni: None, handshake: false, requests, closed: false });
+                    visits.push(Visit {
+                        server: address,
+                        from,
+                        sni: None,
+                        handshake: false,
+                        requests,
+                        closed: false,
+                    });
                     visits.len() - 1
                 };
                 let (web, tls) = (web.clone(), tls.clone());
@@ -97,7 +114,13 @@ impl Web {
         Ok(())
     }
 
-    async fn converse(&self, stream: TcpStream, tls: Option<Arc<ServerConfig>>, index: usize, address: SocketAddr) {
+    async fn converse(
+        &self,
+        stream: TcpStream,
+        tls: Option<Arc<ServerConfig>>,
+        index: usize,
+        address: SocketAddr,
+    ) {
         stream.set_nodelay(true).ok();
         let Some(tls) = tls else {
             return self.http(stream, index, address).await;
@@ -108,7 +131,9 @@ impl Web {
         );
         let Ok(Ok(hello)) = hello.await else { return };
         self.lock()[index].sni = hello.client_hello().server_name().map(str::to_owned);
-        let Ok(stream) = hello.into_stream(tls).await else { return };
+        let Ok(stream) = hello.into_stream(tls).await else {
+            return;
+        };
         self.lock()[index].handshake = true;
         self.http(stream, index, address).await;
     }
@@ -116,7 +141,10 @@ impl Web {
     async fn http(&self, stream: impl AsyncRead + AsyncWrite + Unpin, index: usize, address: SocketAddr) {
         let service = service_fn(|request| self.answer(request, index, address));
         // A client that breaks off is no failure of the server.
-        http1::Builder::new().serve_connection(TokioIo::new(stream), service).await.ok();
+        http1::Builder::new()
+            .serve_connection(TokioIo::new(stream), service)
+            .await
+            .ok();
     }
 
     async fn answer(
@@ -125,10 +153,16 @@ impl Web {
         index: usize,
         address: SocketAddr,
     ) -> Result<Response<UnsyncBoxBody<Bytes, Infallible>>, Infallible> {
-        let header = request.headers().get(HOST).and_then(|host| host.to_str().ok()).unwrap_or("-");
+        let header = request
+            .headers()
+            .get(HOST)
+            .and_then(|host| host.to_str().ok())
+            .unwrap_or("-");
         let host = request.uri().host().unwrap_or(header).to_owned();
         let path = request.uri().path().to_owned();
-        self.lock()[index].requests.push(format!("{} {host} {path}", request.method()));
+        self.lock()[index]
+            .requests
+            .push(format!("{} {host} {path}", request.method()));
         let body = if request.method() == Method::POST {
             let bytes = request.into_body().collect().await.map(|body| body.to_bytes());
             Full::new(bytes.unwrap_or_default()).boxed_unsync()
@@ -150,7 +184,11 @@ impl Web {
 fn drip() -> UnsyncBoxBody<Bytes, Infallible> {
     let (lines, body) = mpsc::channel(1);
     tokio::spawn(async move {
-        while lines.send(Ok(Frame::data(Bytes::from_static(b"drip\n")))).await.is_ok() {
+        while lines
+            .send(Ok(Frame::data(Bytes::from_static(b"drip\n"))))
+            .await
+            .is_ok()
+        {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     });

@@ -54,7 +54,12 @@ pub fn runtime() -> &'static Runtime {
     static RUNTIME: OnceLock<Runtime> = OnceLock::new();
     RUNTIME.get_or_init(|| {
         let mut builder = tokio::runtime::Builder::new_multi_thread();
-        builder.worker_threads(2).enable_all().thread_name("world").build().expect("a tokio runtime")
+        builder
+            .worker_threads(2)
+            .enable_all()
+            .thread_name("world")
+            .build()
+            .expect("a tokio runtime")
     })
 }
 
@@ -94,7 +99,14 @@ impl World {
     /// The fixture of the attack cases: `ok.test`, `*.wild.test`, `api.test`, `plain.test`, the attacker's
     /// `evil.test`, and listeners on whatever a sandbox must never reach.
     pub fn fixture() -> Builder {
-        let private = ["10.0.0.5", "172.16.0.5", "192.168.0.5", "100.64.0.5", "169.254.169.254", "168.63.129.16"];
+        let private = [
+            "10.0.0.5",
+            "172.16.0.5",
+            "192.168.0.5",
+            "100.64.0.5",
+            "169.254.169.254",
+            "168.63.129.16",
+        ];
         // Too many for a datagram.
         let many: Vec<String> = (100..160).map(|last| format!("203.0.113.{last}")).collect();
         let mut builder = Self::builder()
@@ -126,7 +138,9 @@ impl World {
             .collect_udp("203.0.113.66", &[53, 443, 853, 5353, 8080])
             .collect_udp("203.0.113.10", &[443, 8080]);
         for address in private {
-            builder = builder.collect_tcp(address, &[80, 443], "").collect_udp(address, &[443]);
+            builder = builder
+                .collect_tcp(address, &[80, 443], "")
+                .collect_udp(address, &[443]);
         }
         builder
     }
@@ -193,7 +207,10 @@ impl Builder {
     /// `name` (which may begin with `*.`) resolves to these addresses.
     #[must_use]
     pub fn name(mut self, name: &str, addresses: &[&str]) -> Self {
-        let addresses = addresses.iter().map(|text| text.parse().expect("an address")).collect();
+        let addresses = addresses
+            .iter()
+            .map(|text| text.parse().expect("an address"))
+            .collect();
         self.names.push((name.to_owned(), Answer::Addresses(addresses)));
         self
     }
@@ -201,14 +218,16 @@ impl Builder {
     /// `name` is another name for `target`.
     #[must_use]
     pub fn alias(mut self, name: &str, target: &str) -> Self {
-        self.names.push((name.to_owned(), Answer::Alias(target.to_owned())));
+        self.names
+            .push((name.to_owned(), Answer::Alias(target.to_owned())));
         self
     }
 
     /// A web server on ports 80 and 443 with a certificate for `names`.
     #[must_use]
     pub fn site(mut self, address: &str, names: &[&'static str]) -> Self {
-        self.sites.push((address.parse().expect("an address"), names.to_vec()));
+        self.sites
+            .push((address.parse().expect("an address"), names.to_vec()));
         self
     }
 
@@ -216,7 +235,8 @@ impl Builder {
     #[must_use]
     pub fn collect_tcp(mut self, address: &str, ports: &[u16], banner: &'static str) -> Self {
         let address: IpAddr = address.parse().expect("an address");
-        self.tcp.extend(ports.iter().map(|&port| (SocketAddr::new(address, port), banner)));
+        self.tcp
+            .extend(ports.iter().map(|&port| (SocketAddr::new(address, port), banner)));
         self
     }
 
@@ -224,7 +244,8 @@ impl Builder {
     #[must_use]
     pub fn collect_udp(mut self, address: &str, ports: &[u16]) -> Self {
         let address: IpAddr = address.parse().expect("an address");
-        self.udp.extend(ports.iter().map(|&port| SocketAddr::new(address, port)));
+        self.udp
+            .extend(ports.iter().map(|&port| SocketAddr::new(address, port)));
         self
     }
 
@@ -254,10 +275,28 @@ impl Builder {
             web.serve(&internet, (address, 80).into(), None)?;
             web.serve(&internet, (address, 443).into(), Some(ca.server(&names)?))?;
         }
-        let tcp = self.tcp.into_iter().map(|(address, banner)| Collector::tcp(&internet, address, banner));
+        let tcp = self
+            .tcp
+            .into_iter()
+            .map(|(address, banner)| Collector::tcp(&internet, address, banner));
         let tcp = tcp.collect::<Result<_>>()?;
-        let udp = self.udp.into_iter().map(|address| Collector::udp(&internet, address)).collect::<Result<_>>()?;
-        Ok(Arc::new(World { dns, web, ca, capture, tcp, udp, init, node, internet, directory }))
+        let udp = self
+            .udp
+            .into_iter()
+            .map(|address| Collector::udp(&internet, address))
+            .collect::<Result<_>>()?;
+        Ok(Arc::new(World {
+            dns,
+            web,
+            ca,
+            capture,
+            tcp,
+            udp,
+            init,
+            node,
+            internet,
+            directory,
+        }))
     }
 }
 
@@ -269,7 +308,10 @@ fn find(collectors: &[Collector], address: SocketAddr) -> &Collector {
 /// Joins the two and gives the index of the internet's end.
 fn join(node: &Namespace, internet: &Namespace) -> Result<usize> {
     let there = node.task().join("ns/net");
-    internet.ip(&format!("link add world type veth peer name uplink netns {}", there.display()))?;
+    internet.ip(&format!(
+        "link add world type veth peer name uplink netns {}",
+        there.display()
+    ))?;
     // Nothing of the world needs an address of its own: a route makes the internet answer for all.
     for key in ["net/ipv4/ip_nonlocal_bind", "net/ipv6/ip_nonlocal_bind"] {
         internet.sysctl(key, "1")?;
@@ -296,18 +338,32 @@ fn join(node: &Namespace, internet: &Namespace) -> Result<usize> {
         node.ip(line)?;
     }
     let index = internet.ip("-o link show world")?;
-    index.split(':').next().and_then(|index| index.parse().ok()).context("the link's index")
+    index
+        .split(':')
+        .next()
+        .and_then(|index| index.parse().ok())
+        .context("the link's index")
 }
 
 /// The one thing that must never be wrong: there is no way from here to a real network.
 fn assert_no_uplink(node: &Namespace, internet: &Namespace) -> Result<()> {
     for (namespace, only) in [(node, "uplink"), (internet, "world")] {
         let links = namespace.ip("-o link show up")?;
-        let names: Vec<&str> = links.lines().filter_map(|line| line.split([':', '@']).nth(1)).map(str::trim).collect();
-        ensure!(names == ["lo", only], "the world has other interfaces than its own: {names:?}");
+        let names: Vec<&str> = links
+            .lines()
+            .filter_map(|line| line.split([':', '@']).nth(1))
+            .map(str::trim)
+            .collect();
+        ensure!(
+            names == ["lo", only],
+            "the world has other interfaces than its own: {names:?}"
+        );
     }
     let default = node.ip("route show default")?;
-    ensure!(default.trim() == "default via 198.51.100.129 dev uplink", "the node's way out is {default}");
+    ensure!(
+        default.trim() == "default via 198.51.100.129 dev uplink",
+        "the node's way out is {default}"
+    );
     let there = internet.ip("-4 route get 203.0.113.66")?;
     ensure!(there.starts_with("local "), "the internet forwards: {there}");
     Ok(())
@@ -333,7 +389,10 @@ impl Init {
         // it waits for `sleep`.
         let script = "mount -t proc proc /proc && echo up && while :; do sleep 1000; done";
         let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", "sh", "-c", script]).stdin(Stdio::null()).stdout(Stdio::piped());
+        command
+            .args(["--pdeathsig", "KILL", "sh", "-c", script])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped());
         let child = node.run(move || {
             nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWPID)?;
             anyhow::Ok(command.spawn()?)

@@ -24,7 +24,9 @@ fn world() -> Option<Arc<World>> {
 
 fn connect_from_node(world: &World, to: impl Into<SocketAddr>) -> std::io::Result<TcpStream> {
     let to = to.into();
-    world.node().run(move || TcpStream::connect_timeout(&to, PATIENCE))
+    world
+        .node()
+        .run(move || TcpStream::connect_timeout(&to, PATIENCE))
 }
 
 #[test]
@@ -39,12 +41,20 @@ fn a_packet_that_leaves_is_seen_and_one_that_does_not_is_not() {
     let mut seen = world.capture().sent_to(EVIL, mark);
     // The collector echoes to a socket that is gone, which the node's kernel tells it.
     seen.retain(|packet| packet.protocol == protocol::UDP);
-    let [packet] = seen.as_slice() else { panic!("one packet was sent: {seen:?}") };
+    let [packet] = seen.as_slice() else {
+        panic!("one packet was sent: {seen:?}")
+    };
     assert_eq!((packet.source, packet.protocol), (NODE.into(), protocol::UDP));
-    assert_eq!((packet.destination_port, packet.payload.as_slice()), (443, b"canary".as_slice()));
+    assert_eq!(
+        (packet.destination_port, packet.payload.as_slice()),
+        (443, b"canary".as_slice())
+    );
     wait::until("the collector has it", PATIENCE, || {
         let arrivals = world.udp_collector((EVIL, 443)).arrivals();
-        arrivals.iter().any(|arrival| arrival.bytes == b"canary").then_some(())
+        arrivals
+            .iter()
+            .any(|arrival| arrival.bytes == b"canary")
+            .then_some(())
     });
     let later = world.capture().mark();
     world.capture().assert_nothing_to(EVIL, later);
@@ -65,7 +75,11 @@ fn packets_to_private_and_metadata_addresses_and_by_ipv6_would_be_seen() {
     ];
     for target in targets {
         world.node().run(move || {
-            let any: IpAddr = if target.is_ipv4() { [0, 0, 0, 0].into() } else { [0_u16; 8].into() };
+            let any: IpAddr = if target.is_ipv4() {
+                [0, 0, 0, 0].into()
+            } else {
+                [0_u16; 8].into()
+            };
             let socket = UdpSocket::bind((any, 0)).expect("a socket");
             socket.send_to(b"canary", (target, 9999)).expect("sent");
         });
@@ -112,18 +126,32 @@ fn the_node_has_no_way_out_but_the_world() {
     for target in ["203.0.113.1", "1.1.1.1", "192.0.2.1"] {
         let route = world.node().ip(&format!("route get {target}")).expect("a route");
         assert!(route.contains(&format!("via {GATEWAY} dev uplink")), "{route}");
-        let route = world.internet().ip(&format!("-4 route get {target}")).expect("a route");
-        assert!(route.starts_with("local "), "the internet would send it on: {route}");
+        let route = world
+            .internet()
+            .ip(&format!("-4 route get {target}"))
+            .expect("a route");
+        assert!(
+            route.starts_with("local "),
+            "the internet would send it on: {route}"
+        );
     }
     let resolv = world.node().command("cat", &["/etc/resolv.conf"]).expect("cat");
-    assert_eq!(String::from_utf8_lossy(&resolv.stdout), format!("nameserver {RESOLVER}\n"));
+    assert_eq!(
+        String::from_utf8_lossy(&resolv.stdout),
+        format!("nameserver {RESOLVER}\n")
+    );
     let outside = std::fs::read_to_string("/etc/resolv.conf").expect("the machine has one");
-    assert!(!outside.contains("203.0.113.53"), "the node's resolv.conf is seen outside");
+    assert!(
+        !outside.contains("203.0.113.53"),
+        "the node's resolv.conf is seen outside"
+    );
 }
 
 #[test]
 fn worlds_stand_beside_each_other_and_see_only_their_own() {
-    let (Some(one), Some(other)) = (world(), world()) else { return };
+    let (Some(one), Some(other)) = (world(), world()) else {
+        return;
+    };
     let (mark, other_mark) = (one.capture().mark(), other.capture().mark());
     connect_from_node(&one, (OK, 443)).expect("ok.test listens");
     one.capture().assert_something_to(OK, mark);
@@ -136,7 +164,8 @@ fn nothing_of_a_world_outlives_it() {
     let directory = world.directory().to_owned();
     let mut command = std::process::Command::new("sh");
     // An orphan with a mount: what a killed runtime leaves behind.
-    let script = "mkdir -p \"$0/mnt\" && mount -t tmpfs none \"$0/mnt\" && (setsid sleep 997 >/dev/null 2>&1 &)";
+    let script =
+        "mkdir -p \"$0/mnt\" && mount -t tmpfs none \"$0/mnt\" && (setsid sleep 997 >/dev/null 2>&1 &)";
     command.args(["-c", script]).arg(&directory);
     world.node().run(move || command.output()).expect("sh runs");
     let orphan = || {

@@ -29,7 +29,8 @@ impl Process {
     /// It runs this program, with this first argument if one is given.
     pub fn is(&self, program: &str, argument: Option<&str>) -> bool {
         let name = self.command.first().and_then(|path| Path::new(path).file_name());
-        name.is_some_and(|name| name == program) && argument.is_none_or(|argument| self.command.get(1).is_some_and(|first| first == argument))
+        name.is_some_and(|name| name == program)
+            && argument.is_none_or(|argument| self.command.get(1).is_some_and(|first| first == argument))
     }
 }
 
@@ -46,15 +47,28 @@ impl Node {
         let mut family = BTreeSet::from([init]);
         loop {
             let before = family.len();
-            family.extend(all.iter().filter(|(_, parent)| family.contains(parent)).map(|(pid, _)| *pid).collect::<Vec<_>>());
+            family.extend(
+                all.iter()
+                    .filter(|(_, parent)| family.contains(parent))
+                    .map(|(pid, _)| *pid)
+                    .collect::<Vec<_>>(),
+            );
             // Programs the harness itself starts on the node are its own children there.
-            family.extend(all.iter().filter(|&&(pid, parent)| parent == own && self.lives_here(pid)).map(|(pid, _)| *pid));
+            family.extend(
+                all.iter()
+                    .filter(|&&(pid, parent)| parent == own && self.lives_here(pid))
+                    .map(|(pid, _)| *pid),
+            );
             if family.len() == before {
                 break;
             }
         }
         family.remove(&init);
-        family.into_iter().filter_map(read).filter(|process| !process.is("sleep", Some("1000"))).collect()
+        family
+            .into_iter()
+            .filter_map(read)
+            .filter(|process| !process.is("sleep", Some("1000")))
+            .collect()
     }
 
     fn lives_here(&self, pid: u32) -> bool {
@@ -73,8 +87,16 @@ impl Node {
     pub fn traces_of(&self, sandbox: &str) -> Vec<String> {
         let mut traces = self.traces();
         traces.retain(|trace| trace.contains(sandbox));
-        traces.extend(self.processes_of(sandbox).into_iter().map(|process| format!("process {process:?}")));
-        traces.extend(files_named(self.world().directory(), sandbox).into_iter().map(|path| format!("file {}", path.display())));
+        traces.extend(
+            self.processes_of(sandbox)
+                .into_iter()
+                .map(|process| format!("process {process:?}")),
+        );
+        traces.extend(
+            files_named(self.world().directory(), sandbox)
+                .into_iter()
+                .map(|path| format!("file {}", path.display())),
+        );
         traces
     }
 
@@ -83,7 +105,10 @@ impl Node {
         let directory = self.world().directory().display().to_string();
         let mounts = fs::read_to_string(self.world().node().task().join("mountinfo")).unwrap_or_default();
         // The fifth field is the mount point; the node's own resolv.conf is the only mount of the harness.
-        let points = mounts.lines().filter_map(|line| line.split(' ').nth(4)).filter(|point| point.starts_with(&directory));
+        let points = mounts
+            .lines()
+            .filter_map(|line| line.split(' ').nth(4))
+            .filter(|point| point.starts_with(&directory));
         let mut traces: Vec<String> = points.map(|point| format!("mount {point}")).collect();
         for device in entries("/sys/block") {
             if let Ok(file) = fs::read_to_string(device.join("loop/backing_file"))
@@ -92,10 +117,22 @@ impl Node {
                 traces.push(format!("loop {} {}", device.display(), file.trim()));
             }
         }
-        let instance = self.run_dir().file_name().and_then(|name| name.to_str()).unwrap_or("?").to_owned();
-        traces.extend(cgroups_named(&instance).into_iter().map(|path| format!("cgroup {}", path.display())));
+        let instance = self
+            .run_dir()
+            .file_name()
+            .and_then(|name| name.to_str())
+            .unwrap_or("?")
+            .to_owned();
+        traces.extend(
+            cgroups_named(&instance)
+                .into_iter()
+                .map(|path| format!("cgroup {}", path.display())),
+        );
         let programs = ["controller", "netd"];
-        let processes = self.processes().into_iter().filter(|process| !programs.iter().any(|name| process.is(name, None)));
+        let processes = self
+            .processes()
+            .into_iter()
+            .filter(|process| !programs.iter().any(|name| process.is(name, None)));
         traces.extend(processes.map(|process| format!("process {process:?}")));
         traces
     }
@@ -103,7 +140,9 @@ impl Node {
 
 /// Last resort of a teardown: control groups outlive their processes and have no owner.
 pub(super) fn remove_cgroups(instance: &Path) {
-    let Some(name) = instance.file_name().and_then(|name| name.to_str()) else { return };
+    let Some(name) = instance.file_name().and_then(|name| name.to_str()) else {
+        return;
+    };
     let mut groups = cgroups_named(name);
     // The deepest first.
     groups.sort_by_key(|path| std::cmp::Reverse(path.components().count()));
@@ -125,7 +164,10 @@ fn files_named(root: &Path, name: &str) -> Vec<PathBuf> {
     let mut open = vec![(root.to_owned(), false)];
     while let Some((directory, inside)) = open.pop() {
         for path in entries(&directory) {
-            let here = inside || path.file_name().is_some_and(|file| file.to_string_lossy().contains(name));
+            let here = inside
+                || path
+                    .file_name()
+                    .is_some_and(|file| file.to_string_lossy().contains(name));
             if here {
                 found.push(path.clone());
             }
@@ -138,7 +180,11 @@ fn files_named(root: &Path, name: &str) -> Vec<PathBuf> {
 }
 
 fn entries(directory: impl AsRef<Path>) -> impl Iterator<Item = PathBuf> {
-    fs::read_dir(directory).into_iter().flatten().filter_map(Result::ok).map(|entry| entry.path())
+    fs::read_dir(directory)
+        .into_iter()
+        .flatten()
+        .filter_map(Result::ok)
+        .map(|entry| entry.path())
 }
 
 fn status_field(pid: u32, field: &str) -> Option<String> {
@@ -152,10 +198,20 @@ fn read(pid: u32) -> Option<Process> {
     if status_field(pid, "State:")?.starts_with('Z') {
         return None;
     }
-    let numbers = status_field(pid, "NSpid:")?.split_whitespace().filter_map(|number| number.parse().ok()).collect();
+    let numbers = status_field(pid, "NSpid:")?
+        .split_whitespace()
+        .filter_map(|number| number.parse().ok())
+        .collect();
     let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
     let command = command.split(|&byte| byte == 0).filter(|part| !part.is_empty());
-    let command = command.map(|part| String::from_utf8_lossy(part).into_owned()).collect();
+    let command = command
+        .map(|part| String::from_utf8_lossy(part).into_owned())
+        .collect();
     let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
-    Some(Process { pid, numbers, command, cgroups })
+    Some(Process {
+        pid,
+        numbers,
+        command,
+        cgroups,
+    })
 }
