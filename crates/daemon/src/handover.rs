@@ -43,12 +43,12 @@ pub fn inherited(variable: &str) -> io::Result<Option<OwnedFd>> {
         .ok()
         .filter(|number| *number > 2)
         .ok_or_else(|| invalid(format!("{variable}: `{text}` is no descriptor number above 2")))?;
-    // SAFETY: the parent passed the number for us alone; nothing else in this process knows it. Whether it
-    // is open is checked by the fcntl that follows, before anyone can use it.
     #[expect(
         unsafe_code,
         reason = "a descriptor inherited by number has no safe constructor"
     )]
+    // SAFETY: the parent passed the number for us alone; nothing else in this process knows it. Whether it
+    // is open is checked by the fcntl that follows, before anyone can use it.
     let descriptor = unsafe { OwnedFd::from_raw_fd(number) };
     match rustix::io::fcntl_setfd(&descriptor, rustix::io::FdFlags::CLOEXEC) {
         Ok(()) => Ok(Some(descriptor)),
@@ -77,11 +77,11 @@ impl Channel {
     /// When the descriptor cannot be made non-blocking or registered.
     pub fn from_fd(descriptor: OwnedFd) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&descriptor, true)?;
-        // SAFETY: an `OwnedFd` stays the same open descriptor for as long as the `AsyncFd` holds it.
         #[expect(
             unsafe_code,
             reason = "tokio asks for a promise that OwnedFd keeps by its type"
         )]
+        // SAFETY: an `OwnedFd` stays the same open descriptor for as long as the `AsyncFd` holds it.
         let socket = unsafe { AsyncFd::register(descriptor) }?;
         Ok(Self { socket })
     }
