@@ -158,7 +158,7 @@ pub const PIDS: std::ops::RangeInclusive<u64> = 16..=32_768;
 pub const MAX_VARIABLES: usize = 256;
 
 /// Longest environment of a sandbox or a command, in bytes: names and values together.
-pub const MAX_ENVIRONMENT: usize = 128 * 1024;
+pub const MAX_ENVIRONMENT: usize = 96 * 1024;
 
 /// The environment of a sandbox or a command is not acceptable.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -17,6 +17,9 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longest id taken over from a client.
 const MAX_ID: usize = 128;
 
+/// Asked all the time by machines.
+const PROBES: [&str; 2] = ["/health", "/ready"];
+
 /// Names the request in the log, in the answer's header and in an error's body. The log line holds the
 /// route and never the query, which may hold a token.
 pub(super) async fn around(request: Request, next: Next) -> Response {
@@ -38,14 +41,14 @@ pub(super) async fn around(request: Request, next: Next) -> Response {
         if let Ok(value) = HeaderValue::from_str(&id) {
             response.headers_mut().insert(REQUEST_ID, value);
         }
-        tracing::info!(
-            target: "access",
-            %method,
-            route = route.as_deref().unwrap_or("-"),
-            status = response.status().as_u16(),
-            ?code,
-            took_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
-        );
+        let status = response.status().as_u16();
+        let took_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let route = route.as_deref().unwrap_or("-");
+        if PROBES.contains(&route) {
+            tracing::debug!(target: "access", %method, route, status, took_ms);
+        } else {
+            tracing::info!(target: "access", %method, route, status, ?code, took_ms);
+        }
         response
     }
     .instrument(span)

@@ -47,6 +47,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 pub(super) enum Failure {
     /// It does not fit beside the others.
     NoCapacity(String),
+    /// The backend cannot make anything of it.
+    Invalid { field: &'static str, message: String },
     /// The node cannot enforce its policy.
     NotEnforceable(String),
     /// The node did not acknowledge in time.
@@ -405,10 +407,16 @@ impl Work {
                 tracing::warn!(sandbox_id = %self.id(), message, "no capacity for a sandbox");
                 failed(Failure::NoCapacity(message.clone()))
             }
+            BackendError::Invalid { field, message } => {
+                tracing::warn!(sandbox_id = %self.id(), field, message, "the backend refuses what was accepted");
+                failed(Failure::Invalid {
+                    field,
+                    message: message.clone(),
+                })
+            }
             BackendError::Unusable(_)
             | BackendError::Exists(_)
             | BackendError::NotPrepared(_)
-            | BackendError::Invalid { .. }
             | BackendError::Failed { .. } => {
                 tracing::error!(sandbox_id = %self.id(), step, %error, "the backend failed");
                 failed(Failure::Internal)

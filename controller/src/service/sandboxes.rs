@@ -291,6 +291,10 @@ fn started(
     }
     Err(match progress.failure {
         Some(Failure::NoCapacity(message)) => ServiceError::Conflict(format!("no capacity: {message}")),
+        Some(Failure::Invalid { field, message }) => ServiceError::Invalid {
+            field: field.to_owned(),
+            message,
+        },
         Some(Failure::NotEnforceable(message)) => {
             ServiceError::Conflict(format!("the node cannot enforce the policy: {message}"))
         }

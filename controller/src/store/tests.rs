@@ -472,7 +472,7 @@ async fn a_policy_change_puts_exactly_those_it_concerns_on_the_feed() {
         .set_sandbox_policy(&one, &own, None, now())
         .await
         .expect("set");
-    assert_eq!(change.concerns, [one.clone()]);
+    assert_eq!(change.concerns, std::slice::from_ref(&one));
     let (upserts, _) = delta(world.since(Some(at)).await);
     assert_eq!(upserts.len(), 1);
     let tiers: Vec<_> = upserts[0].tiers.iter().map(|tier| tier.tier).collect();
