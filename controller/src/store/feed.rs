@@ -149,5 +149,7 @@ fn feed_sandbox(row: &SqliteRow) -> Result<FeedSandbox, StoreError> {
         org_id: parse("organisation id", row.try_get("org_id")?)?,
         endpoint: document("endpoint", row.try_get("endpoint")?)?,
         tiers,
+        bindings: Vec::new(),
+        ca_generation: 0,
     })
 }

@@ -3,8 +3,8 @@
 //! `GET /feed?node=<name>&since=<revision>` answers an endless NDJSON body of [`FeedFrame`]s: a
 //! [`FeedFrame::Snapshot`] when `since` is absent or unknown, then deltas, and a heartbeat every
 //! [`HEARTBEAT_SECONDS`]. After applying a frame the node sends `POST /feed/ack` with a [`FeedAck`].
-//! `POST /feed/audit` delivers [`AuditBatch`]es. Acknowledged means: kernel maps written, DNS and proxy
-//! tables swapped, forbidden flows cut.
+//! `POST /feed/audit` delivers [`AuditBatch`]es; for leases see [`crate::credential`]. Acknowledged
+//! means: kernel maps written, DNS and proxy tables swapped, forbidden flows cut.
 
 use std::net::Ipv4Addr;
 
@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     audit::AuditEvent,
+    credential::Binding,
     id::{OrgId, SandboxId},
 };
 
@@ -64,6 +65,12 @@ pub struct FeedSandbox {
     /// Empty means: the default policy, see [`Policy::default`].
     #[serde(default)]
     pub tiers: Vec<PolicyTier>,
+    /// Secrets that are injected into its requests. Their hosts' ports are intercepted.
+    #[serde(default)]
+    pub bindings: Vec<Binding>,
+    /// Of its certificate authority. Another one means that a lease on the authority is void.
+    #[serde(default)]
+    pub ca_generation: u32,
 }
 
 /// A sandbox's point of attachment to its node.

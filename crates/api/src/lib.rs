@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`rest`] | published clients and the controller |
 //! | [`feed`] | controller and netd: which sandboxes live on a node and what they may do |
+//! | [`credential`] | controller and netd: what is injected where, leases on values |
 //! | [`control`] | controller and netd: descriptor passing, connections into a sandbox |
 //! | [`agent`] | controller and `sandboxd` inside a sandbox |
 //! | [`audit`] | netd, the controller and clients: one record per egress decision |
@@ -14,6 +15,7 @@
 pub mod agent;
 pub mod audit;
 pub mod control;
+pub mod credential;
 pub mod error;
 pub mod feed;
 pub mod id;
