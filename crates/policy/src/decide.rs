@@ -4,12 +4,14 @@ use std::net::SocketAddr;
 
 use crate::{
     address,
-    document::{FailureMode, Policy},
+    document::{FailureMode, Policy, Tls},
     error::PolicyError,
     kernel::{self, KernelAction, KernelTable},
-    names::DomainName,
+    names::{DomainName, DomainPattern},
     platform::Platform,
+    ports::{PortSet, PortSpan},
     reason::Reason,
+    request::RequestHead,
     tier::{Claim, Judgement, Tier, View},
 };
 
@@ -48,10 +50,30 @@ pub struct Verdict {
     /// What decided in this tier: the name of a rule, or its path such as `rules[0]` or `allowed_domains[2]`,
     /// `allowed_ports` or `mode`. `None`: the platform.
     pub rule: Option<String>,
-    /// For a flow without name: `true` means that it is denied as it is and a name can allow it, so look for one;
-    /// `false` means that the answer is final, and an allowed flow may be forwarded without a look inside. For a flow
-    /// with a name: it is allowed because of the name.
+    /// For a flow without name: `true` means look for one. If the flow is denied, a name can allow it; if it is allowed,
+    /// it may go on unread should it show none, but under one that a secret is bound to it is intercepted. `false` means
+    /// that the answer is final, and an allowed flow may be forwarded without a look inside. For a flow with a name: it
+    /// is allowed because of the name.
     pub needs_name: bool,
+    /// Whether an allowed flow must be read: a winning rule asks for it, or a secret is bound to its name and port.
+    pub intercept: bool,
+    /// The secrets whose bindings every request on an allowed flow must use, one for each winning rule that names one.
+    pub credentials: Vec<String>,
+}
+
+/// Hosts and ports that one secret is bound to. It opens nothing: it makes flows that are allowed anyway be read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BoundHost {
+    /// The hosts.
+    pub hosts: Vec<DomainPattern>,
+    /// The ports.
+    pub ports: Vec<u16>,
+}
+
+impl BoundHost {
+    fn concerns(&self, name: &DomainName, port: u16) -> bool {
+        self.ports.contains(&port) && self.hosts.iter().any(|host| host.matches(name))
+    }
 }
 
 /// The compiled tiers of one sandbox.
@@ -61,6 +83,9 @@ pub struct SandboxPolicy {
     tiers: Vec<Tier>,
     /// How many tiers were given; the default policy stands in for none.
     given: usize,
+    bindings: Vec<BoundHost>,
+    /// The ports of all bindings.
+    read: PortSet,
     table: KernelTable,
 }
 
@@ -71,6 +96,20 @@ impl SandboxPolicy {
     ///
     /// When the tiers together are more than the kernel's table holds. The field is one of the last tier's document.
     pub fn compile(platform: &Platform, tiers: &[(String, Policy)]) -> Result<Self, PolicyError> {
+        Self::compile_with(platform, tiers, &[])
+    }
+
+    /// The same for a sandbox that holds placeholders of bound secrets. Bindings change no answer but
+    /// [`Verdict::intercept`], and [`Verdict::needs_name`] with it; on their ports the kernel passes nothing unread.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`SandboxPolicy::compile`], and never because of the bindings.
+    pub fn compile_with(
+        platform: &Platform,
+        tiers: &[(String, Policy)],
+        bindings: &[BoundHost],
+    ) -> Result<Self, PolicyError> {
         let default = Policy::default();
         let policies: Vec<&Policy> = if tiers.is_empty() {
             vec![&default]
@@ -78,7 +117,9 @@ impl SandboxPolicy {
             tiers.iter().map(|(_, policy)| policy).collect()
         };
         let compiled: Vec<Tier> = policies.iter().map(|policy| Tier::compile(policy)).collect();
-        let table = kernel::table(&compiled).map_err(|excess| {
+        let bound_ports = bindings.iter().flat_map(|binding| &binding.ports);
+        let read = PortSet::new(bound_ports.copied().map(PortSpan::one));
+        let table = kernel::table(&compiled, &read).map_err(|excess| {
             let mut error = excess.of(policies.last().map_or(&default, |policy| *policy));
             if let [above @ .., (last, _)] = tiers
                 && !above.is_empty()
@@ -96,6 +137,8 @@ impl SandboxPolicy {
             platform: platform.clone(),
             tiers: compiled,
             given: tiers.len(),
+            bindings: bindings.to_vec(),
+            read,
             table,
         })
     }
@@ -114,6 +157,31 @@ impl SandboxPolicy {
         }
     }
 
+    /// Decides one request on a flow that shows a name. What a winning rule's `http` list does not hold is denied, and
+    /// the rules below it are not asked: the list narrows the rule, it never hands the flow on.
+    pub fn decide_request(&self, flow: &Flow<'_>, request: &RequestHead<'_>) -> Verdict {
+        let verdict = self.decide(flow);
+        let (true, Some(name)) = (verdict.allowed, flow.name) else {
+            return verdict;
+        };
+        let judgements = self.judge(flow, Claim::Name(name));
+        for (tier, judgement) in judgements.iter().enumerate() {
+            let inside = self.tiers[tier].inside(judgement.cause);
+            let Some(inside) = inside.filter(|inside| !inside.http.is_empty()) else {
+                continue;
+            };
+            // An entry with the right method says more about what is wrong than one without.
+            let mismatches: Option<Vec<Reason>> =
+                inside.http.iter().map(|entry| entry.mismatch(request)).collect();
+            if let Some(mismatches) = mismatches {
+                let path = mismatches.contains(&Reason::PathDenied);
+                let reason = if path { Reason::PathDenied } else { Reason::MethodDenied };
+                return self.verdict(tier, Judgement::deny(reason, judgement.cause), false);
+            }
+        }
+        verdict
+    }
+
     fn decide_shown(&self, flow: &Flow<'_>, name: &DomainName) -> Verdict {
         let judgements = self.judge(flow, Claim::Name(name));
         match judgements.iter().position(|judgement| !judgement.allowed()) {
@@ -121,15 +189,60 @@ impl SandboxPolicy {
             None => {
                 let nameless = self.judge(flow, Claim::Nothing);
                 let by_name = !nameless.iter().all(Judgement::allowed);
-                self.verdict(self.tiers.len() - 1, judgements[self.tiers.len() - 1], by_name)
+                let last = self.tiers.len() - 1;
+                let (intercept, credentials) = self.asked_inside(flow, name, &judgements);
+                Verdict {
+                    intercept,
+                    credentials,
+                    ..self.verdict(last, judgements[last], by_name)
+                }
             }
         }
+    }
+
+    /// What the winning rules of all tiers and the bindings ask of what is inside the flow.
+    fn asked_inside(
+        &self,
+        flow: &Flow<'_>,
+        name: &DomainName,
+        judgements: &[Judgement],
+    ) -> (bool, Vec<String>) {
+        let winning: Vec<_> = self
+            .tiers
+            .iter()
+            .zip(judgements)
+            .filter_map(|(tier, judgement)| tier.inside(judgement.cause))
+            .collect();
+        let spliced = winning.iter().any(|inside| inside.tls == Tls::Splice);
+        let is_bound = !spliced && flow.names_bound.contains(name) && self.holds(name, flow.to.port());
+        let mut credentials: Vec<String> = winning
+            .iter()
+            .filter_map(|inside| inside.credential.clone())
+            .collect();
+        credentials.sort_unstable();
+        credentials.dedup();
+        let read = winning.iter().any(|inside| inside.is_read());
+        (read || is_bound, credentials)
+    }
+
+    /// Whether a secret is bound to the name and the port.
+    fn holds(&self, name: &DomainName, port: u16) -> bool {
+        self.bindings.iter().any(|binding| binding.concerns(name, port))
     }
 
     fn decide_nameless(&self, flow: &Flow<'_>) -> Verdict {
         let judgements = self.judge(flow, Claim::Nothing);
         let Some(first) = judgements.iter().position(|judgement| !judgement.allowed()) else {
-            return self.verdict(self.tiers.len() - 1, judgements[self.tiers.len() - 1], false);
+            let last = self.tiers.len() - 1;
+            let port = flow.to.port();
+            let may_be_bound = flow.names_bound.iter().any(|name| {
+                self.holds(name, port)
+                    && self
+                        .judge(flow, Claim::Name(name))
+                        .iter()
+                        .all(Judgement::allowed)
+            });
+            return self.verdict(last, judgements[last], may_be_bound);
         };
         // A name can help only if all tiers allow the flow under it.
         let mut claims = [Claim::Unlisted]
@@ -174,7 +287,7 @@ impl SandboxPolicy {
     /// Decides a DNS query: whether any flow under this name may be allowed, on any port. Allow rules by address open
     /// no name, and a mode that allows everything opens public names only.
     pub fn decide_name(&self, name: &DomainName) -> Verdict {
-        let mut common: Option<crate::ports::PortSet> = None;
+        let mut common: Option<PortSet> = None;
         let mut last = None;
         for (index, tier) in self.tiers.iter().enumerate() {
             let (open, judgement) = tier.open_to(name);
@@ -200,13 +313,15 @@ impl SandboxPolicy {
     }
 
     /// What the kernel does for a destination: the platform's ranges first, then what [`SandboxPolicy::kernel_table`]
-    /// says. The table may give [`Reason::DefaultDeny`] where this gives a finer reason.
+    /// says. The table may give [`Reason::DefaultDeny`] where this gives a finer reason, and [`KernelAction::Proxy`] where
+    /// bindings on many ports would make it too large.
     pub fn decide_address_port(&self, to: SocketAddr) -> KernelAction {
         if self.platform.denies(to) {
             return KernelAction::Deny(Reason::PlatformDenied);
         }
         let address = address::canonical(to.ip());
-        kernel::strictest(self.tiers.iter().map(|tier| tier.kernel_at(address, to.port())))
+        let strictest = kernel::strictest(self.tiers.iter().map(|tier| tier.kernel_at(address, to.port())));
+        kernel::reading(strictest, self.read.contains(to.port()))
     }
 
     /// The table for the kernel: TCP over IPv4, without the platform's ranges.
@@ -231,6 +346,8 @@ impl SandboxPolicy {
             tier: Some(tier).filter(|tier| *tier < self.given),
             rule: Some(self.tiers[tier].label(judgement.cause)),
             needs_name,
+            intercept: false,
+            credentials: Vec::new(),
         }
     }
 }
@@ -243,6 +360,8 @@ fn deny_flatly(reason: Reason) -> Verdict {
         tier: None,
         rule: None,
         needs_name: false,
+        intercept: false,
+        credentials: Vec::new(),
     }
 }
 

@@ -10,7 +10,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use serde_json::{Map, Value, json};
 
-use crate::{error::PolicyError, names::DomainPattern, ports::PortSpan};
+use crate::{error::PolicyError, names::DomainPattern, ports::PortSpan, request::RequestPattern};
 
 macro_rules! words {
     ($(#[doc = $doc:literal])+ $name:ident { $($(#[doc = $word_doc:literal])+ $word:ident = $text:literal,)+ }) => {
@@ -69,6 +69,18 @@ words! {
 }
 
 words! {
+    /// What happens to TLS on a flow that a rule allows.
+    Tls {
+        /// It is opened where something needs to look inside: an `http` list, a credential, a bound secret.
+        Auto = "auto",
+        /// It is never opened for the sake of a bound secret.
+        Splice = "splice",
+        /// It is always opened.
+        Intercept = "intercept",
+    }
+}
+
+words! {
     /// Whether denials are carried out.
     Enforcement {
         /// They are.
@@ -96,6 +108,31 @@ pub struct Rule {
     pub(crate) cidrs: Vec<IpNet>,
     /// Not given: every port for a deny rule, `allowed_ports` for an allow rule.
     pub(crate) ports: Option<Vec<PortSpan>>,
+    pub(crate) inside: Inside,
+}
+
+/// What an allow rule asks of what is inside a flow.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Inside {
+    pub(crate) tls: Tls,
+    /// The requests that are allowed; empty: all of them.
+    pub(crate) http: Vec<RequestPattern>,
+    /// The binding that requests must use.
+    pub(crate) credential: Option<String>,
+}
+
+impl Inside {
+    /// Nothing: what is inside does not matter.
+    pub(crate) const UNSEEN: Self = Self {
+        tls: Tls::Auto,
+        http: Vec::new(),
+        credential: None,
+    };
+
+    /// Whether flows must be read to enforce it.
+    pub(crate) fn is_read(&self) -> bool {
+        self.tls == Tls::Intercept || !self.http.is_empty() || self.credential.is_some()
+    }
 }
 
 impl Rule {
@@ -112,6 +149,33 @@ impl Rule {
     /// How it knows the name of a flow.
     pub fn protocol(&self) -> RuleProtocol {
         self.protocol
+    }
+
+    /// The hosts that it names.
+    pub fn domains(&self) -> &[DomainPattern] {
+        &self.domains
+    }
+
+    /// Whether it concerns the port. `None`: a rule without ports, which means every port for a deny rule and
+    /// `allowed_ports` of the document for an allow rule.
+    pub fn lists_port(&self, port: u16) -> Option<bool> {
+        let spans = self.ports.as_ref()?;
+        Some(spans.iter().any(|span| (span.first..=span.last).contains(&port)))
+    }
+
+    /// What happens to TLS.
+    pub fn tls(&self) -> Tls {
+        self.inside.tls
+    }
+
+    /// The requests that it allows; none means all of them.
+    pub fn http(&self) -> &[RequestPattern] {
+        &self.inside.http
+    }
+
+    /// The secret whose binding requests must use.
+    pub fn credential(&self) -> Option<&str> {
+        self.inside.credential.as_deref()
     }
 }
 
@@ -185,6 +249,11 @@ impl Policy {
         self.enforcement
     }
 
+    /// The ports that the lists and the mode open.
+    pub fn allowed_ports(&self) -> &[u16] {
+        &self.allowed_ports
+    }
+
     /// What happens while audit or credentials are out of order.
     pub fn failure_mode(&self) -> FailureMode {
         self.failure_mode
@@ -209,8 +278,27 @@ impl Rule {
         if let Some(ports) = &self.ports {
             value.insert("ports".to_owned(), texts(ports).into());
         }
+        let Inside { tls, http, credential } = &self.inside;
+        if *tls != Tls::Auto {
+            value.insert("tls".to_owned(), tls.as_str().into());
+        }
+        if !http.is_empty() {
+            let entries: Vec<Value> = http.iter().map(requests).collect();
+            value.insert("http".to_owned(), entries.into());
+        }
+        if let Some(credential) = credential {
+            value.insert("credential".to_owned(), credential.as_str().into());
+        }
         Value::Object(value)
     }
+}
+
+fn requests(pattern: &RequestPattern) -> Value {
+    json!({
+        "methods": pattern.methods(),
+        "paths": texts(pattern.paths()),
+        "upgrade": pattern.upgrade(),
+    })
 }
 
 fn texts<T: ToString>(items: &[T]) -> Vec<String> {

@@ -7,7 +7,7 @@ use std::{collections::BTreeSet, net::Ipv4Addr};
 
 use ipnet::{IpNet, Ipv4Net};
 
-use crate::{document::Policy, error::PolicyError, reason::Reason, tier::Tier};
+use crate::{document::Policy, error::PolicyError, ports::PortSet, reason::Reason, tier::Tier};
 
 /// Port ranges of one prefix.
 pub const MAX_RANGES: usize = 16;
@@ -128,8 +128,8 @@ pub(crate) fn strictest(actions: impl Iterator<Item = KernelAction>) -> KernelAc
     strictest
 }
 
-/// Flattens the tiers.
-pub(crate) fn table(tiers: &[Tier]) -> Result<KernelTable, Excess> {
+/// Flattens the tiers. On the ports of `read` nothing passes without a look inside.
+pub(crate) fn table(tiers: &[Tier], read: &PortSet) -> Result<KernelTable, Excess> {
     let networks = tiers
         .iter()
         .flat_map(|tier| &tier.rules)
@@ -147,7 +147,7 @@ pub(crate) fn table(tiers: &[Tier]) -> Result<KernelTable, Excess> {
     // inside it.
     let mut around: Vec<usize> = Vec::new();
     for prefix in prefixes {
-        let ranges = ranges(tiers, prefix)?;
+        let ranges = ranges(tiers, prefix, read)?;
         while around
             .last()
             .is_some_and(|outer| !entries[*outer].prefix.contains(&prefix))
@@ -167,7 +167,7 @@ pub(crate) fn table(tiers: &[Tier]) -> Result<KernelTable, Excess> {
     Ok(KernelTable { entries })
 }
 
-fn ranges(tiers: &[Tier], prefix: Ipv4Net) -> Result<Vec<PortRange>, Excess> {
+fn ranges(tiers: &[Tier], prefix: Ipv4Net, read: &PortSet) -> Result<Vec<PortRange>, Excess> {
     // A rule's range either contains the whole prefix or nothing of it that a longer entry does not cover.
     let concerns = |networks: &[IpNet]| {
         networks
@@ -186,6 +186,7 @@ fn ranges(tiers: &[Tier], prefix: Ipv4Net) -> Result<Vec<PortRange>, Excess> {
         relevant.chain(&tier.open)
     });
     let edges = all_ports
+        .chain([read])
         .flat_map(|ports| ports.spans())
         .flat_map(|span| [Some(span.first), span.last.checked_add(1)]);
     let starts: BTreeSet<u16> = edges.flatten().chain([0]).collect();
@@ -197,13 +198,36 @@ fn ranges(tiers: &[Tier], prefix: Ipv4Net) -> Result<Vec<PortRange>, Excess> {
             .iter()
             .zip(&matches)
             .map(|(tier, matches)| tier.kernel(first, matches));
-        let action = strictest(answers);
+        let action = reading(strictest(answers), read.contains(first));
         match exact.last_mut() {
             Some(before) if before.action == action => before.last = last,
             Some(_) | None => exact.push(PortRange { first, last, action }),
         }
     }
-    fit(exact).ok_or(Excess::Ranges(prefix))
+    // Reading more ports than needed costs time and denies nothing, so it never makes a policy too large.
+    fit(exact.clone())
+        .or_else(|| (!read.is_empty()).then(|| fit(read_all(exact))).flatten())
+        .ok_or(Excess::Ranges(prefix))
+}
+
+/// What passes is read where someone must look inside.
+pub(crate) fn reading(action: KernelAction, read: bool) -> KernelAction {
+    match action {
+        KernelAction::Pass if read => KernelAction::Proxy,
+        KernelAction::Pass | KernelAction::Proxy | KernelAction::ProxyBound | KernelAction::Deny(_) => action,
+    }
+}
+
+fn read_all(ranges: Vec<PortRange>) -> Vec<PortRange> {
+    let mut merged: Vec<PortRange> = Vec::with_capacity(ranges.len());
+    for range in ranges {
+        let action = reading(range.action, true);
+        match merged.last_mut() {
+            Some(before) if before.action == action => before.last = range.last,
+            Some(_) | None => merged.push(PortRange { action, ..range }),
+        }
+    }
+    merged
 }
 
 /// Leaves out what the table says anyway, and gives up the finer reasons of denials before giving up.

@@ -9,7 +9,7 @@ use ipnet::IpNet;
 
 use crate::{
     address,
-    document::{Action, FailureMode, Mode, Policy, Rule, RuleProtocol},
+    document::{Action, FailureMode, Inside, Mode, Policy, Rule, RuleProtocol},
     kernel::KernelAction,
     names::{DomainName, DomainPattern, DomainSet},
     ports::{PortSet, PortSpan},
@@ -34,6 +34,7 @@ pub(crate) struct TierRule {
     domains: DomainSet,
     pub(crate) networks: Vec<IpNet>,
     pub(crate) ports: PortSet,
+    inside: Inside,
 }
 
 /// What a rule is called in the audit.
@@ -96,7 +97,7 @@ impl Judgement {
         }
     }
 
-    fn deny(reason: Reason, cause: Cause) -> Self {
+    pub(crate) fn deny(reason: Reason, cause: Cause) -> Self {
         Self { reason, cause }
     }
 }
@@ -112,6 +113,7 @@ impl Tier {
             domains: DomainSet::new(&rule.domains),
             networks: rule.cidrs.clone(),
             ports: rule_ports(rule, &listed_ports),
+            inside: rule.inside.clone(),
         });
         let list = |name, action, domains: &[DomainPattern], networks: &[IpNet]| TierRule {
             origin: Origin::List(name),
@@ -123,6 +125,7 @@ impl Tier {
                 Action::Deny => PortSet::all(),
                 Action::Allow => listed_ports.clone(),
             },
+            inside: Inside::UNSEEN,
         };
         let lists = [
             list("denied_domains", Action::Deny, &policy.denied_domains, &[]),
@@ -155,6 +158,14 @@ impl Tier {
         }
     }
 
+    /// What the rule that decided asks of what is inside the flow. `None`: no rule decided.
+    pub(crate) fn inside(&self, cause: Cause) -> Option<&Inside> {
+        match cause {
+            Cause::Rule { index, .. } => Some(&self.rules[index].inside),
+            Cause::Ports | Cause::Mode => None,
+        }
+    }
+
     /// Decides one flow.
     pub(crate) fn judge(&self, flow: &View<'_>) -> Judgement {
         let mut passed = Passed::default();
@@ -181,6 +192,10 @@ impl Tier {
                             return Judgement::deny(Reason::NoName, cause(entry));
                         }
                         Match::Full(entry) => return Judgement::allow(cause(entry)),
+                        // What the rule asks of this name holds wherever the flow goes.
+                        Match::Unbound(entry) if rule.inside.is_read() => {
+                            return Judgement::deny(Reason::AddressNotBound, cause(entry));
+                        }
                         Match::Unbound(entry) => {
                             passed.unbound.get_or_insert_with(|| cause(entry));
                         }
@@ -316,7 +331,7 @@ fn rule_ports(rule: &Rule, listed: &PortSet) -> PortSet {
 /// What the rules that did not match leave behind for those below.
 #[derive(Debug, Default)]
 struct Passed {
-    /// An `http` rule denies names: who shows none may be one of them.
+    /// An `http` rule denies names, or looks into flows of theirs: who shows none may be one of them.
     nameless_are_refused: bool,
     /// A `tcp` rule denies names: an address that is pinned for none may be one of theirs.
     unpinned_are_refused: bool,
@@ -339,6 +354,8 @@ impl Passed {
 
     fn allow(&mut self, rule: &TierRule) {
         self.named_allow |= !rule.domains.is_empty();
+        // It allows less than the name, so it denies the rest, like a rule that denies the name.
+        self.nameless_are_refused |= rule.inside.is_read();
     }
 
     /// A mode that allows everything does so for names that were asked for, wherever the list denies any.
