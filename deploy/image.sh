@@ -19,7 +19,7 @@ SANDBOX_UID=1001
 
 # What code and agents reach for first. Without recommended packages.
 PACKAGES=(bzip2 ca-certificates curl file g++ gcc git jq less libc6-dev make openssl patch procps python-is-python3 python3
-  python3-dev python3-pip python3-venv ripgrep sqlite3 unzip xz-utils zip)
+  python3-dev python3-h2 python3-httpx python3-pip python3-requests python3-venv ripgrep sqlite3 unzip xz-utils zip)
 
 # Node.js with npm: Debian 12's own is past its end of life, and its npm brings 350 packages. This wheel holds the
 # official build, and pip checks it against these hashes.
