@@ -5,6 +5,14 @@
 //! |---|---|
 //! | [`copy`] | the two-way streaming copy: half-close, idle limit, byte counts, being cut |
 //! | [`dial`] | the guarded dialer: it never connects to an address the platform forbids |
+//! | [`encoded`] | decoding compressed bodies piece by piece, without unbounded output |
+//! | [`headers`] | what is taken out of headers and queries on their way through |
+//! | [`redact`] | masking secrets in streams, in every spelling, across chunk borders |
+//! | [`websocket`] | the same inside the frames of a WebSocket |
 
 pub mod copy;
 pub mod dial;
+pub mod encoded;
+pub mod headers;
+pub mod redact;
+pub mod websocket;
