@@ -19,13 +19,14 @@ mod path;
 mod query;
 mod request;
 mod sandboxes;
+mod secrets;
 mod serve;
 mod settings;
 mod sse;
 
 use axum::{
     Router, middleware,
-    routing::{delete, get, post},
+    routing::{delete, get, post, put},
 };
 use sandgate_api::error::ErrorCode;
 
@@ -54,6 +55,9 @@ pub fn router(service: Service) -> Router {
             "/sandbox/{id}/network",
             get(network::get).put(network::put).patch(network::patch),
         )
+        .route("/sandbox/{id}/secrets/inject", post(secrets::inject))
+        .route("/secrets", get(secrets::list).post(secrets::create))
+        .route("/secrets/{name}", put(secrets::update).delete(secrets::delete))
         .route(
             "/settings/egress",
             get(settings::get_egress).put(settings::put_egress),

@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use sandgate_api::control::CONTROL_FD_VARIABLE;
 use sandgate_daemon::{handover, signal, tasks::Tasks};
 use tokio::net::TcpListener;
@@ -16,11 +17,13 @@ use tokio::net::TcpListener;
 use crate::{
     api,
     backend::{LocalBackend, LocalConfig},
+    broker::Broker,
     config::{API_FD_VARIABLE, Config},
     installation::InstallationKey,
     node::NodeLink,
     service::Service,
     store::Store,
+    vault::{KEY_FILE_VARIABLE, KEY_VARIABLE, Vault},
 };
 
 /// How long requests and endings under way are waited for.
@@ -58,13 +61,17 @@ impl Inherited {
 /// When the database, the key or the listener cannot be used. A backend that cannot be used is no error: the
 /// API says so, and it is tried again.
 pub async fn serve(config: Config, inherited: Inherited) -> Result<()> {
+    // Values pass through this process's memory, which must never become a file.
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).context("forbidding core dumps")?;
     let tasks = Tasks::new(signal::shutdown().context("installing signal handlers")?);
     let config = Arc::new(config);
     make_directory(&config.data_dir)?;
     let installation = InstallationKey::open(&config.data_dir.join("installation.key"))?;
     let store = open_store(&config.database).await?;
+    let vault = open_vault(&config, &store).await?;
+    let broker = Broker::new(store.clone(), Arc::clone(&vault), installation.clone());
     let channel = handover::Channel::from_fd(inherited.control).context("using the control channel")?;
-    let node = NodeLink::start(channel, store.clone(), &tasks);
+    let node = NodeLink::start(channel, store.clone(), broker, &tasks);
     let listener = match inherited.listener {
         Some(descriptor) => {
             let listener = std::net::TcpListener::from(descriptor);
@@ -80,6 +87,7 @@ pub async fn serve(config: Config, inherited: Inherited) -> Result<()> {
         store.clone(),
         node,
         installation,
+        vault,
         tasks.clone(),
     );
     tasks.spawn(
@@ -101,6 +109,19 @@ pub async fn serve(config: Config, inherited: Inherited) -> Result<()> {
     }
     store.close().await;
     Ok(())
+}
+
+/// The key-encryption key, which must be the one that the stored secrets were sealed with.
+async fn open_vault(config: &Config, store: &Store) -> Result<Arc<Vault>> {
+    let text = std::env::var(KEY_VARIABLE).ok();
+    let vault = Vault::open(config.key_file.as_deref(), text, &config.data_dir)
+        .context("opening the key-encryption key")?;
+    anyhow::ensure!(
+        !store.has_secret_of_another_key(&vault.key_id()).await?,
+        "the stored secrets are sealed with another key than the one from {KEY_FILE_VARIABLE}, {KEY_VARIABLE} or \
+         the data directory; bring that key back"
+    );
+    Ok(Arc::new(vault))
 }
 
 /// The database file and what SQLite puts beside it, readable by nobody else.

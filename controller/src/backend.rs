@@ -61,6 +61,8 @@ pub struct LaunchSpec {
     pub env: BTreeMap<String, String>,
     /// 64 hexadecimal digits. Reaches the agent by a pipe and is never written anywhere.
     pub agent_key: String,
+    /// The certificate of its authority, PEM, which programs inside trust beside the image's.
+    pub ca_certificate: Option<String>,
     /// How it is walled off.
     pub isolation: Isolation,
 }

@@ -82,6 +82,10 @@ settings! {
     disk_reserve = "SANDGATE_DISK_RESERVE", "disk-reserve";
     /// `sqlite://<path>` [default: sandgate.db in the data directory]
     database_url = "DATABASE_URL", "database-url";
+    /// File with the key that encrypts secrets' keys: 32 bytes, or their hexadecimal or base64 text. Instead
+    /// of it the variable SANDGATE_KEY may hold the text [default: secrets.key in the data directory, made
+    /// when it is missing]
+    key_file = "SANDGATE_KEY_FILE", "key-file";
     /// The OCI runtime [default: runc]
     runtime = "SANDGATE_RUNC", "runc";
 }
@@ -138,6 +142,8 @@ pub struct Config {
     pub disk_reserve_bytes: u64,
     /// The database file.
     pub database: PathBuf,
+    /// Where the key-encryption key of secrets is, when it is configured to be in a file.
+    pub key_file: Option<PathBuf>,
     /// The OCI runtime: a path, or a name to be found in `PATH`.
     pub runtime: PathBuf,
 }
@@ -215,6 +221,10 @@ impl Config {
                     .map_err(|error| error.to_string())
             })?,
             database: database(settings, &data_dir)?,
+            key_file: match settings.key_file.as_deref() {
+                None | Some("") => None,
+                Some(path) => Some(directory("SANDGATE_KEY_FILE", &Some(path.to_owned()), "")?),
+            },
             runtime: PathBuf::from(read("SANDGATE_RUNC", &settings.runtime, "runc", |text| {
                 Ok(text.to_owned())
             })?),

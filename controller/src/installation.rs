@@ -1,16 +1,12 @@
 //! The installation's key: one secret file from which others are derived, so that none of them is stored.
 
-use std::{
-    fs,
-    io::{self, Write as _},
-    os::unix::fs::OpenOptionsExt as _,
-    path::Path,
-};
+use std::path::Path;
 
+use aws_lc_rs::hkdf;
 use sandgate_api::id::SandboxId;
 use sha2::{Digest as _, Sha256};
 
-const LENGTH: usize = 32;
+use crate::keyfile::{self, KeyError, LENGTH};
 
 /// SHA-256's block, in bytes (RFC 2104 pads a key to it).
 const BLOCK: usize = 64;
@@ -19,81 +15,34 @@ const BLOCK: usize = 64;
 #[derive(Clone)]
 pub struct InstallationKey([u8; LENGTH]);
 
-/// The key cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum KeyError {
-    /// The file cannot be read or made.
-    #[error("the installation key {path}")]
-    File {
-        /// Where it should be.
-        path: String,
-        /// Why not.
-        #[source]
-        source: io::Error,
-    },
-    /// The file is something else.
-    #[error("{path} does not hold an installation key of {LENGTH} bytes")]
-    Length {
-        /// Where it is.
-        path: String,
-    },
-    /// No random numbers.
-    #[error("the system has no random numbers: {0}")]
-    Random(getrandom::Error),
-}
-
 impl InstallationKey {
-    /// Reads the key, making it if there is none. The file is never seen half written.
+    /// Reads the key, making it if there is none.
     ///
     /// # Errors
     /// When the file cannot be used; an existing one is never replaced.
     pub fn open(path: &Path) -> Result<Self, KeyError> {
-        let failed = |source| KeyError::File {
-            path: path.display().to_string(),
-            source,
-        };
-        match fs::read(path) {
-            Ok(bytes) => Self::from_bytes(&bytes, path),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let mut key = [0; LENGTH];
-                getrandom::fill(&mut key).map_err(KeyError::Random)?;
-                let fresh = path.with_extension("new");
-                let mut options = fs::OpenOptions::new();
-                let mut file = options
-                    .write(true)
-                    .create(true)
-                    .truncate(true)
-                    .mode(0o600)
-                    .open(&fresh)
-                    .map_err(failed)?;
-                file.write_all(&key)
-                    .and_then(|()| file.sync_all())
-                    .map_err(failed)?;
-                // A link, and not a rename: it fails when somebody else made a key meanwhile.
-                let linked = fs::hard_link(&fresh, path);
-                fs::remove_file(&fresh).map_err(failed)?;
-                match linked {
-                    Ok(()) => Ok(Self(key)),
-                    Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Self::open(path),
-                    Err(error) => Err(failed(error)),
-                }
-            }
-            Err(error) => Err(failed(error)),
-        }
-    }
-
-    fn from_bytes(bytes: &[u8], path: &Path) -> Result<Self, KeyError> {
-        match <[u8; LENGTH]>::try_from(bytes) {
-            Ok(key) => Ok(Self(key)),
-            Err(_length) => Err(KeyError::Length {
-                path: path.display().to_string(),
-            }),
-        }
+        keyfile::open(path).map(Self)
     }
 
     /// The key with which the controller proves itself to a sandbox's agent: 64 hexadecimal digits.
     pub fn agent_key(&self, id: &SandboxId) -> String {
         hex::encode(self.derive(&format!("sandgate agent key 1 {id}")))
+    }
+
+    #[cfg(test)]
+    pub(crate) fn from_key(key: [u8; LENGTH]) -> Self {
+        Self(key)
+    }
+
+    /// HKDF-SHA-256 (RFC 5869) with a label that names purpose and owner.
+    pub(crate) fn expand(&self, label: &str) -> [u8; 32] {
+        let mut derived = [0; 32];
+        let extracted = hkdf::Salt::new(hkdf::HKDF_SHA256, b"sandgate installation 1").extract(&self.0);
+        extracted
+            .expand(&[label.as_bytes()], hkdf::HKDF_SHA256)
+            .and_then(|expanded| expanded.fill(&mut derived))
+            .expect("one block of the hash is never too long to ask for");
+        derived
     }
 
     /// HMAC-SHA-256 (RFC 2104) of a label that names purpose and owner.
@@ -115,23 +64,7 @@ impl InstallationKey {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
-
     use super::*;
-
-    #[test]
-    fn the_key_is_made_once_and_only_its_owner_reads_it() {
-        let directory = tempfile::tempdir().expect("a directory");
-        let path = directory.path().join("installation.key");
-        let id = SandboxId::random();
-        let first = InstallationKey::open(&path).expect("made").agent_key(&id);
-        assert_eq!(InstallationKey::open(&path).expect("read").agent_key(&id), first);
-        assert_eq!(
-            fs::metadata(&path).expect("metadata").permissions().mode() & 0o777,
-            0o600
-        );
-        assert_eq!(fs::read_dir(directory.path()).expect("listing").count(), 1);
-    }
 
     #[test]
     fn every_sandbox_and_every_installation_has_its_own_agent_key() {
@@ -151,17 +84,5 @@ mod tests {
             hex::encode(InstallationKey(key).derive("what do ya want for nothing?")),
             "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843"
         );
-    }
-
-    #[test]
-    fn a_damaged_file_is_refused_and_left_alone() {
-        let directory = tempfile::tempdir().expect("a directory");
-        let path = directory.path().join("installation.key");
-        fs::write(&path, b"short").expect("written");
-        assert!(matches!(
-            InstallationKey::open(&path),
-            Err(KeyError::Length { .. })
-        ));
-        assert_eq!(fs::read(&path).expect("read"), b"short");
     }
 }

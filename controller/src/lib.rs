@@ -10,6 +10,9 @@
 //! | [`node`] | the feed to netd, and the way into sandboxes |
 //! | [`agent`] | the host side of the agent protocol |
 //! | [`spec`] | what a sandbox may use |
+//! | [`binding`], [`presets`], [`placeholder`] | what secrets and their bindings look like, pure |
+//! | [`vault`], [`authority`], [`installation`] | keys: sealing secrets, sandboxes' certificate authorities |
+//! | [`broker`] | what a node gets on demand |
 //! | [`up`], [`down`], [`app`] | the three commands |
 //!
 //! A request goes down this list and never up: `api` knows no SQL, `service` no HTTP, `store` and `backend`
@@ -18,13 +21,20 @@
 pub mod agent;
 pub mod api;
 pub mod app;
+pub mod authority;
 pub mod backend;
+pub mod binding;
+pub mod broker;
 pub mod config;
 pub mod down;
 pub mod installation;
+pub mod keyfile;
 pub mod lifecycle;
 pub mod node;
+pub mod placeholder;
+pub mod presets;
 pub mod service;
 pub mod spec;
 pub mod store;
 pub mod up;
+pub mod vault;

@@ -25,7 +25,7 @@ use tokio::{net::TcpStream, sync::watch};
 
 pub use dial::DialFailure;
 
-use crate::store::Store;
+use crate::{broker::Broker, store::Store};
 
 /// Most sandboxes whose last refusal is remembered.
 const MAX_REFUSALS: usize = 10_000;
@@ -77,7 +77,7 @@ struct Shared {
 
 impl NodeLink {
     /// Serves the node on its control channel until the tasks drain.
-    pub fn start(channel: Channel, store: Store, tasks: &Tasks) -> Self {
+    pub fn start(channel: Channel, store: Store, broker: Broker, tasks: &Tasks) -> Self {
         let channel = Arc::new(channel);
         let shared = Arc::new(Shared {
             state: watch::channel(NodeState::default()).0,
@@ -87,7 +87,7 @@ impl NodeLink {
         let link = Self { shared };
         tasks.spawn(
             "control channel",
-            serve_control(channel, link.clone(), store, tasks.clone()),
+            serve_control(channel, link.clone(), (store, broker), tasks.clone()),
         );
         link
     }
@@ -220,7 +220,12 @@ fn clean(text: &str) -> String {
 }
 
 /// Receives what netd opens.
-async fn serve_control(channel: Arc<Channel>, link: NodeLink, store: Store, tasks: Tasks) {
+async fn serve_control(
+    channel: Arc<Channel>,
+    link: NodeLink,
+    (store, broker): (Store, Broker),
+    tasks: Tasks,
+) {
     let shutdown = tasks.shutdown();
     let mut buffer = [0; MAX_PACKET];
     loop {
@@ -245,7 +250,12 @@ async fn serve_control(channel: Arc<Channel>, link: NodeLink, store: Store, task
                 let stream = std::os::unix::net::UnixStream::from(descriptor);
                 tasks.spawn(
                     "feed connection",
-                    feed::serve(stream, link.clone(), store.clone(), shutdown.clone()),
+                    feed::serve(
+                        stream,
+                        link.clone(),
+                        (store.clone(), broker.clone()),
+                        shutdown.clone(),
+                    ),
                 );
             }
             (Ok(Open::Dial), _) => {

@@ -12,6 +12,7 @@ mod keys;
 mod policies;
 mod reconcile;
 mod sandboxes;
+mod secrets;
 
 use std::{
     collections::HashMap,
@@ -32,6 +33,7 @@ pub use files::MAX_FILE;
 pub use keys::{Caller, IssuedKey, KeyRequest, Scope};
 pub use policies::{NetworkView, OrganizationView};
 pub use sandboxes::{SandboxPage, SandboxRequest, Started};
+pub use secrets::{EgressRequest, SCOPE, SecretChangeRequest, SecretRequest};
 
 use crate::{
     agent::AgentError,
@@ -41,6 +43,7 @@ use crate::{
     lifecycle::Cause,
     node::{DialFailure, LOCAL_NODE, NodeLink},
     store::{Conflict, Store, StoreError},
+    vault::Vault,
 };
 
 /// Everything the use cases need. Clones share it.
@@ -54,6 +57,7 @@ struct Shared {
     store: Store,
     node: NodeLink,
     installation: InstallationKey,
+    vault: Arc<Vault>,
     tasks: Tasks,
     backend: watch::Sender<BackendState>,
     keepers: Mutex<HashMap<SandboxId, keeper::Keeper>>,
@@ -126,13 +130,21 @@ impl From<StoreError> for ServiceError {
     fn from(error: StoreError) -> Self {
         let conflict = match error {
             StoreError::Conflict(conflict) => conflict,
-            StoreError::Failed(_) | StoreError::Migrate(_) | StoreError::Corrupt { .. } => {
+            StoreError::Failed(_)
+            | StoreError::Migrate(_)
+            | StoreError::Corrupt { .. }
+            | StoreError::Random(_) => {
                 return Self::Store(error);
             }
         };
         match conflict {
-            Conflict::EmailTaken | Conflict::WrongState => Self::Conflict(conflict.to_string()),
-            Conflict::QuotaReached { .. } | Conflict::TooManyKeys { .. } => Self::Quota(conflict.to_string()),
+            Conflict::EmailTaken | Conflict::WrongState | Conflict::SecretExists => {
+                Self::Conflict(conflict.to_string())
+            }
+            Conflict::QuotaReached { .. }
+            | Conflict::TooManyKeys { .. }
+            | Conflict::TooManySecrets { .. } => Self::Quota(conflict.to_string()),
+            Conflict::NoSuchSecret { .. } => Self::NotFound("secret of this name".to_owned()),
             Conflict::StaleRevision { current } => Self::Stale { current },
         }
     }
@@ -184,6 +196,7 @@ impl Service {
         store: Store,
         node: NodeLink,
         installation: InstallationKey,
+        vault: Arc<Vault>,
         tasks: Tasks,
     ) -> Self {
         let backend = watch::channel(BackendState::Starting).0;
@@ -192,6 +205,7 @@ impl Service {
             store,
             node,
             installation,
+            vault,
             tasks,
             backend,
             keepers: Mutex::new(HashMap::new()),

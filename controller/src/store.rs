@@ -1,4 +1,4 @@
-//! What must survive: accounts, keys, sandboxes, policies, the feed's position, the egress audit.
+//! What must survive: accounts, keys, sandboxes, policies, secrets (sealed), the feed's position, the egress audit.
 //!
 //! Owns the SQL. Knows no HTTP, and decides nothing but what must be decided inside a transaction: quota,
 //! stale revisions, and the feed revision itself, which is assigned while the writer's lock is held, so
@@ -12,6 +12,7 @@ mod feed;
 mod keys;
 mod policies;
 mod sandboxes;
+mod secrets;
 
 use std::{path::Path, time::Duration};
 
@@ -28,7 +29,8 @@ pub use audit::{AuditFilter, AuditRow};
 pub use feed::FeedChange;
 pub use keys::{KeyRecord, NewKey};
 pub use policies::{PolicyChange, StoredPolicy};
-pub use sandboxes::{NewSandbox, SandboxRecord};
+pub use sandboxes::{AuthorityRecord, NewSandbox, SandboxRecord};
+pub use secrets::{NewSecret, SandboxSecret, SecretChange, SecretChoice, SecretRecord, SecretUpdate};
 
 /// Connections that read beside the writer.
 const READERS: u32 = 4;
@@ -64,6 +66,9 @@ pub enum StoreError {
         /// What is wrong with it.
         why: String,
     },
+    /// No random numbers for a placeholder.
+    #[error("the system has no random numbers: {0}")]
+    Random(getrandom::Error),
 }
 
 /// Why a request does not fit what is stored.
@@ -89,6 +94,21 @@ pub enum Conflict {
     StaleRevision {
         /// The revision it has.
         current: Revision,
+    },
+    /// The organisation has a secret of this name.
+    #[error("there is a secret of this name already")]
+    SecretExists,
+    /// The organisation has as many secrets as it may have.
+    #[error("the organisation has reached its limit of {limit} secrets")]
+    TooManySecrets {
+        /// The limit.
+        limit: u32,
+    },
+    /// The organisation has no such secret.
+    #[error("there is no secret of this name")]
+    NoSuchSecret {
+        /// Which of those named.
+        index: usize,
     },
     /// The sandbox is not in a state in which this can be done.
     #[error("the sandbox is no longer in the expected state")]

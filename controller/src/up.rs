@@ -28,6 +28,7 @@ pub use lock::InstanceLock;
 use crate::{
     app,
     config::{API_FD_VARIABLE, Config, EXIT_USAGE, Registration, Settings},
+    vault::{KEY_FILE_VARIABLE, KEY_VARIABLE},
 };
 use child::{Child, Verdict};
 
@@ -89,7 +90,7 @@ pub fn run(config: &Config, settings: &Settings) -> Result<ExitCode> {
 }
 
 /// Variables that may hold secrets of the controller; netd faces sandboxes and has no use for them.
-const FOR_CONTROLLER: [&str; 2] = ["DATABASE_URL", "JWT_SECRET"];
+const FOR_CONTROLLER: [&str; 4] = ["DATABASE_URL", "JWT_SECRET", KEY_VARIABLE, KEY_FILE_VARIABLE];
 
 async fn supervise(config: &Config, address: SocketAddr, children: [Child; 2]) -> Result<ExitCode> {
     let shutdown = signal::shutdown().context("installing signal handlers")?;

@@ -138,6 +138,16 @@ impl Document {
         Ok(Self::from_fields(fields(body)?, ""))
     }
 
+    /// A document inside a larger one, `inside` being its path with a dot at the end.
+    pub(super) fn nested(fields: Map<String, Value>, inside: &str) -> Self {
+        Self::from_fields(fields, inside)
+    }
+
+    /// From here on `null` is an absent field.
+    pub(super) fn without_nulls(self) -> Self {
+        Self::from_fields(self.fields, &self.inside)
+    }
+
     fn from_fields(mut fields: Map<String, Value>, inside: &str) -> Self {
         fields.retain(|_, value| !value.is_null());
         Self {

@@ -19,6 +19,17 @@ pub(super) struct SandboxPath(pub(super) SandboxId);
 /// `{id}` of a key's routes.
 pub(super) struct KeyPath(pub(super) ApiKeyId);
 
+/// `{name}` of a secret's routes. What cannot be a name is a secret that does not exist.
+pub(super) struct SecretPath(pub(super) String);
+
+impl<S: Send + Sync> FromRequestParts<S> for SecretPath {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        id(parts, state).await.map(Self)
+    }
+}
+
 impl<S: Send + Sync> FromRequestParts<S> for SandboxPath {
     type Rejection = ApiError;
 

@@ -8,7 +8,9 @@ use sandgate_api::{
 };
 use serde_json::Value;
 
-use super::{auth::Authenticated, document::Document, error::ApiError, path::SandboxPath, query::Parameters};
+use super::{
+    auth::Authenticated, document::Document, error::ApiError, path::SandboxPath, query::Parameters, secrets,
+};
 use crate::{
     config::SandboxDefaults,
     service::{SandboxRequest, Scope, Service},
@@ -41,12 +43,20 @@ pub(super) async fn create(
     caller.may(Scope::SandboxCreate)?;
     document.organization(&caller)?;
     let network = document.value("network");
+    let chosen = secrets::choice(&mut document)?;
     let spec = spec(document, service.sandbox_defaults())?;
     let policy = network
         .map(|network| service.parse_policy("network", &network))
         .transpose()?;
     let started = service
-        .create_sandbox(caller.org_id(), SandboxRequest { spec, policy })
+        .create_sandbox(
+            caller.org_id(),
+            SandboxRequest {
+                spec,
+                policy,
+                secrets: chosen,
+            },
+        )
         .await?;
     Ok((StatusCode::CREATED, Json(started.sandbox)))
 }
@@ -135,7 +145,6 @@ fn spec(mut document: Document, defaults: &SandboxDefaults) -> Result<SandboxSpe
         let message = format!("only the image `{}` is available here", defaults.image);
         return Err(ApiError::field("image", message));
     }
-    secrets(&mut document)?;
     for (field, what) in UNSUPPORTED {
         match document.value(field) {
             None => {}
@@ -173,19 +182,6 @@ fn quantity<T>(
     parse(&text)
         .map(Some)
         .map_err(|error| ApiError::field(document.path(field), error.to_string()))
-}
-
-/// An organisation has no secrets in this version, so `all` and `none` are the same.
-fn secrets(document: &mut Document) -> Result<(), ApiError> {
-    match document.value("secrets") {
-        None => Ok(()),
-        Some(Value::String(text)) if text == "all" || text == "none" => Ok(()),
-        Some(Value::Array(names)) if names.is_empty() => Ok(()),
-        Some(_) => Err(ApiError::field(
-            "secrets",
-            "secrets are not supported by this version",
-        )),
-    }
 }
 
 #[cfg(test)]

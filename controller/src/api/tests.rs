@@ -17,20 +17,25 @@ use tower::ServiceExt as _;
 
 use super::*;
 use crate::{
+    broker::Broker,
     config::{Config, Settings},
     installation::InstallationKey,
     node::NodeLink,
     spec::{SandboxSpec, Size},
-    store::{NewSandbox, Store},
+    store::{NewSandbox, SecretChoice, Store},
+    vault::Vault,
 };
 
 mod policies;
 mod requests;
 mod sandboxes;
+mod secrets;
 
 struct World {
     router: Router,
     store: Store,
+    service: Service,
+    broker: Broker,
     _netd: std::os::fd::OwnedFd,
     _directory: tempfile::TempDir,
 }
@@ -72,12 +77,17 @@ async fn world_with(mut settings: Settings) -> World {
     let (ours, theirs) = handover::pair().expect("a pair");
     let tasks = Tasks::new(CancellationToken::new());
     let channel = handover::Channel::from_fd(ours).expect("a channel");
-    let node = NodeLink::start(channel, store.clone(), &tasks);
     let key = InstallationKey::open(&directory.path().join("installation.key")).expect("a key");
-    let router = router(Service::new(config, store.clone(), node, key, tasks));
+    let vault = Arc::new(Vault::open(None, None, directory.path()).expect("a vault"));
+    let broker = Broker::new(store.clone(), Arc::clone(&vault), key.clone());
+    let node = NodeLink::start(channel, store.clone(), broker.clone(), &tasks);
+    let service = Service::new(config, store.clone(), node, key, vault, tasks);
+    let router = router(service.clone());
     World {
         router,
         store,
+        service,
+        broker,
         _netd: theirs,
         _directory: directory,
     }
@@ -168,6 +178,8 @@ impl World {
                 isolation: Isolation::Container,
             },
             policy: None,
+            secrets: SecretChoice::None,
+            authority: None,
             created_at: now,
             expires_at: now + SignedDuration::from_secs(600),
         };

@@ -50,6 +50,7 @@ mod process;
 mod record;
 mod runtime;
 mod seccomp;
+mod trust;
 
 /// How long the agent may take to listen.
 const AGENT: Duration = Duration::from_secs(10);
@@ -375,6 +376,13 @@ impl Shared {
     fn write_bundle(&self, spec: &LaunchSpec, record: &Record) -> io::Result<()> {
         let name = spec.sandbox_id.as_str();
         let mut environment = self.machine.environment.clone();
+        let trust = spec.ca_certificate.as_deref().map(|certificate| {
+            let bundles = trust::bundles(&self.machine.root);
+            (certificate, bundles)
+        });
+        if let Some((_, bundles)) = &trust {
+            environment.extend(trust::variables(bundles));
+        }
         environment.extend(spec.env.clone());
         bundle::write(&Plan {
             name,
@@ -385,6 +393,7 @@ impl Shared {
             agent: &self.config.sandboxd,
             command: Vec::new(),
             environment: &environment,
+            trust,
             first_id: record.first_id,
             address: record.address,
             cgroup: &self.layout.cgroup(name),

@@ -16,13 +16,19 @@ use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
-use sandgate_api::feed::{AuditBatch, FeedAck, FeedFrame, HEARTBEAT_SECONDS, Revision};
-use serde::Deserialize;
+use sandgate_api::{
+    credential::{CaRequest, CredentialRequest},
+    feed::{AuditBatch, FeedAck, FeedFrame, HEARTBEAT_SECONDS, Revision},
+};
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::NodeLink;
-use crate::store::{Store, StoreError};
+use crate::{
+    broker::{Broker, BrokerError},
+    store::{Store, StoreError},
+};
 
 /// Largest acknowledgement or batch of records, in bytes.
 const MAX_BODY: usize = 16 * 1024 * 1024;
@@ -31,6 +37,7 @@ const MAX_BODY: usize = 16 * 1024 * 1024;
 struct Context {
     link: NodeLink,
     store: Store,
+    broker: Broker,
     shutdown: CancellationToken,
 }
 
@@ -44,7 +51,7 @@ struct Position {
 pub(super) async fn serve(
     stream: std::os::unix::net::UnixStream,
     link: NodeLink,
-    store: Store,
+    (store, broker): (Store, Broker),
     shutdown: CancellationToken,
 ) {
     let stream = match stream
@@ -61,10 +68,13 @@ pub(super) async fn serve(
         .route("/feed", get(follow))
         .route("/feed/ack", post(acknowledge))
         .route("/feed/audit", post(audit))
+        .route("/feed/credential", post(credential))
+        .route("/feed/ca", post(authority))
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .with_state(Context {
             link,
             store,
+            broker,
             shutdown: shutdown.clone(),
         });
     // The socket's other end is netd alone, which may be silent for as long as it likes.
@@ -187,6 +197,51 @@ async fn audit(State(context): State<Context>, body: Bytes) -> Response {
     match context.store.insert_audit(&batch.events).await {
         Ok(()) => done(),
         Err(error) => failed(&error),
+    }
+}
+
+async fn credential(State(context): State<Context>, body: Bytes) -> Response {
+    match serde_json::from_slice::<CredentialRequest>(&body) {
+        Ok(request) => lease("credential", &context.broker.credential(&request).await),
+        Err(error) => refused(&error),
+    }
+}
+
+async fn authority(State(context): State<Context>, body: Bytes) -> Response {
+    match serde_json::from_slice::<CaRequest>(&body) {
+        Ok(request) => lease("certificate authority", &context.broker.authority(&request).await),
+        Err(error) => refused(&error),
+    }
+}
+
+/// What is leased goes into the answer and nowhere else.
+fn lease<T: Serialize>(what: &'static str, lease: &Result<Option<T>, BrokerError>) -> Response {
+    let lease = match lease {
+        Ok(Some(lease)) => lease,
+        Ok(None) => return (StatusCode::NOT_FOUND, format!("no such {what}")).into_response(),
+        Err(error) => {
+            tracing::error!(
+                error = error as &dyn std::error::Error,
+                what,
+                "no lease can be given"
+            );
+            return (
+                StatusCode::SERVICE_UNAVAILABLE,
+                format!("no {what} at the moment"),
+            )
+                .into_response();
+        }
+    };
+    match serde_json::to_vec(lease) {
+        Ok(text) => (
+            [
+                (http::header::CONTENT_TYPE, "application/json"),
+                (http::header::CACHE_CONTROL, "no-store"),
+            ],
+            text,
+        )
+            .into_response(),
+        Err(_unwritable) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
     }
 }
 

@@ -21,8 +21,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::{
+    installation::InstallationKey,
     spec::{SandboxSpec, Size},
-    store::{AuditFilter, NewAccount, NewKey, NewSandbox},
+    store::{AuditFilter, AuthorityRecord, NewAccount, NewKey, NewSandbox, SecretChoice},
+    vault::Vault,
 };
 
 const SOON: Duration = Duration::from_secs(5);
@@ -43,7 +45,11 @@ async fn world() -> World {
         .expect("a store");
     let (ours, theirs) = handover::pair().expect("a pair");
     let tasks = Tasks::new(CancellationToken::new());
-    let link = NodeLink::start(Channel::from_fd(ours).expect("a channel"), store.clone(), &tasks);
+    let key = InstallationKey::open(&directory.path().join("installation.key")).expect("a key");
+    let vault = Arc::new(Vault::open(None, None, directory.path()).expect("a vault"));
+    let broker = Broker::new(store.clone(), Arc::clone(&vault), key);
+    let channel = Channel::from_fd(ours).expect("a channel");
+    let link = NodeLink::start(channel, store.clone(), broker, &tasks);
     let org = OrgId::random();
     let account = NewAccount {
         email: "a@b".to_owned(),
@@ -91,6 +97,11 @@ impl World {
             org_id: self.org.clone(),
             spec,
             policy: None,
+            secrets: SecretChoice::All,
+            authority: Some(AuthorityRecord {
+                generation: 1,
+                certificate: "certificate".to_owned(),
+            }),
             created_at: now,
             expires_at: now + SignedDuration::from_secs(60),
         };

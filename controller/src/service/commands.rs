@@ -54,7 +54,9 @@ impl Service {
         id: &SandboxId,
         exec: Exec,
     ) -> Result<Running, ServiceError> {
-        Ok(Running(self.agent(org_id, id).await?.exec(exec).await?))
+        let record = self.running(org_id, id).await?;
+        let exec = self.with_secrets(&record, exec).await?;
+        Ok(Running(self.dial_agent(id).await?.exec(exec).await?))
     }
 
     /// Runs a command to its end. Dropping the future ends the command.
@@ -97,6 +99,10 @@ impl Service {
     /// A fresh connection to the agent of a sandbox that runs.
     pub(super) async fn agent(&self, org_id: &OrgId, id: &SandboxId) -> Result<Agent, ServiceError> {
         self.running(org_id, id).await?;
+        self.dial_agent(id).await
+    }
+
+    async fn dial_agent(&self, id: &SandboxId) -> Result<Agent, ServiceError> {
         let stream = self.shared.node.dial(id, AGENT_PORT).await?;
         Ok(Agent::new(stream, &self.shared.installation.agent_key(id)))
     }

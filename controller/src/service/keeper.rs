@@ -266,6 +266,11 @@ impl Work {
             disk_bytes: spec.disk.bytes(),
             env: spec.env.clone(),
             agent_key: self.shared.installation.agent_key(self.id()),
+            ca_certificate: self
+                .record
+                .authority
+                .as_ref()
+                .map(|authority| authority.certificate.clone()),
             isolation: match spec.isolation {
                 sandgate_api::rest::Isolation::Container => Isolation::Container,
             },

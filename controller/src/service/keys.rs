@@ -47,18 +47,24 @@ pub enum Scope {
     NetworkRead,
     /// Change policies, look at the egress audit.
     NetworkWrite,
+    /// Look at the names and bindings of secrets.
+    SecretsRead,
+    /// Store, change, bind and delete secrets.
+    SecretsWrite,
     /// List, create and revoke keys, none of which can do more.
     Keys,
 }
 
 impl Scope {
-    const EVERY: [Self; 7] = [
+    const EVERY: [Self; 9] = [
         Self::All,
         Self::SandboxRead,
         Self::SandboxCreate,
         Self::SandboxExecute,
         Self::NetworkRead,
         Self::NetworkWrite,
+        Self::SecretsRead,
+        Self::SecretsWrite,
         Self::Keys,
     ];
 
@@ -71,6 +77,8 @@ impl Scope {
             Self::SandboxExecute => "sandbox:execute",
             Self::NetworkRead => "network:read",
             Self::NetworkWrite => "network:write",
+            Self::SecretsRead => "secrets:read",
+            Self::SecretsWrite => "secrets:write",
             Self::Keys => "api-keys:write",
         }
     }
@@ -86,7 +94,8 @@ impl Scope {
                 Self::All => true,
                 Self::SandboxCreate | Self::SandboxExecute => wanted == Self::SandboxRead,
                 Self::NetworkWrite => wanted == Self::NetworkRead,
-                Self::SandboxRead | Self::NetworkRead | Self::Keys => false,
+                Self::SecretsWrite => wanted == Self::SecretsRead,
+                Self::SandboxRead | Self::NetworkRead | Self::SecretsRead | Self::Keys => false,
             }
     }
 }

@@ -10,10 +10,10 @@ use sandgate_api::{
 use sandgate_policy::{Policy, PolicyError, SandboxPolicy};
 use serde_json::Value;
 
-use super::{Service, ServiceError};
+use super::{Service, ServiceError, secrets::clash};
 use crate::{
     node::Enforcement,
-    store::{PolicyChange, SandboxRecord, StoredPolicy},
+    store::{PolicyChange, SandboxRecord, SecretChoice, StoredPolicy},
 };
 
 /// How long the answer to a change waits for the node.
@@ -63,6 +63,10 @@ impl Service {
         let policy = self.parse(document)?;
         self.check_tiers(Some(&policy), None)
             .map_err(|error| invalid("", error))?;
+        let bindings = self.chosen(org_id, &SecretChoice::All).await?;
+        if let Some(clash) = clash(&policy, &bindings) {
+            return Err(clash.of_policy(""));
+        }
         for (id, own) in self.shared.store.live_sandbox_policies(org_id).await? {
             self.check_tiers(Some(&policy), Some(&own)).map_err(|error| {
                 ServiceError::Conflict(format!(
@@ -158,6 +162,9 @@ impl Service {
         let organization = self.shared.store.organization_policy(org_id).await?;
         self.check_tiers(organization.as_ref().map(|stored| &stored.policy), Some(policy))
             .map_err(|error| invalid("", error))?;
+        if let Some(clash) = clash(policy, &self.bindings_of(id).await?) {
+            return Err(clash.of_policy(""));
+        }
         let change = self
             .shared
             .store

@@ -15,10 +15,11 @@ use super::{
     keeper::{self, Failure, Progress},
 };
 use crate::{
+    authority::{Authority, FIRST_GENERATION},
     config::SandboxDefaults,
     lifecycle::{Cause, State},
     spec::{LIFETIME_SECONDS, SandboxSpec},
-    store::{NewSandbox, SandboxRecord},
+    store::{AuthorityRecord, Conflict, NewSandbox, SandboxRecord, SecretChoice, StoreError},
 };
 
 /// How long a stop waits for the sandbox to be gone; it goes on without the caller.
@@ -31,6 +32,8 @@ pub struct SandboxRequest {
     pub spec: SandboxSpec,
     /// Its own egress policy.
     pub policy: Option<Policy>,
+    /// Which of the organisation's secrets it gets.
+    pub secrets: SecretChoice,
 }
 
 /// A created sandbox.
@@ -93,15 +96,22 @@ impl Service {
             let organization = self.shared.store.organization_policy(org_id).await?;
             self.check_tiers(organization.as_ref().map(|stored| &stored.policy), Some(policy))
                 .map_err(|error| super::policies::invalid("network", error))?;
+            let bindings = self.chosen(org_id, &request.secrets).await?;
+            if let Some(clash) = super::secrets::clash(policy, &bindings) {
+                return Err(clash.of_policy("network"));
+            }
         }
+        let id = SandboxId::random();
         let now = super::now();
         let lifetime = SignedDuration::try_from(Duration::from_secs(request.spec.timeout_seconds))
             .map_err(|error| ServiceError::Internal(error.to_string()))?;
         let new = NewSandbox {
-            id: SandboxId::random(),
+            authority: Some(self.new_authority(&id, now)?),
+            id,
             org_id: org_id.clone(),
             spec: request.spec,
             policy: request.policy,
+            secrets: request.secrets,
             created_at: now,
             expires_at: now + lifetime,
         };
@@ -116,6 +126,16 @@ impl Service {
         unwanted.id = None;
         let record = self.record(org_id, &new.id).await?;
         started(record, settled, asked)
+    }
+
+    fn new_authority(&self, id: &SandboxId, now: Timestamp) -> Result<AuthorityRecord, ServiceError> {
+        let certificate = Authority::derive(&self.shared.installation, id, FIRST_GENERATION, now)
+            .and_then(|authority| authority.certificate())
+            .map_err(|error| ServiceError::Internal(error.to_string()))?;
+        Ok(AuthorityRecord {
+            generation: FIRST_GENERATION,
+            certificate,
+        })
     }
 
     /// Runs to its end also when the caller goes away.
@@ -142,7 +162,7 @@ impl Service {
         });
         match receiver.await {
             Ok(Ok((_id, progress))) => Ok(progress),
-            Ok(Err(error)) => Err(error.into()),
+            Ok(Err(error)) => Err(unknown_secret(error)),
             Err(_stopped) => Err(ServiceError::Unavailable(
                 "the controller is shutting down".to_owned(),
             )),
@@ -264,6 +284,17 @@ impl Service {
                 record.status.as_str()
             ))),
         }
+    }
+}
+
+/// Which secret is not there is a field of the creation.
+fn unknown_secret(error: StoreError) -> ServiceError {
+    match error {
+        StoreError::Conflict(Conflict::NoSuchSecret { index }) => ServiceError::Invalid {
+            field: format!("secrets[{index}]"),
+            message: "there is no secret of this name".to_owned(),
+        },
+        other => other.into(),
     }
 }
 

@@ -3,14 +3,17 @@
 //! A removal is remembered, so that a node that was away for a while gets it as a delta. Old removals are
 //! forgotten; a node that asks from before that point gets a snapshot.
 
+use std::collections::HashMap;
+
 use jiff::Timestamp;
 use sandgate_api::{
+    credential::Binding,
     feed::{FeedFrame, FeedSandbox, PolicyTier, Revision, TierName},
     id::SandboxId,
 };
 use sqlx::{Row as _, Sqlite, SqliteConnection, Transaction, sqlite::SqliteRow};
 
-use super::{Store, StoreError, document, millis, parse, to_revision, to_stored};
+use super::{Store, StoreError, document, millis, parse, secrets::bindings_after, to_revision, to_stored};
 
 /// How many removals are kept for nodes that were away.
 const KEPT_REMOVALS: i64 = 10_000;
@@ -106,8 +109,12 @@ async fn attached_after(
     connection: &mut SqliteConnection,
     since: Revision,
 ) -> Result<Vec<FeedSandbox>, StoreError> {
+    let mut bindings: HashMap<SandboxId, Vec<Binding>> = HashMap::new();
+    for (id, binding) in bindings_after(connection, since).await? {
+        bindings.entry(id).or_default().push(binding);
+    }
     let rows = sqlx::query(
-        "SELECT s.id, s.org_id, s.endpoint, o.document AS organization, p.document AS sandbox \
+        "SELECT s.id, s.org_id, s.endpoint, s.ca_generation, o.document AS organization, p.document AS sandbox \
          FROM sandboxes s \
          LEFT JOIN organization_policies o ON o.org_id = s.org_id \
          LEFT JOIN sandbox_policies p ON p.sandbox_id = s.id \
@@ -116,7 +123,13 @@ async fn attached_after(
     .bind(to_stored(since))
     .fetch_all(connection)
     .await?;
-    rows.iter().map(feed_sandbox).collect()
+    rows.iter()
+        .map(|row| {
+            let mut sandbox = feed_sandbox(row)?;
+            sandbox.bindings = bindings.remove(&sandbox.sandbox_id).unwrap_or_default();
+            Ok(sandbox)
+        })
+        .collect()
 }
 
 async fn removed_after(
@@ -150,6 +163,6 @@ fn feed_sandbox(row: &SqliteRow) -> Result<FeedSandbox, StoreError> {
         endpoint: document("endpoint", row.try_get("endpoint")?)?,
         tiers,
         bindings: Vec::new(),
-        ca_generation: 0,
+        ca_generation: row.try_get("ca_generation")?,
     })
 }

@@ -13,15 +13,16 @@ use sandgate_policy::Policy;
 use sqlx::{Row as _, sqlite::SqliteRow};
 
 use super::{
-    Conflict, Store, StoreError, document, feed::next_revision, millis, parse, policies::put_sandbox_policy,
-    timestamp, to_document, to_stored,
+    Conflict, SecretChoice, Store, StoreError, document, feed::next_revision, millis, parse,
+    policies::put_sandbox_policy, secrets::give_secrets, timestamp, to_document, to_stored,
 };
 use crate::spec::SandboxSpec;
 
 /// Columns of a [`SandboxRecord`], in every query that reads one.
 macro_rules! columns {
     () => {
-        "sequence, id, org_id, session_id, status, status_reason, spec, created_at, expires_at, feed_revision"
+        "sequence, id, org_id, session_id, status, status_reason, spec, created_at, expires_at, feed_revision, \
+         ca_generation, ca_certificate"
     };
 }
 
@@ -36,10 +37,23 @@ pub struct NewSandbox {
     pub spec: SandboxSpec,
     /// Its own egress policy.
     pub policy: Option<Policy>,
+    /// Which of its organisation's secrets it gets.
+    pub secrets: SecretChoice,
+    /// Its certificate authority.
+    pub authority: Option<AuthorityRecord>,
     /// When it was asked for.
     pub created_at: Timestamp,
     /// When it ends by itself.
     pub expires_at: Timestamp,
+}
+
+/// A sandbox's certificate authority, as far as it is stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AuthorityRecord {
+    /// From which its key is derived.
+    pub generation: u32,
+    /// PEM.
+    pub certificate: String,
 }
 
 /// A stored sandbox.
@@ -65,13 +79,16 @@ pub struct SandboxRecord {
     pub expires_at: Timestamp,
     /// The feed revision that speaks of it last; 0 when none does.
     pub feed_revision: Revision,
+    /// Its certificate authority; none for sandboxes of earlier versions.
+    pub authority: Option<AuthorityRecord>,
 }
 
 impl Store {
     /// Stores a new sandbox as `creating`.
     ///
     /// # Errors
-    /// [`Conflict::QuotaReached`] when the organisation has `limit` live sandboxes.
+    /// [`Conflict::QuotaReached`] when the organisation has `limit` live sandboxes;
+    /// [`Conflict::NoSuchSecret`].
     pub async fn insert_sandbox(
         &self,
         sandbox: &NewSandbox,
@@ -90,8 +107,8 @@ impl Store {
         }
         let session_id = sandbox.id.as_str().replacen(SandboxId::PREFIX, "session-", 1);
         let sequence = sqlx::query(
-            "INSERT INTO sandboxes (id, org_id, session_id, status, spec, created_at, expires_at) \
-             VALUES (?, ?, ?, 'creating', ?, ?, ?)",
+            "INSERT INTO sandboxes (id, org_id, session_id, status, spec, created_at, expires_at, \
+             ca_generation, ca_certificate) VALUES (?, ?, ?, 'creating', ?, ?, ?, ?, ?)",
         )
         .bind(sandbox.id.as_str())
         .bind(sandbox.org_id.as_str())
@@ -99,6 +116,13 @@ impl Store {
         .bind(to_document("spec", &sandbox.spec)?)
         .bind(millis(sandbox.created_at))
         .bind(millis(sandbox.expires_at))
+        .bind(
+            sandbox
+                .authority
+                .as_ref()
+                .map_or(0, |authority| authority.generation),
+        )
+        .bind(sandbox.authority.as_ref().map(|authority| &authority.certificate))
         .execute(&mut *transaction)
         .await?
         .last_insert_rowid();
@@ -106,6 +130,7 @@ impl Store {
         if let Some(policy) = &sandbox.policy {
             revision = put_sandbox_policy(&mut transaction, &sandbox.id, policy, sandbox.created_at).await?;
         }
+        give_secrets(&mut transaction, &sandbox.org_id, &sandbox.id, &sandbox.secrets).await?;
         self.commit_revision(transaction, revision).await?;
         Ok(SandboxRecord {
             sequence,
@@ -118,6 +143,7 @@ impl Store {
             created_at: sandbox.created_at,
             expires_at: sandbox.expires_at,
             feed_revision: 0,
+            authority: sandbox.authority.clone(),
         })
     }
 
@@ -175,6 +201,22 @@ impl Store {
         .fetch_all(&self.readers)
         .await?;
         rows.iter().map(record).collect()
+    }
+
+    /// The sandbox with this id while it is on the feed, whosever it is, for its node.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn sandbox_on_feed(&self, id: &SandboxId) -> Result<Option<SandboxRecord>, StoreError> {
+        let row = sqlx::query(concat!(
+            "SELECT ",
+            columns!(),
+            " FROM sandboxes WHERE id = ? AND endpoint IS NOT NULL"
+        ))
+        .bind(id.as_str())
+        .fetch_optional(&self.readers)
+        .await?;
+        row.as_ref().map(record).transpose()
     }
 
     /// Every live sandbox of every organisation: what a restarted controller must look after.
@@ -337,6 +379,13 @@ fn record(row: &SqliteRow) -> Result<SandboxRecord, StoreError> {
         created_at: timestamp(row.try_get("created_at")?)?,
         expires_at: timestamp(row.try_get("expires_at")?)?,
         feed_revision: super::to_revision(row.try_get("feed_revision")?)?,
+        authority: match row.try_get::<Option<String>, _>("ca_certificate")? {
+            Some(certificate) => Some(AuthorityRecord {
+                generation: row.try_get("ca_generation")?,
+                certificate,
+            }),
+            None => None,
+        },
     })
 }
 

@@ -87,6 +87,8 @@ fn new_sandbox(org_id: &OrgId, policy: Option<Policy>) -> NewSandbox {
         org_id: org_id.clone(),
         spec,
         policy,
+        secrets: SecretChoice::None,
+        authority: None,
         created_at,
         expires_at,
     }

@@ -12,8 +12,11 @@ use std::{
 
 use controller::{
     agent::{Agent, AgentError, ExecEvent},
+    authority::{Authority, FIRST_GENERATION},
     backend::{Isolation, LaunchMetrics, LaunchSpec, LocalBackend, LocalConfig},
+    installation::InstallationKey,
 };
+use jiff::Timestamp;
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, setns, unshare},
@@ -95,6 +98,7 @@ impl World {
             disk_bytes: 64 * MIB,
             env: [("GREETING".to_owned(), "hello".to_owned())].into(),
             agent_key: [half(), half(), half(), half()].concat(),
+            ca_certificate: Some(certificate()),
             isolation: Isolation::Container,
         }
     }
@@ -366,5 +370,16 @@ pub(super) fn process_of(world: &World, spec: &LaunchSpec) -> i32 {
         .unwrap()
         .trim()
         .parse()
+        .unwrap()
+}
+
+/// A real one, of an installation that is gone.
+fn certificate() -> String {
+    let folder = tempfile::tempdir().unwrap();
+    let key = InstallationKey::open(&folder.path().join("installation.key")).unwrap();
+    let id = SandboxId::random();
+    Authority::derive(&key, &id, FIRST_GENERATION, Timestamp::now())
+        .unwrap()
+        .certificate()
         .unwrap()
 }

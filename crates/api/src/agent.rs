@@ -9,7 +9,7 @@
 //! The agent shares its uid with the code it runs, so the controller treats every byte as hostile: sizes,
 //! counts and times are bounded on the reading side.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt};
 
 use serde::{Deserialize, Serialize};
 
@@ -140,7 +140,7 @@ pub enum Request {
 }
 
 /// A command to run.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exec {
     /// What to run.
     pub command: Command,
@@ -153,6 +153,19 @@ pub struct Exec {
     /// Milliseconds until the command's whole process group is killed; none when absent.
     #[serde(default)]
     pub timeout_ms: Option<u64>,
+}
+
+/// Leaves the environment's values out: there are secrets among them.
+impl fmt::Debug for Exec {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("Exec")
+            .field("command", &self.command)
+            .field("env", &self.env.keys().collect::<Vec<_>>())
+            .field("working_dir", &self.working_dir)
+            .field("timeout_ms", &self.timeout_ms)
+            .finish()
+    }
 }
 
 /// A shell line or an argument vector.

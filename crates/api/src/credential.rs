@@ -19,6 +19,10 @@ pub const LEASE_SECONDS: u64 = 60;
 /// What a header's format must contain: the place of the value.
 pub const VALUE_MARK: &str = "{value}";
 
+/// What every placeholder contains, behind a prefix that differs and before 32 hexadecimal digits. It tells
+/// placeholders of other sandboxes and of revoked secrets from ordinary text, as far as that matters.
+pub const PLACEHOLDER_MARK: &str = "sgp0";
+
 /// A text that is never printed, and wiped when dropped. `Serialize` writes the text itself: only the types of
 /// this module that answer a node hold one.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]

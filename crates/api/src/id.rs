@@ -104,6 +104,12 @@ id!(
     "API key",
     "key-"
 );
+id!(
+    /// A stored secret.
+    SecretId,
+    "secret",
+    "secret-"
+);
 
 #[cfg(test)]
 mod tests {

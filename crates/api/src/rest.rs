@@ -11,6 +11,7 @@ mod egress;
 mod execute;
 mod file;
 mod sandbox;
+mod secret;
 
 pub use account::{ApiKey, ApiKeyCreated, ApiKeyList, FirstKey, Organization, RegisterResponse, User};
 pub use egress::{AuditDecision, AuditPage, AuditRecord, OrganizationEgress, SandboxNetwork, TierPolicy};
@@ -19,6 +20,7 @@ pub use file::{FileEntry, FileKind, FileList, FileRead, FilesWritten, WrittenFil
 pub use sandbox::{
     Isolation, Sandbox, SandboxLifetime, SandboxList, SandboxStatus, StartupBreakdown, StartupMetrics,
 };
+pub use secret::{EgressBinding, Secret, SecretList, SecretsInjected};
 
 use serde::{Deserialize, Serialize};
 

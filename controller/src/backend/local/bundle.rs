@@ -24,7 +24,7 @@ use super::{
     cgroup::{Limits, PERIOD},
     network::GATEWAY,
     record::IDS,
-    seccomp,
+    seccomp, trust,
 };
 
 /// User and group of everything that runs in a sandbox.
@@ -57,6 +57,8 @@ pub(super) struct Plan<'a> {
     /// What PID 1 executes; the agent when empty.
     pub(super) command: Vec<String>,
     pub(super) environment: &'a BTreeMap<String, String>,
+    /// The sandbox's certificate authority, PEM, and the files inside that are to hold it; none for a probe.
+    pub(super) trust: Option<(&'a str, Vec<&'static str>)>,
     pub(super) first_id: u32,
     pub(super) address: Ipv4Addr,
     /// Below a hierarchy's root, without a leading slash.
@@ -79,6 +81,10 @@ pub(super) fn write(plan: &Plan<'_>) -> io::Result<()> {
     fs::write(plan.bundle.join("hostname"), format!("{name}\n"))?;
     let resolver = format!("nameserver {GATEWAY}\noptions ndots:1 timeout:2 attempts:2\n");
     fs::write(plan.bundle.join("resolv.conf"), resolver)?;
+    if let Some((certificate, bundles)) = &plan.trust {
+        let merged = trust::merged(plan.root, bundles, certificate)?;
+        fs::write(plan.bundle.join(trust::FILE), merged)?;
+    }
     let document = document(plan).map_err(io::Error::other)?;
     fs::write(plan.bundle.join(CONFIGURATION), serde_json::to_vec(&document)?)
 }
@@ -261,6 +267,10 @@ fn mounts(plan: &Plan<'_>) -> Result<Vec<Mount>, OciSpecError> {
             &options,
         )?);
     }
+    for target in plan.trust.iter().flat_map(|(_, bundles)| bundles) {
+        let options = ["bind", "ro", "nosuid", "nodev", "noexec"];
+        mounts.push(mount_of(target, "bind", plan.bundle.join(trust::FILE), &options)?);
+    }
     if let Some(layer) = plan.layer {
         for folder in ["workspace", "tmp"] {
             let options = ["bind", "rw", "nosuid", "nodev"];
@@ -298,6 +308,7 @@ mod tests {
             agent: Path::new("/usr/bin/sandboxd"),
             command: Vec::new(),
             environment: &environment,
+            trust: Some(("PEM", vec!["/etc/ssl/certs/ca-certificates.crt"])),
             first_id: 1_065_536,
             address: Ipv4Addr::new(203, 0, 113, 7),
             cgroup: Path::new("sandgate/x/sandbox-1"),
@@ -352,6 +363,20 @@ mod tests {
         );
         assert_eq!(resources["cpu"], json!({"quota": 50_000, "period": 100_000}));
         assert_eq!(resources["pids"]["limit"], 128);
+    }
+
+    #[test]
+    fn what_it_trusts_is_mounted_over_what_the_image_trusts() {
+        let document = document_as_json();
+        let mounts = document["mounts"].as_array().unwrap();
+        let trusted = mounts
+            .iter()
+            .find(|mount| mount["destination"] == "/etc/ssl/certs/ca-certificates.crt")
+            .unwrap();
+        assert_eq!(
+            trusted["source"],
+            "/run/x/sandboxes/sandbox-1/ca-certificates.crt"
+        );
     }
 
     #[test]

@@ -153,6 +153,7 @@ async fn run_true(layout: &Layout, config: &LocalConfig, machine: &Machine) -> i
         agent: &config.sandboxd,
         command: vec!["/bin/true".to_owned()],
         environment: &machine.environment,
+        trust: None,
         first_id: FIRST_ID,
         address: Ipv4Addr::LOCALHOST,
         cgroup: &layout.cgroup(PROBE),
