@@ -48,7 +48,8 @@ impl Coding {
     pub fn of(headers: &HeaderMap) -> Result<Self, EncodedError> {
         let mut coding = Self::Identity;
         for line in headers.get_all(CONTENT_ENCODING) {
-            let unreadable = || EncodedError::Unsupported(String::from_utf8_lossy(line.as_bytes()).into_owned());
+            let unreadable =
+                || EncodedError::Unsupported(String::from_utf8_lossy(line.as_bytes()).into_owned());
             for token in line.to_str().map_err(|_not_text| unreadable())?.split(',') {
                 let next = match token.trim().to_ascii_lowercase().as_str() {
                     "" | "identity" => continue,
@@ -67,13 +68,11 @@ impl Coding {
 }
 
 /// Decodes one body.
-#[derive(Debug)]
 pub struct Decoder {
     state: State,
     input: Bytes,
 }
 
-#[derive(Debug)]
 enum State {
     Identity,
     /// Before or inside the header of a gzip member, of which this much came in.
@@ -240,7 +239,8 @@ fn inflate_piece(inflate: &mut Decompress, input: &mut Bytes) -> Result<(Vec<u8>
         let status = inflate
             .decompress_vec(input, &mut piece, FlushDecompress::None)
             .map_err(|_corrupt| EncodedError::Corrupt)?;
-        let taken = usize::try_from(inflate.total_in() - before).map_err(|_too_long| EncodedError::Corrupt)?;
+        let taken =
+            usize::try_from(inflate.total_in() - before).map_err(|_too_long| EncodedError::Corrupt)?;
         input.advance(taken);
         let ended = status == Status::StreamEnd;
         if ended || !piece.is_empty() || input.is_empty() {

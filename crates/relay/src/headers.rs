@@ -6,8 +6,9 @@
 use http::{
     HeaderMap, HeaderName, HeaderValue,
     header::{
-        ACCEPT_ENCODING, ACCEPT_RANGES, ALT_SVC, AUTHORIZATION, CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, COOKIE,
-        ETAG, HOST, IF_RANGE, PROXY_AUTHORIZATION, RANGE, SEC_WEBSOCKET_EXTENSIONS, TE, TRANSFER_ENCODING, UPGRADE,
+        ACCEPT_ENCODING, ACCEPT_RANGES, ALT_SVC, AUTHORIZATION, CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH,
+        COOKIE, ETAG, HOST, IF_RANGE, PROXY_AUTHORIZATION, RANGE, SEC_WEBSOCKET_EXTENSIONS, TE,
+        TRANSFER_ENCODING, UPGRADE,
     },
 };
 
@@ -117,7 +118,11 @@ fn plain(name: &str) -> String {
 
 /// The byte that two hexadecimal digits stand for.
 pub(crate) fn hex_byte(high: u8, low: u8) -> Option<u8> {
-    let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+    let digit = |byte: u8| {
+        char::from(byte)
+            .to_digit(16)
+            .and_then(|digit| u8::try_from(digit).ok())
+    };
     Some(digit(high)? << 4 | digit(low)?)
 }
 
@@ -129,7 +134,9 @@ pub fn limit_accept_encoding(headers: &mut HeaderMap) {
         READABLE.iter().any(|known| coding.eq_ignore_ascii_case(known))
     };
     let offers: Vec<&str> = tokens(headers, &ACCEPT_ENCODING).filter(readable).collect();
-    let limited = HeaderValue::from_str(&offers.join(", ")).ok().filter(|_| !offers.is_empty());
+    let limited = HeaderValue::from_str(&offers.join(", "))
+        .ok()
+        .filter(|_| !offers.is_empty());
     headers.insert(
         ACCEPT_ENCODING,
         limited.unwrap_or(const { HeaderValue::from_static("identity") }),
@@ -161,7 +168,10 @@ pub fn strip_alt_svc(headers: &mut HeaderMap) {
 fn tokens<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a str> {
     let lines = headers.get_all(name).into_iter();
     let texts = lines.filter_map(|value| value.to_str().ok());
-    texts.flat_map(|text| text.split(',')).map(str::trim).filter(|token| !token.is_empty())
+    texts
+        .flat_map(|text| text.split(','))
+        .map(str::trim)
+        .filter(|token| !token.is_empty())
 }
 
 #[cfg(test)]

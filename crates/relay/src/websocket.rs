@@ -4,7 +4,7 @@
 //! their number and their lengths. Never decompresses: extensions must not have been negotiated
 //! ([`crate::headers::prepare_redacted_request`] sees to that).
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{collections::VecDeque, fmt, sync::Arc};
 
 use bytes::{Buf as _, Bytes, BytesMut};
 
@@ -32,8 +32,7 @@ pub enum WebSocketError {
     TooMany,
 }
 
-/// The frames from a server to its client.
-#[derive(Debug)]
+/// The frames from a server to its client. Its `Debug` shows none of them.
 pub struct ServerFrames {
     needles: Arc<Needles>,
     /// Of the data message at hand.
@@ -46,17 +45,19 @@ pub struct ServerFrames {
     hits: Vec<String>,
 }
 
-#[derive(Debug)]
 enum State {
     /// Inside a frame's header, of which this much came in.
     Head(Vec<u8>),
     /// Inside a data frame, with this much to come.
     Data { left: u64, last: bool },
     /// Inside a control frame with this header, with this much to come.
-    Control { frame: Vec<u8>, head: usize, left: usize },
+    Control {
+        frame: Vec<u8>,
+        head: usize,
+        left: usize,
+    },
 }
 
-#[derive(Debug)]
 enum Piece {
     Verbatim(Vec<u8>),
     Payload(u64),
@@ -66,6 +67,16 @@ struct Head {
     last: bool,
     control: bool,
     length: u64,
+}
+
+impl fmt::Debug for ServerFrames {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("ServerFrames")
+            .field("needles", &self.needles)
+            .field("waiting", &self.waiting.len())
+            .finish_non_exhaustive()
+    }
 }
 
 impl ServerFrames {
@@ -199,7 +210,9 @@ impl ServerFrames {
             match piece {
                 Piece::Verbatim(bytes) => out.extend_from_slice(bytes),
                 Piece::Payload(left) => {
-                    let ready = usize::try_from(*left).unwrap_or(usize::MAX).min(self.payload.len());
+                    let ready = usize::try_from(*left)
+                        .unwrap_or(usize::MAX)
+                        .min(self.payload.len());
                     out.extend_from_slice(&self.payload.split_to(ready));
                     *left -= ready as u64;
                     if *left > 0 {
@@ -237,7 +250,9 @@ fn head(bytes: &[u8]) -> Result<Option<Head>, WebSocketError> {
     };
     let length = match width {
         0 => u64::from(*second),
-        _ => written.iter().fold(0, |length, byte| length << 8 | u64::from(*byte)),
+        _ => written
+            .iter()
+            .fold(0, |length, byte| length << 8 | u64::from(*byte)),
     };
     let head = Head {
         last: first & 0x80 != 0,

@@ -12,7 +12,11 @@ pub(super) const FOOT: usize = 8;
 /// The length of the header at the beginning of `bytes`, or `None` where it is not complete.
 pub(super) fn head(bytes: &[u8]) -> Result<Option<usize>, EncodedError> {
     let magic = [0x1F, 0x8B, 8];
-    if bytes.iter().zip(magic).any(|(found, expected)| *found != expected) {
+    if bytes
+        .iter()
+        .zip(magic)
+        .any(|(found, expected)| *found != expected)
+    {
         return Err(EncodedError::Corrupt);
     }
     let Some(flags) = bytes.get(3) else {

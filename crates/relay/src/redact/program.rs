@@ -133,6 +133,10 @@ impl Program {
                 Some(_) | None => return Step::Dead,
             }
         }
-        if met == self.classes.len() { Step::Done } else { Step::On(met) }
+        if met == self.classes.len() {
+            Step::Done
+        } else {
+            Step::On(met)
+        }
     }
 }

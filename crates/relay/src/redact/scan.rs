@@ -20,7 +20,7 @@ pub(super) struct Found {
     pub(super) end: u64,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 struct Reading {
     program: usize,
     met: usize,
@@ -28,14 +28,14 @@ struct Reading {
 }
 
 /// Readings whose next character begins at `at`.
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Place {
     at: u64,
     readings: Vec<Reading>,
 }
 
 /// The readings of one stream.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct Scanner {
     places: [Place; PLACES],
     /// For each state, the last place where a reading in it waits: one is enough.
@@ -58,7 +58,8 @@ impl Scanner {
         let mut index = from;
         while index < text.len() {
             if base + index as u64 >= self.busy_until {
-                let begins = |byte: &u8| is_escape(*byte) || !needles.beginnings[usize::from(*byte)].is_empty();
+                let begins =
+                    |byte: &u8| is_escape(*byte) || !needles.beginnings[usize::from(*byte)].is_empty();
                 match text[index..].iter().position(begins) {
                     Some(skipped) => index += skipped,
                     None => return,
@@ -88,7 +89,11 @@ impl Scanner {
             let character = character.encode(&mut buffer);
             let start = end - length as u64;
             let place = &self.places[slot(start)];
-            let waiting = if place.at == start { place.readings.as_slice() } else { &[] };
+            let waiting = if place.at == start {
+                place.readings.as_slice()
+            } else {
+                &[]
+            };
             let begun = needles.beginnings[usize::from(character[0])]
                 .iter()
                 .map(|program| Reading {
