@@ -237,7 +237,7 @@ impl Service {
 
     /// Adds a sandbox's secrets to the environment of a command. What the caller or the sandbox's creator set
     /// by themselves wins.
-    pub(super) async fn with_secrets(
+    pub(crate) async fn with_secrets(
         &self,
         record: &SandboxRecord,
         mut exec: Exec,

@@ -15,6 +15,8 @@ use serde_json::json;
 use super::*;
 use crate::spec::{SandboxSpec, Size};
 
+mod secrets;
+
 struct World {
     store: Store,
     directory: tempfile::TempDir,
