@@ -175,7 +175,11 @@ impl SandboxPolicy {
                 inside.http.iter().map(|entry| entry.mismatch(request)).collect();
             if let Some(mismatches) = mismatches {
                 let path = mismatches.contains(&Reason::PathDenied);
-                let reason = if path { Reason::PathDenied } else { Reason::MethodDenied };
+                let reason = if path {
+                    Reason::PathDenied
+                } else {
+                    Reason::MethodDenied
+                };
                 return self.verdict(tier, Judgement::deny(reason, judgement.cause), false);
             }
         }
@@ -236,11 +240,7 @@ impl SandboxPolicy {
             let last = self.tiers.len() - 1;
             let port = flow.to.port();
             let may_be_bound = flow.names_bound.iter().any(|name| {
-                self.holds(name, port)
-                    && self
-                        .judge(flow, Claim::Name(name))
-                        .iter()
-                        .all(Judgement::allowed)
+                self.holds(name, port) && self.judge(flow, Claim::Name(name)).iter().all(Judgement::allowed)
             });
             return self.verdict(last, judgements[last], may_be_bound);
         };

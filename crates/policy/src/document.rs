@@ -278,7 +278,11 @@ impl Rule {
         if let Some(ports) = &self.ports {
             value.insert("ports".to_owned(), texts(ports).into());
         }
-        let Inside { tls, http, credential } = &self.inside;
+        let Inside {
+            tls,
+            http,
+            credential,
+        } = &self.inside;
         if *tls != Tls::Auto {
             value.insert("tls".to_owned(), tls.as_str().into());
         }

@@ -127,7 +127,6 @@ fn segment(piece: &str) -> Result<String, PathError> {
                 match byte {
                     b'/' | b'\\' => return Err(PathError::HiddenSlash),
                     0..0x20 | 0x7F => return Err(PathError::Control),
-                    b'%' if escaped(rest).is_some() => return Err(PathError::Twice),
                     byte if unreserved(byte) => normal.push(char::from(byte)),
                     byte => encode(&mut normal, byte),
                 }
@@ -139,10 +138,13 @@ fn segment(piece: &str) -> Result<String, PathError> {
             _ => return Err(PathError::Character),
         }
     }
+    // Looked for in what is forwarded: the digits may have been encoded themselves.
+    let mut percents = normal.match_indices("%25");
+    if percents.any(|(at, percent)| escaped(&normal.as_bytes()[at + percent.len()..]).is_some()) {
+        return Err(PathError::Twice);
+    }
     // Some servers cut parameters off a segment before they look for dots.
-    let bare = normal
-        .split_once(';')
-        .map_or(normal.as_str(), |(bare, _)| bare);
+    let bare = normal.split_once(';').map_or(normal.as_str(), |(bare, _)| bare);
     let bare = bare.split_once("%3B").map_or(bare, |(bare, _)| bare);
     if matches!(bare, "." | "..") {
         return Err(PathError::HiddenDots);
@@ -155,7 +157,11 @@ fn escaped(text: &[u8]) -> Option<(u8, &[u8])> {
     let [high, low, rest @ ..] = text else {
         return None;
     };
-    let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+    let digit = |byte: u8| {
+        char::from(byte)
+            .to_digit(16)
+            .and_then(|digit| u8::try_from(digit).ok())
+    };
     Some((digit(*high)? << 4 | digit(*low)?, rest))
 }
 

@@ -381,6 +381,199 @@ fn failure_is_closed_if_any_tier_wants_it_closed() {
     assert_eq!(compile(&[open, closed]).failure_mode(), FailureMode::FailClosed);
 }
 
+fn compile_with(tiers: &[Value], bindings: &[(&str, u16)]) -> SandboxPolicy {
+    let tiers: Vec<(String, Policy)> = tiers
+        .iter()
+        .map(|document| ("tier".to_owned(), Policy::parse(document).unwrap()))
+        .collect();
+    let bindings: Vec<BoundHost> = bindings
+        .iter()
+        .map(|(host, port)| BoundHost {
+            hosts: vec![DomainPattern::parse(host).unwrap()],
+            ports: vec![*port],
+        })
+        .collect();
+    SandboxPolicy::compile_with(&Platform::default(), &tiers, &bindings).unwrap()
+}
+
+/// A request for `method path` on a flow to port 443 that shows `shown`, pinned for it.
+fn request(policy: &SandboxPolicy, shown: &str, method: &str, path: &str, upgrade: bool) -> Verdict {
+    let shown = name(shown);
+    let path = crate::NormalPath::parse(path).unwrap().0;
+    policy.decide_request(
+        &Flow {
+            protocol: Protocol::Tcp,
+            to: "203.0.113.5:443".parse().unwrap(),
+            name: Some(&shown),
+            names_bound: std::slice::from_ref(&shown),
+        },
+        &RequestHead {
+            method,
+            path: &path,
+            upgrade,
+        },
+    )
+}
+
+#[test]
+fn a_list_of_requests_narrows_its_rule_and_hands_nothing_on() {
+    let rules = json!([
+        {"name": "read", "action": "allow", "domains": ["api.test"], "http": [
+            {"methods": ["GET"], "paths": ["/repos/**"]},
+            {"methods": ["POST"], "paths": ["/graphql"]},
+            {"methods": ["GET"], "paths": ["/socket"], "upgrade": true},
+        ]},
+        {"name": "all of it", "action": "allow", "domains": ["api.test"]},
+    ]);
+    let policy = compile(&[json!({"mode": "allow_all", "rules": rules, "allowed_domains": ["api.test"]})]);
+    let verdict = request(&policy, "api.test", "GET", "/repos/x", false);
+    allowed(&verdict);
+    assert_eq!((verdict.rule.as_deref(), verdict.intercept), (Some("read"), true));
+    allowed(&request(&policy, "api.test", "GET", "/socket", true));
+    for (method, path, upgrade, reason) in [
+        ("DELETE", "/repos/x", false, Reason::MethodDenied),
+        ("POST", "/repos/x", false, Reason::PathDenied),
+        ("GET", "/graphql", false, Reason::PathDenied),
+        ("GET", "/repos/x", true, Reason::PathDenied),
+        ("POST", "/graphql", true, Reason::MethodDenied),
+        ("GET", "/repos/../user", false, Reason::PathDenied),
+    ] {
+        let verdict = request(&policy, "api.test", method, path, upgrade);
+        denied(&verdict, reason);
+        assert_eq!(
+            (verdict.rule.as_deref(), verdict.tier),
+            (Some("read"), Some(0)),
+            "{method} {path}"
+        );
+    }
+    // Other hosts are none of the rule's business.
+    let other = request(&policy, "other.test", "DELETE", "/", false);
+    allowed(&other);
+    assert!(!other.intercept);
+}
+
+#[test]
+fn a_rule_that_looks_inside_cannot_be_passed_by_showing_no_name() {
+    for inside in [
+        json!({"http": [{"methods": ["GET"]}]}),
+        json!({"tls": "intercept"}),
+        json!({"credential": "KEY"}),
+    ] {
+        let mut rule = json!({"action": "allow", "domains": ["api.test"]});
+        rule.as_object_mut()
+            .unwrap()
+            .extend(inside.as_object().unwrap().clone());
+        let open = json!({"mode": "allow_all", "rules": [rule.clone()]});
+        let ranged = json!({"mode": "allowlist", "rules": [rule], "allowed_cidrs": ["203.0.113.0/24"]});
+        for document in [open, ranged] {
+            let policy = compile(&[document]);
+            let to = "203.0.113.5:443";
+            assert!(matches!(
+                kernel(&policy, to),
+                KernelAction::Proxy | KernelAction::ProxyBound
+            ));
+            denied(&ask(&policy, to, None, &["api.test"]), Reason::NoName);
+            // Nor by showing the name where DNS did not point.
+            denied(
+                &ask(&policy, to, Some("api.test"), &["other.test"]),
+                Reason::AddressNotBound,
+            );
+            let verdict = ask(&policy, to, Some("api.test"), &["api.test"]);
+            allowed(&verdict);
+            assert!(verdict.intercept, "{verdict:?}");
+            let other = ask(&policy, to, Some("other.test"), &["other.test"]);
+            assert!(other.allowed && !other.intercept, "{other:?}");
+        }
+    }
+}
+
+#[test]
+fn what_all_winning_rules_ask_holds_together() {
+    let tier = |method: &str, credential: &str| {
+        json!({"mode": "allowlist", "rules": [{
+            "action": "allow", "domains": ["api.test"], "credential": credential, "http": [{"methods": [method, "PUT"]}],
+        }]})
+    };
+    let policy = compile(&[
+        tier("GET", "ONE"),
+        tier("POST", "TWO"),
+        json!({"mode": "allow_all"}),
+    ]);
+    let verdict = request(&policy, "api.test", "PUT", "/", false);
+    allowed(&verdict);
+    assert_eq!(verdict.credentials, ["ONE", "TWO"]);
+    let verdict = request(&policy, "api.test", "GET", "/", false);
+    denied(&verdict, Reason::MethodDenied);
+    assert_eq!(verdict.tier, Some(1));
+    assert_eq!(request(&policy, "api.test", "POST", "/", false).tier, Some(0));
+    // A denial asks for nothing.
+    assert!(verdict.credentials.is_empty() && !verdict.intercept);
+}
+
+#[test]
+fn a_bound_host_is_read_under_plain_allow_all_and_nothing_else_is() {
+    let policy = compile_with(&[], &[("api.test", 443), ("*.wild.test", 8443)]);
+    let to = "203.0.113.5:443";
+    assert_eq!(kernel(&policy, to), KernelAction::Proxy);
+    let verdict = ask(&policy, to, Some("api.test"), &["api.test"]);
+    allowed(&verdict);
+    assert!(verdict.intercept);
+    // Another host, or an address that DNS did not give for the name: unread, and the placeholder is worthless there.
+    for (shown, bound) in [
+        (Some("other.test"), &["other.test"][..]),
+        (Some("api.test"), &[]),
+        (None, &[]),
+    ] {
+        let verdict = ask(&policy, to, shown, bound);
+        allowed(&verdict);
+        assert!(!verdict.intercept && !verdict.needs_name, "{verdict:?}");
+    }
+    // Only where the address is pinned for a bound host is it worth waiting for a name.
+    let unseen = ask(&policy, to, None, &["other.test", "api.test"]);
+    allowed(&unseen);
+    assert!(unseen.needs_name && !unseen.intercept);
+    // A binding opens nothing.
+    denied(
+        &ask(&policy, "203.0.113.5:8443", Some("a.wild.test"), &["a.wild.test"]),
+        Reason::PortDenied,
+    );
+    assert_eq!(
+        kernel(&policy, "203.0.113.5:8443"),
+        KernelAction::Deny(Reason::PortDenied)
+    );
+
+    let splice = json!({"mode": "allow_all", "rules": [{"action": "allow", "domains": ["api.test"], "tls": "splice"}]});
+    let policy = compile_with(std::slice::from_ref(&splice), &[("api.test", 443)]);
+    assert!(
+        !ask(&policy, to, Some("api.test"), &["api.test"]).intercept,
+        "an explicit splice is kept"
+    );
+    let listed =
+        json!({"mode": "allow_all", "rules": [{"action": "allow", "domains": ["api.test"], "http": [{}]}]});
+    let policy = compile_with(&[splice, listed], &[("api.test", 443)]);
+    assert!(
+        ask(&policy, to, Some("api.test"), &["api.test"]).intercept,
+        "a list of requests needs a look"
+    );
+}
+
+#[test]
+fn bindings_on_many_ports_never_make_a_policy_too_large() {
+    let document = json!({"mode": "allow_all", "rules": [
+        {"action": "allow", "cidrs": ["0.0.0.0/0"], "ports": ["1000-2000", "3000-4000"]},
+    ]});
+    let ports: Vec<(&str, u16)> = (0..40).map(|index| ("api.test", 1000 + 7 * index)).collect();
+    let policy = compile_with(&[document], &ports);
+    for (_, port) in &ports {
+        let found = policy
+            .kernel_table()
+            .lookup("203.0.113.5".parse().unwrap(), *port);
+        assert_eq!(found, KernelAction::Proxy, "{port}");
+    }
+    let denied = policy.kernel_table().lookup("203.0.113.5".parse().unwrap(), 2500);
+    assert!(matches!(denied, KernelAction::Deny(_)));
+}
+
 #[test]
 fn tiers_that_are_too_large_together_are_refused_by_name() {
     let ranges = |net: u8| -> Vec<String> { (0..200).map(|host| format!("203.0.{net}.{host}")).collect() };

@@ -1,10 +1,12 @@
 //! From JSON to [`Policy`]: refuses whatever it does not understand.
 
+mod inside;
+
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde_json::{Value, json};
 
 use super::{
-    Action, Enforcement, FailureMode, Inside, Mode, Policy, Rule, RuleProtocol, Tls,
+    Action, Enforcement, FailureMode, Mode, Policy, Rule, RuleProtocol,
     fields::{Fields, expected, quote},
 };
 use crate::{
@@ -12,7 +14,6 @@ use crate::{
     kernel,
     names::{DomainPattern, NameError},
     ports::{PortSet, PortSpan},
-    request::{self, RequestPattern},
     tier::Tier,
 };
 
@@ -36,7 +37,6 @@ const KNOWN: [&str; 16] = [
     FROM_ANSWERS[3],
     FROM_ANSWERS[4],
 ];
-const KNOWN_IN_REQUESTS: [&str; 3] = ["methods", "paths", "upgrade"];
 const KNOWN_IN_RULE: [&str; 9] = [
     "name",
     "action",
@@ -57,8 +57,6 @@ const MAX_DOMAINS: usize = 1000;
 const MAX_CIDRS: usize = 250;
 /// Entries of one list of ports.
 const MAX_PORTS: usize = 64;
-/// Entries of one rule's list of requests.
-const MAX_HTTP: usize = 32;
 /// Entries of all rules together, which bound the work of a decision and of compiling.
 const MAX_ALL_DOMAINS: usize = 5000;
 const MAX_ALL_CIDRS: usize = 2000;
@@ -66,8 +64,6 @@ const MAX_ALL_PORTS: usize = 512;
 const MAX_ALL_REQUESTS: usize = 1000;
 /// Characters of a rule's name.
 const MAX_RULE_NAME: usize = 64;
-/// Characters of a secret's name.
-const MAX_SECRET_NAME: usize = 128;
 
 const NOT_YET: &str = "is not supported by this version";
 
@@ -161,7 +157,7 @@ fn rule(path: String, value: &Value) -> Result<Rule, PolicyError> {
         domains: domains(&fields, "domains")?,
         cidrs: cidrs(&fields, "cidrs", action)?,
         ports: fields.list("ports", MAX_PORTS, span)?,
-        inside: inside(&fields)?,
+        inside: inside::inside(&fields)?,
     };
     if rule.domains.is_empty() && rule.cidrs.is_empty() {
         return fields.refuse(
@@ -172,94 +168,8 @@ fn rule(path: String, value: &Value) -> Result<Rule, PolicyError> {
     if rule.ports.as_ref().is_some_and(Vec::is_empty) {
         return fields.refuse("ports", "must not be empty: a rule without ports matches nothing");
     }
-    readable(&fields, &rule)?;
+    inside::check(&fields, &rule)?;
     Ok(rule)
-}
-
-fn inside(fields: &Fields<'_>) -> Result<Inside, PolicyError> {
-    Ok(Inside {
-        tls: fields.word("tls", Tls::ALL)?.unwrap_or(Tls::Auto),
-        http: fields.list("http", MAX_HTTP, requests)?.unwrap_or_default(),
-        credential: credential(fields)?,
-    })
-}
-
-fn requests(path: String, value: &Value) -> Result<RequestPattern, PolicyError> {
-    let fields = Fields::of(value, path.clone(), &KNOWN_IN_REQUESTS)?;
-    let methods = fields.list("methods", request::MAX_METHODS, text("a method such as \"GET\""))?;
-    let paths = fields.list("paths", request::MAX_PATHS, text("a path such as \"/repos/**\""))?;
-    let upgrade = match fields.get("upgrade") {
-        None => false,
-        Some(Value::Bool(upgrade)) => *upgrade,
-        Some(value) => return Err(expected(fields.path("upgrade"), "true or false", value)),
-    };
-    RequestPattern::new(
-        &methods.unwrap_or_default(),
-        &paths.unwrap_or_default(),
-        upgrade,
-    )
-    .map_err(|error| error.under(&path))
-}
-
-fn text(expectation: &'static str) -> impl Fn(String, &Value) -> Result<String, PolicyError> {
-    move |path, value| match value.as_str() {
-        Some(text) => Ok(text.to_owned()),
-        None => Err(expected(path, expectation, value)),
-    }
-}
-
-fn credential(fields: &Fields<'_>) -> Result<Option<String>, PolicyError> {
-    let Some(value) = fields.get("credential") else {
-        return Ok(None);
-    };
-    let plain = |name: &str| {
-        (1..=MAX_SECRET_NAME).contains(&name.len())
-            && name
-                .bytes()
-                .all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
-    };
-    match value.as_str().filter(|name| plain(name)) {
-        Some(name) => Ok(Some(name.to_owned())),
-        None => Err(expected(fields.path("credential"), "the name of a secret", value)),
-    }
-}
-
-/// Only flows that an allow rule knows by the name they show can be read: the rest has no name to answer for.
-fn readable(fields: &Fields<'_>, rule: &Rule) -> Result<(), PolicyError> {
-    let Inside { tls, http, credential } = &rule.inside;
-    let asked = [
-        ("http", !http.is_empty()),
-        ("credential", credential.is_some()),
-        ("tls", *tls == Tls::Intercept),
-    ];
-    let Some((field, _)) = asked.into_iter().find(|(_, asked)| *asked) else {
-        return match (tls, rule.action) {
-            (Tls::Splice, Action::Deny) => fields.refuse("tls", "means nothing in a rule that denies"),
-            (Tls::Auto | Tls::Splice | Tls::Intercept, Action::Allow | Action::Deny) => Ok(()),
-        };
-    };
-    if rule.action == Action::Deny {
-        return fields.refuse(
-            field,
-            "belongs into a rule that allows; requests that it does not list are denied",
-        );
-    }
-    if rule.protocol == RuleProtocol::Tcp {
-        return fields.refuse(field, "needs protocol \"http\": nobody looks into \"tcp\"");
-    }
-    if !rule.cidrs.is_empty() {
-        return fields.refuse(
-            field,
-            format!("in a rule with `cidrs` {NOT_YET}; name the hosts in `domains`"),
-        );
-    }
-    if *tls == Tls::Splice {
-        return fields.refuse(
-            "tls",
-            format!("\"splice\" forwards unread, and `{field}` needs a look inside; use \"auto\""),
-        );
-    }
-    Ok(())
 }
 
 fn rule_name(fields: &Fields<'_>) -> Result<Option<String>, PolicyError> {

@@ -317,19 +317,135 @@ fn what_this_version_does_not_enforce_is_refused() {
     );
     refused(with("dns", json!(null)), "dns", "expected an object");
     refused(with_rule("protocol", json!("udp")), "rules[1].protocol", later);
-    refused(with_rule("tls", json!("intercept")), "rules[1].tls", later);
-    refused(with_rule("tls", json!("splice")), "rules[1].tls", later);
+}
+
+fn looking_inside(changes: Value) -> Value {
+    let mut rule = json!({"action": "allow", "domains": ["api.test"]});
+    for (name, value) in changes.as_object().expect("an object") {
+        rule[name] = value.clone();
+    }
+    json!({"mode": "allowlist", "rules": [rule]})
+}
+
+#[test]
+fn what_a_rule_asks_of_requests_survives_the_way_through_the_store() {
+    let document = looking_inside(json!({
+        "tls": "intercept",
+        "http": [{"methods": ["GET"], "paths": ["/repos/**", "/%7euser"]}, {"upgrade": true}],
+        "credential": "GITHUB_TOKEN",
+    }));
+    let policy = Policy::parse(&document).unwrap();
+    assert_eq!(Policy::parse(&policy.to_value()).as_ref(), Ok(&policy));
+    let rule = &policy.to_value()["rules"][0];
+    assert_eq!(
+        rule["http"],
+        json!([
+            {"methods": ["GET"], "paths": ["/repos/**", "/~user"], "upgrade": false},
+            {"methods": [], "paths": [], "upgrade": true},
+        ])
+    );
+    assert_eq!(
+        (&rule["tls"], &rule["credential"]),
+        (&json!("intercept"), &json!("GITHUB_TOKEN"))
+    );
+    assert_eq!(policy.rules()[0].credential(), Some("GITHUB_TOKEN"));
+    let plain = Policy::parse(&looking_inside(json!({"tls": "auto", "http": []}))).unwrap();
+    assert_eq!(plain, Policy::parse(&looking_inside(json!({}))).unwrap());
+    assert!(Policy::parse(&looking_inside(json!({"tls": "splice"}))).is_ok());
+}
+
+#[test]
+fn what_a_rule_asks_of_requests_is_read_strictly() {
+    let list = |entry: Value| looking_inside(json!({"http": [entry]}));
     refused(
-        with_rule("http", json!([{"methods": ["GET"]}])),
-        "rules[1].http",
-        later,
+        list(json!({"method": ["GET"]})),
+        "rules[0].http[0].method",
+        "did you mean `methods`?",
+    );
+    refused(list(json!("GET")), "rules[0].http[0]", "expected an object");
+    refused(
+        list(json!({"methods": "GET"})),
+        "rules[0].http[0].methods",
+        "expected a list",
     );
     refused(
-        with_rule("credential", json!("GITHUB_TOKEN")),
-        "rules[1].credential",
-        later,
+        list(json!({"methods": ["GET", "post"]})),
+        "rules[0].http[0].methods[1]",
+        "capital letters",
     );
-    refused(with_rule("credential", json!(null)), "rules[1].credential", later);
+    refused(
+        list(json!({"paths": ["repos"]})),
+        "rules[0].http[0].paths[0]",
+        "begin with a slash",
+    );
+    refused(
+        list(json!({"paths": ["/v*"]})),
+        "rules[0].http[0].paths[0]",
+        "whole segment",
+    );
+    refused(
+        list(json!({"paths": [7]})),
+        "rules[0].http[0].paths[0]",
+        "expected a path",
+    );
+    refused(
+        list(json!({"upgrade": "yes"})),
+        "rules[0].http[0].upgrade",
+        "true or false",
+    );
+    refused(
+        looking_inside(json!({"http": {}})),
+        "rules[0].http",
+        "expected a list",
+    );
+    refused(
+        looking_inside(json!({"tls": "on"})),
+        "rules[0].tls",
+        "expected one of",
+    );
+    for name in [json!(null), json!(""), json!("A B"), json!("x".repeat(129))] {
+        refused(
+            looking_inside(json!({"credential": name})),
+            "rules[0].credential",
+            "the name of a secret",
+        );
+    }
+}
+
+#[test]
+fn requests_can_be_asked_only_of_flows_that_can_be_read() {
+    let asks = [
+        ("http", json!([{"methods": ["GET"]}])),
+        ("credential", json!("GITHUB_TOKEN")),
+        ("tls", json!("intercept")),
+    ];
+    for (field, value) in asks {
+        let path = format!("rules[0].{field}");
+        let with = |name: &str, other: Value| {
+            let mut document = looking_inside(json!({field: value}));
+            document["rules"][0][name] = other;
+            document
+        };
+        refused(with("action", json!("deny")), &path, "a rule that allows");
+        refused(with("protocol", json!("tcp")), &path, "needs protocol \"http\"");
+        refused(
+            with("cidrs", json!(["203.0.113.0/24"])),
+            &path,
+            "not supported by this version",
+        );
+        if field != "tls" {
+            refused(
+                with("tls", json!("splice")),
+                "rules[0].tls",
+                "needs a look inside",
+            );
+        }
+    }
+    refused(
+        looking_inside(json!({"action": "deny", "tls": "splice"})),
+        "rules[0].tls",
+        "means nothing",
+    );
 }
 
 #[test]

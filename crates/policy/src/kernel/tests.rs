@@ -6,7 +6,10 @@ use proptest::{collection::vec, prelude::*, sample::select};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::{DomainName, Flow, Platform, Protocol, SandboxPolicy, Verdict};
+use crate::{
+    BoundHost, DomainName, DomainPattern, Flow, NormalPath, Platform, Protocol, RequestHead, SandboxPolicy,
+    Verdict,
+};
 
 const NAMES: [&str; 5] = [
     "wild.test",
@@ -63,19 +66,49 @@ struct Parts {
     deny_names: bool,
     allow_ranges: bool,
     tcp: bool,
+    inside: bool,
 }
 
 const ALL: Parts = Parts {
     deny_names: true,
     allow_ranges: true,
     tcp: true,
+    inside: true,
 };
 
 fn some(from: &'static [&'static str], at_most: usize) -> impl Strategy<Value = Vec<&'static str>> {
     vec(select(from), 0..=at_most)
 }
 
+/// What a rule may ask of requests.
+fn any_inside() -> impl Strategy<Value = Value> {
+    let methods = vec(select(vec!["GET", "POST"]), 0..2);
+    let paths = vec(select(vec!["/", "/a/*", "/a/**"]), 0..2);
+    let entry = (methods, paths, any::<bool>()).prop_map(
+        |(methods, paths, upgrade)| json!({"methods": methods, "paths": paths, "upgrade": upgrade}),
+    );
+    prop_oneof![
+        3 => Just(json!({})),
+        3 => vec(entry, 1..3).prop_map(|entries| json!({"http": entries})),
+        1 => Just(json!({"tls": "intercept"})),
+        1 => Just(json!({"tls": "splice"})),
+        1 => Just(json!({"credential": "KEY"})),
+    ]
+}
+
 fn any_rule(parts: Parts) -> impl Strategy<Value = Value> {
+    let rule = any_plain_rule(parts);
+    (rule, any_inside()).prop_map(move |(mut rule, inside)| {
+        let readable = rule["action"] == "allow" && rule["protocol"] == "http" && rule["cidrs"] == json!([]);
+        if parts.inside && readable {
+            let inside = inside.as_object().expect("an object").clone();
+            rule.as_object_mut().expect("an object").extend(inside);
+        }
+        rule
+    })
+}
+
+fn any_plain_rule(parts: Parts) -> impl Strategy<Value = Value> {
     (
         any::<bool>(),
         any::<bool>(),
@@ -145,6 +178,46 @@ fn compile(tiers: &[Policy]) -> SandboxPolicy {
         .map(|policy| ("tier".to_owned(), policy.clone()))
         .collect();
     SandboxPolicy::compile(&Platform::default(), &tiers).unwrap()
+}
+
+fn any_bindings() -> impl Strategy<Value = Vec<BoundHost>> {
+    let bound = (select(&PATTERNS[1..]), vec(select(&PORTS[..]), 1..3)).prop_map(|(host, ports)| BoundHost {
+        hosts: vec![DomainPattern::parse(host).unwrap()],
+        ports,
+    });
+    vec(bound, 0..3)
+}
+
+fn compile_with(tiers: &[Policy], bindings: &[BoundHost]) -> SandboxPolicy {
+    let tiers: Vec<(String, Policy)> = tiers
+        .iter()
+        .map(|policy| ("tier".to_owned(), policy.clone()))
+        .collect();
+    SandboxPolicy::compile_with(&Platform::default(), &tiers, bindings).unwrap()
+}
+
+/// The document without anything that is asked of requests.
+fn blind(policy: &Policy) -> Policy {
+    let mut document = policy.to_value();
+    for rule in document["rules"].as_array_mut().expect("a list") {
+        let rule = rule.as_object_mut().expect("an object");
+        for field in ["http", "tls", "credential"] {
+            rule.remove(field);
+        }
+    }
+    Policy::parse(&document).expect("what is left is valid")
+}
+
+/// Every request that the strategies tell apart, as far as they are told apart.
+fn requests() -> Vec<(&'static str, NormalPath, bool)> {
+    let paths = ["/", "/a", "/a/b", "/a/b/c", "/b"].map(|path| NormalPath::parse(path).unwrap().0);
+    let heads = ["GET", "POST", "DELETE"].into_iter().flat_map(|method| {
+        let paths = paths.clone();
+        paths.into_iter().map(move |path| (method, path))
+    });
+    heads
+        .flat_map(|(method, path)| [false, true].map(|upgrade| (method, path.clone(), upgrade)))
+        .collect()
 }
 
 fn names() -> Vec<DomainName> {
@@ -225,8 +298,10 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
 
     #[test]
-    fn the_table_is_well_formed_and_says_what_the_rules_say(tiers in any_tiers(ALL), random in any::<(u32, u16)>()) {
-        let policy = compile(&tiers);
+    fn the_table_is_well_formed_and_says_what_the_rules_say(
+        tiers in any_tiers(ALL), bindings in any_bindings(), random in any::<(u32, u16)>(),
+    ) {
+        let policy = compile_with(&tiers, &bindings);
         let table = policy.kernel_table();
         prop_assert_eq!(table.entries[0].prefix, Ipv4Net::default());
         prop_assert!(table.entries.windows(2).all(|pair| pair[0].prefix < pair[1].prefix));
@@ -241,7 +316,9 @@ proptest! {
             if decided == KernelAction::Deny(Reason::PlatformDenied) {
                 continue;
             }
-            prop_assert_eq!(coarse(found), coarse(decided), "{}:{}", address, port);
+            // Bindings may make more be read than is needed.
+            let widened = decided == KernelAction::Pass && found == KernelAction::Proxy && !bindings.is_empty();
+            prop_assert!(widened || coarse(found) == coarse(decided), "{address}:{port}: {found:?}, {decided:?}");
             if let KernelAction::Deny(reason) = found {
                 prop_assert!(reason == Reason::DefaultDeny || KernelAction::Deny(reason) == decided);
             }
@@ -271,8 +348,93 @@ proptest! {
     }
 
     #[test]
+    fn bindings_change_only_what_is_read(tiers in any_tiers(ALL), bindings in any_bindings(), to in any_destination()) {
+        let (without, with) = (compile(&tiers), compile_with(&tiers, &bindings));
+        let is_read = bindings.iter().any(|binding| binding.ports.contains(&to.port()));
+        prop_assert_eq!(with.decide_address_port(to), reading(without.decide_address_port(to), is_read));
+        for ((bound, name, before), (_, _, after)) in answers(&without, to).into_iter().zip(answers(&with, to)) {
+            let concerned = |name: &DomainName| {
+                bindings.iter().any(|binding| {
+                    binding.ports.contains(&to.port()) && binding.hosts.iter().any(|host| host.matches(name))
+                })
+            };
+            let context = format!("pinned for {bound:?}, shows {name:?}: {before:?} became {after:?}");
+            prop_assert!(after.intercept >= before.intercept && after.needs_name >= before.needs_name, "{}", context);
+            if after.intercept != before.intercept {
+                let name = name.as_ref().expect("only named flows are read");
+                prop_assert!(after.allowed && bound.contains(name) && concerned(name), "{}", context);
+            }
+            if after.needs_name != before.needs_name {
+                prop_assert!(after.allowed && name.is_none() && bound.iter().any(concerned), "{}", context);
+            }
+            let (intercept, needs_name) = (before.intercept, before.needs_name);
+            prop_assert_eq!(Verdict { intercept, needs_name, ..after }, before, "{}", context);
+        }
+    }
+
+    #[test]
+    fn what_must_be_read_is_never_passed_unread(
+        tiers in any_tiers(ALL), bindings in any_bindings(), to in any_destination(),
+    ) {
+        let policy = compile_with(&tiers, &bindings);
+        let action = policy.decide_address_port(to);
+        for (bound, name, verdict) in answers(&policy, to) {
+            let context = format!("{action:?}, pinned for {bound:?}, shows {name:?}: {verdict:?}");
+            prop_assert!(!verdict.intercept || verdict.allowed, "{}", context);
+            prop_assert!(verdict.credentials.is_empty() || verdict.intercept, "{}", context);
+            if verdict.intercept {
+                prop_assert!(matches!(action, KernelAction::Proxy | KernelAction::ProxyBound), "{}", context);
+                // Nor is it given up before its name was looked for.
+                let blind = decide(&policy, to, None, &bound);
+                prop_assert!(blind.needs_name, "{} but {:?}", context, blind);
+                prop_assert!(name.is_some_and(|name| bound.contains(&name)), "{}", context);
+            }
+        }
+    }
+
+    #[test]
+    fn asking_for_requests_never_widens(tiers in any_tiers(ALL), to in any_destination()) {
+        let blind: Vec<Policy> = tiers.iter().map(blind).collect();
+        let (policy, blind) = (compile(&tiers), compile(&blind));
+        prop_assert!(strictness(policy.decide_address_port(to)) >= strictness(blind.decide_address_port(to)));
+        for ((bound, name, asked), (_, _, plain)) in answers(&policy, to).into_iter().zip(answers(&blind, to)) {
+            prop_assert!(plain.allowed || !asked.allowed, "pinned for {bound:?}, shows {name:?}: {plain:?}, {asked:?}");
+        }
+        for name in names() {
+            prop_assert!(blind.decide_name(&name).allowed || !policy.decide_name(&name).allowed, "{}", name);
+        }
+    }
+
+    #[test]
+    fn a_request_passes_exactly_if_its_flow_passes_and_every_tier_alone_lets_it_pass(
+        tiers in any_tiers(ALL), to in any_destination(),
+    ) {
+        let together = compile(&tiers);
+        let alone: Vec<SandboxPolicy> = tiers.iter().map(|tier| compile(std::slice::from_ref(tier))).collect();
+        let names = names();
+        for name in names.iter().map(Some).chain([None]) {
+            let bound = &names[..];
+            let flow = Flow { protocol: Protocol::Tcp, to, name, names_bound: bound };
+            for (method, path, upgrade) in &requests() {
+                let request = RequestHead { method, path, upgrade: *upgrade };
+                let verdict = together.decide_request(&flow, &request);
+                let each = alone.iter().all(|policy| policy.decide_request(&flow, &request).allowed);
+                let context = format!("{request} showing {name:?}: {verdict:?}");
+                prop_assert_eq!(verdict.allowed, each, "{}", context);
+                let of_flow = together.decide(&flow);
+                prop_assert!(of_flow.allowed || verdict == of_flow, "{}", context);
+                prop_assert!(!verdict.allowed || verdict == of_flow, "{}", context);
+                if of_flow.allowed && !verdict.allowed {
+                    prop_assert!(matches!(verdict.reason, Reason::MethodDenied | Reason::PathDenied), "{}", context);
+                    prop_assert!(of_flow.intercept, "who denies requests must read them: {}", context);
+                }
+            }
+        }
+    }
+
+    #[test]
     fn where_no_name_is_denied_the_kernel_asks_userland_only_when_a_name_decides(
-        policy in any_policy(Parts { deny_names: false, ..ALL }), to in any_destination(),
+        policy in any_policy(Parts { deny_names: false, inside: false, ..ALL }), to in any_destination(),
     ) {
         let policy = compile(&[policy]);
         let answers = answers(&policy, to);
@@ -324,7 +486,7 @@ proptest! {
 
     #[test]
     fn a_name_resolves_exactly_if_some_flow_under_it_may_pass(
-        tiers in any_tiers(Parts { deny_names: true, allow_ranges: false, tcp: false }),
+        tiers in any_tiers(Parts { allow_ranges: false, tcp: false, ..ALL }),
         address in select(vec![Ipv4Addr::new(192, 0, 2, 9)]),
     ) {
         let policy = compile(&tiers);
