@@ -8,8 +8,9 @@ use hyper_util::rt::TokioIo;
 use jiff::{SignedDuration, Timestamp};
 use sandgate_api::{
     control::{DialError, DialReply, DialRequest},
+    credential::{CaLease, CaRequest, CredentialLease, CredentialRequest, Sensitive},
     feed::{Endpoint, FeedError, FeedFrame},
-    id::{ApiKeyId, OrgId},
+    id::{ApiKeyId, OrgId, SecretId},
     rest::Isolation,
 };
 use sandgate_daemon::handover;
@@ -23,7 +24,7 @@ use super::*;
 use crate::{
     installation::InstallationKey,
     spec::{SandboxSpec, Size},
-    store::{AuditFilter, AuthorityRecord, NewAccount, NewKey, NewSandbox, SecretChoice},
+    store::{AuditFilter, AuthorityRecord, NewAccount, NewKey, NewSandbox, NewSecret, SecretChoice},
     vault::Vault,
 };
 
@@ -32,6 +33,7 @@ const SOON: Duration = Duration::from_secs(5);
 struct World {
     link: NodeLink,
     store: Store,
+    vault: Arc<Vault>,
     org: OrgId,
     /// netd's end.
     netd: Channel,
@@ -74,6 +76,7 @@ async fn world() -> World {
     World {
         link,
         store,
+        vault,
         org,
         netd: Channel::from_fd(theirs).expect("a channel"),
         _directory: directory,
@@ -146,14 +149,19 @@ impl World {
     }
 
     async fn post(&self, path: &str, body: &impl serde::Serialize) -> http::StatusCode {
+        self.ask(path, body).await.0
+    }
+
+    async fn ask(&self, path: &str, body: &impl serde::Serialize) -> (http::StatusCode, bytes::Bytes) {
         let body = Full::from(serde_json::to_vec(body).expect("a body"));
         let request = http::Request::post(path).body(body).expect("a request");
-        self.http()
-            .await
-            .send_request(request)
-            .await
-            .expect("a response")
-            .status()
+        let mut sender = self.http().await;
+        let response = sender.send_request(request).await.expect("a response");
+        let status = response.status();
+        (
+            status,
+            response.into_body().collect().await.expect("a body").to_bytes(),
+        )
     }
 
     async fn ack(&self, revision: Revision, errors: Vec<FeedError>) {
@@ -466,5 +474,93 @@ async fn an_answer_without_descriptor_is_no_connection() {
     assert!(
         matches!(dialled, Err(DialFailure::Refused(DialError::Failed))),
         "{dialled:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_node_asks_for_values_and_authorities_and_hears_of_their_change() {
+    let world = world().await;
+    let value = Sensitive::new("sk-ant-canary-0123456789".to_owned());
+    let new = NewSecret {
+        id: SecretId::random(),
+        org_id: world.org.clone(),
+        name: "A_KEY".to_owned(),
+        scope: "sandbox".to_owned(),
+        egress: crate::presets::bindings("ANTHROPIC_API_KEY"),
+        placeholder_prefix: String::new(),
+        sealed: world.vault.seal(&world.org, "A_KEY", &value).expect("sealed"),
+        created_at: Timestamp::now(),
+    };
+    let secret = world.store.insert_secret(&new, 9).await.expect("inserted");
+    let (id, _) = world.announced().await;
+    let mut follower = world.follow(None).await;
+    let FeedFrame::Snapshot { sandboxes, .. } = follower.frame().await else {
+        panic!("a snapshot first")
+    };
+    assert_eq!(sandboxes[0].bindings[0].secret, "A_KEY");
+    assert_eq!(sandboxes[0].bindings[0].version, secret.version);
+
+    let credential = CredentialRequest {
+        sandbox_id: id.clone(),
+        secret: "A_KEY".to_owned(),
+    };
+    let (status, body) = world.ask("/feed/credential", &credential).await;
+    assert_eq!(status, 200);
+    let lease: CredentialLease = serde_json::from_slice(&body).expect("a lease");
+    assert_eq!((lease.value, lease.version), (value, secret.version));
+    let authority = CaRequest {
+        sandbox_id: id.clone(),
+    };
+    let (status, body) = world.ask("/feed/ca", &authority).await;
+    assert_eq!(status, 200);
+    let lease: CaLease = serde_json::from_slice(&body).expect("a lease");
+    assert_eq!(
+        (lease.certificate_pem.as_str(), lease.generation),
+        ("certificate", 1)
+    );
+    assert_eq!(sandboxes[0].ca_generation, lease.generation);
+
+    world
+        .store
+        .delete_secret(&world.org, "A_KEY")
+        .await
+        .expect("deleted");
+    let FeedFrame::Delta { upserts, .. } = follower.frame().await else {
+        panic!("a delta of the revocation")
+    };
+    assert!(upserts[0].bindings.is_empty());
+    assert_eq!(world.post("/feed/credential", &credential).await, 404);
+    world.store.withdraw(&id).await.expect("withdrawn");
+    assert_eq!(world.post("/feed/ca", &authority).await, 404);
+    for path in ["/feed/credential", "/feed/ca"] {
+        assert_eq!(world.post(path, &"nonsense").await, 400, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn a_value_that_does_not_open_is_no_lease_and_no_error_text() {
+    let world = world().await;
+    let other = Vault::new(&[3; 32]).expect("a vault");
+    let value = Sensitive::new("sk-ant-canary-0123456789".to_owned());
+    let new = NewSecret {
+        id: SecretId::random(),
+        org_id: world.org.clone(),
+        name: "A_KEY".to_owned(),
+        scope: "sandbox".to_owned(),
+        egress: crate::presets::bindings("ANTHROPIC_API_KEY"),
+        placeholder_prefix: String::new(),
+        sealed: other.seal(&world.org, "A_KEY", &value).expect("sealed"),
+        created_at: Timestamp::now(),
+    };
+    world.store.insert_secret(&new, 9).await.expect("inserted");
+    let (id, _) = world.announced().await;
+    let request = CredentialRequest {
+        sandbox_id: id,
+        secret: "A_KEY".to_owned(),
+    };
+    let (status, body) = world.ask("/feed/credential", &request).await;
+    assert_eq!(
+        (status.as_u16(), body.as_ref()),
+        (503, b"no credential at the moment".as_slice())
     );
 }

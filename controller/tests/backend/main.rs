@@ -10,4 +10,5 @@
 mod isolation;
 mod lifecycle;
 mod limits;
+mod trust;
 mod world;

@@ -98,7 +98,7 @@ impl World {
             disk_bytes: 64 * MIB,
             env: [("GREETING".to_owned(), "hello".to_owned())].into(),
             agent_key: [half(), half(), half(), half()].concat(),
-            ca_certificate: Some(certificate()),
+            ca_certificate: Some(authority().certificate().unwrap()),
             isolation: Isolation::Container,
         }
     }
@@ -374,12 +374,9 @@ pub(super) fn process_of(world: &World, spec: &LaunchSpec) -> i32 {
 }
 
 /// A real one, of an installation that is gone.
-fn certificate() -> String {
+pub(super) fn authority() -> Authority {
     let folder = tempfile::tempdir().unwrap();
     let key = InstallationKey::open(&folder.path().join("installation.key")).unwrap();
     let id = SandboxId::random();
-    Authority::derive(&key, &id, FIRST_GENERATION, Timestamp::now())
-        .unwrap()
-        .certificate()
-        .unwrap()
+    Authority::derive(&key, &id, FIRST_GENERATION, Timestamp::now()).unwrap()
 }

@@ -26,7 +26,12 @@ impl World {
     /// On the feed, with all secrets there are.
     async fn holder(&self, tenant: &Tenant) -> SandboxRecord {
         let id = self.stored_sandbox(tenant).await;
-        let running = self.store.sandbox(&tenant.org, &id).await.expect("a reading").expect("a sandbox");
+        let running = self
+            .store
+            .sandbox(&tenant.org, &id)
+            .await
+            .expect("a reading")
+            .expect("a sandbox");
         let new = NewSandbox {
             id: SandboxId::random(),
             org_id: tenant.org.clone(),
@@ -48,7 +53,10 @@ impl World {
             mac: [2, 83, 71, 1, 0, 7],
             agent_port: 9111,
         };
-        self.store.announce(&record.id, &endpoint).await.expect("announced");
+        self.store
+            .announce(&record.id, &endpoint)
+            .await
+            .expect("announced");
         self.store.mark_running(&record.id).await.expect("running");
         record
     }
@@ -110,7 +118,10 @@ async fn a_secret_lives_without_ever_being_shown() {
     let tenant = world.tenant("a@b").await;
     let mut answers = vec![
         world
-            .store_secret(&tenant, json!({"name": "ANTHROPIC_API_KEY", "value": CANARY, "scope": "sandbox"}))
+            .store_secret(
+                &tenant,
+                json!({"name": "ANTHROPIC_API_KEY", "value": CANARY, "scope": "sandbox"}),
+            )
             .await,
     ];
     let shown = &answers[0].body;
@@ -120,14 +131,26 @@ async fn a_secret_lives_without_ever_being_shown() {
     assert_eq!(shown["egress"]["hosts"], json!(["api.anthropic.com"]));
     for (method, path, body) in [
         ("GET", "/secrets", Value::Null),
-        ("PUT", "/secrets/ANTHROPIC_API_KEY", json!({"value": format!("{CANARY}-2")})),
-        ("PUT", "/secrets/ANTHROPIC_API_KEY", json!({"value": format!("{CANARY}\r\nx: y")})),
+        (
+            "PUT",
+            "/secrets/ANTHROPIC_API_KEY",
+            json!({"value": format!("{CANARY}-2")}),
+        ),
+        (
+            "PUT",
+            "/secrets/ANTHROPIC_API_KEY",
+            json!({"value": format!("{CANARY}\r\nx: y")}),
+        ),
         ("PUT", "/secrets/ANTHROPIC_API_KEY", json!({"value": [CANARY]})),
         ("PUT", "/secrets/ANTHROPIC_API_KEY", json!({"egress": null})),
         ("GET", "/secrets", Value::Null),
         ("POST", "/secrets", json!({"name": CANARY, "value": CANARY})),
         ("POST", "/secrets", json!({"name": "A", "value": {"x": CANARY}})),
-        ("POST", "/secrets", json!({"name": "A", "value": CANARY, "egress": CANARY})),
+        (
+            "POST",
+            "/secrets",
+            json!({"name": "A", "value": CANARY, "egress": CANARY}),
+        ),
         ("PUT", &format!("/secrets/{CANARY}"), json!({"value": CANARY})),
         ("DELETE", &format!("/secrets/{CANARY}"), Value::Null),
         ("DELETE", "/secrets/ANTHROPIC_API_KEY", Value::Null),
@@ -157,16 +180,27 @@ async fn the_five_calls_of_published_clients() {
     let updated = world
         .call(&tenant, "PUT", "/secrets/MY_KEY", &json!({"value": "another"}))
         .await;
-    assert_eq!((updated.status, &updated.body["id"]), (StatusCode::OK, &created.body["id"]));
+    assert_eq!(
+        (updated.status, &updated.body["id"]),
+        (StatusCode::OK, &created.body["id"])
+    );
     let id = world.stored_sandbox(&tenant).await;
     let path = format!("/sandbox/{id}/secrets/inject");
-    for body in [json!({"secrets": ["MY_KEY"]}), json!({"all": true}), json!({"secrets": [], "all": true})] {
+    for body in [
+        json!({"secrets": ["MY_KEY"]}),
+        json!({"all": true}),
+        json!({"secrets": [], "all": true}),
+    ] {
         let injected = world.call(&tenant, "POST", &path, &body).await;
         assert_eq!(injected.body["injected"], json!(["MY_KEY"]), "{}", injected.body);
     }
-    let deleted = world.call(&tenant, "DELETE", "/secrets/MY_KEY", &Value::Null).await;
+    let deleted = world
+        .call(&tenant, "DELETE", "/secrets/MY_KEY", &Value::Null)
+        .await;
     assert_eq!(deleted.body, json!({"success": true}));
-    let gone = world.call(&tenant, "DELETE", "/secrets/MY_KEY", &Value::Null).await;
+    let gone = world
+        .call(&tenant, "DELETE", "/secrets/MY_KEY", &Value::Null)
+        .await;
     assert_eq!(gone.refusal(), (404, "NOT_FOUND", None));
 }
 
@@ -190,16 +224,28 @@ async fn a_refusal_names_the_field() {
         (json!({"name": "A", "value": ""}), "value"),
         (json!({"name": "A", "value": "a\u{0}b"}), "value"),
         (json!({"name": "A", "value": "x", "scope": "user"}), "scope"),
-        (json!({"name": "A", "value": "x", "expires_at": "2030-01-01T00:00:00Z"}), "expires_at"),
-        (json!({"name": "A", "value": "x", "allowed_sandbox_patterns": ["x"]}), "allowed_sandbox_patterns"),
+        (
+            json!({"name": "A", "value": "x", "expires_at": "2030-01-01T00:00:00Z"}),
+            "expires_at",
+        ),
+        (
+            json!({"name": "A", "value": "x", "allowed_sandbox_patterns": ["x"]}),
+            "allowed_sandbox_patterns",
+        ),
         (json!({"name": "A", "value": "x", "colour": "red"}), "colour"),
-        (json!({"name": "OPENAI_API_KEY", "value": "sk-bad\r\nhost: x"}), "value"),
+        (
+            json!({"name": "OPENAI_API_KEY", "value": "sk-bad\r\nhost: x"}),
+            "value",
+        ),
         (json!({"name": "OPENAI_API_KEY", "value": "short"}), "value"),
         (request("A", &json!("api.ok.test")), "egress"),
         (request("A", &json!([])), "egress"),
         (request("A", &json!([1])), "egress[0]"),
         (request("A", &json!({})), "egress.hosts"),
-        (request("A", &json!([binding(), {"hosts": ["a.test"]}])), "egress[1].inject"),
+        (
+            request("A", &json!([binding(), {"hosts": ["a.test"]}])),
+            "egress[1].inject",
+        ),
         (with(json!({"hosts": []})), "egress.hosts"),
         (with(json!({"hosts": "api.ok.test"})), "egress.hosts"),
         (with(json!({"hosts": ["*"]})), "egress.hosts[0]"),
@@ -210,27 +256,57 @@ async fn a_refusal_names_the_field() {
         (with(json!({"ports": ["443"]})), "egress.ports[0]"),
         (with(json!({"methods": ["get"]})), "egress.methods[0]"),
         (with(json!({"paths": ["v1"]})), "egress.paths[0]"),
-        (with(json!({"strip_client_auth": "no"})), "egress.strip_client_auth"),
+        (
+            with(json!({"strip_client_auth": "no"})),
+            "egress.strip_client_auth",
+        ),
         (with(json!({"port": 443})), "egress.port"),
         (with(json!({"inject": []})), "egress.inject"),
         (with(json!({"inject": "bearer"})), "egress.inject"),
         (with(json!({"inject": ["bearer"]})), "egress.inject[0]"),
         (inject(json!({})), "egress.inject[0].kind"),
         (inject(json!({"kind": "magic"})), "egress.inject[0].kind"),
-        (inject(json!({"kind": "aws_sigv4", "service": "s3"})), "egress.inject[0].kind"),
-        (inject(json!({"kind": "oauth2_refresh_token"})), "egress.inject[0].kind"),
+        (
+            inject(json!({"kind": "aws_sigv4", "service": "s3"})),
+            "egress.inject[0].kind",
+        ),
+        (
+            inject(json!({"kind": "oauth2_refresh_token"})),
+            "egress.inject[0].kind",
+        ),
         (inject(json!({"kind": "github_app"})), "egress.inject[0].kind"),
         (inject(json!({"kind": "mtls"})), "egress.inject[0].kind"),
-        (inject(json!({"kind": "bearer", "header": "x"})), "egress.inject[0].header"),
+        (
+            inject(json!({"kind": "bearer", "header": "x"})),
+            "egress.inject[0].header",
+        ),
         (inject(json!({"kind": "basic"})), "egress.inject[0].username"),
-        (inject(json!({"kind": "basic", "username": "a:b"})), "egress.inject[0].username"),
+        (
+            inject(json!({"kind": "basic", "username": "a:b"})),
+            "egress.inject[0].username",
+        ),
         (inject(json!({"kind": "header"})), "egress.inject[0].header"),
-        (inject(json!({"kind": "header", "header": "Host"})), "egress.inject[0].header"),
-        (inject(json!({"kind": "header", "header": "x-a", "format": "x"})), "egress.inject[0].format"),
+        (
+            inject(json!({"kind": "header", "header": "Host"})),
+            "egress.inject[0].header",
+        ),
+        (
+            inject(json!({"kind": "header", "header": "x-a", "format": "x"})),
+            "egress.inject[0].format",
+        ),
         (inject(json!({"kind": "query"})), "egress.inject[0].parameter"),
-        (inject(json!({"kind": "placeholder", "in": ["body"]})), "egress.inject[0].in[0]"),
-        (inject(json!({"kind": "placeholder", "in": ["header", "path"]})), "egress.inject[0].in[1]"),
-        (inject(json!({"kind": "placeholder", "in": []})), "egress.inject[0].in"),
+        (
+            inject(json!({"kind": "placeholder", "in": ["body"]})),
+            "egress.inject[0].in[0]",
+        ),
+        (
+            inject(json!({"kind": "placeholder", "in": ["header", "path"]})),
+            "egress.inject[0].in[1]",
+        ),
+        (
+            inject(json!({"kind": "placeholder", "in": []})),
+            "egress.inject[0].in",
+        ),
     ] {
         let answer = world.call(&tenant, "POST", "/secrets", &body).await;
         assert_eq!(answer.refusal(), (400, "VALIDATION_ERROR", Some(field)), "{body}");
@@ -258,16 +334,26 @@ async fn every_kind_is_stored_as_it_was_written() {
     let stored = world.store_secret(&tenant, request("A", &egress)).await;
     let shown = &stored.body["egress"];
     assert_eq!(shown["hosts"], json!(["api.ok.test", "*.wild.test"]));
-    assert_eq!((&shown["ports"], &shown["strip_client_auth"]), (&json!([443]), &json!(true)));
+    assert_eq!(
+        (&shown["ports"], &shown["strip_client_auth"]),
+        (&json!([443]), &json!(true))
+    );
     assert_eq!(
         shown["inject"][2],
         json!({"kind": "header", "header": "x-api-key", "format": "{value}"})
     );
     // What was read can be written.
-    let again = world.call(&tenant, "PUT", "/secrets/A", &json!({ "egress": shown })).await;
+    let again = world
+        .call(&tenant, "PUT", "/secrets/A", &json!({ "egress": shown }))
+        .await;
     assert_eq!((again.status, &again.body["egress"]), (StatusCode::OK, shown));
     let two = world
-        .call(&tenant, "PUT", "/secrets/A", &json!({"egress": [shown, binding()]}))
+        .call(
+            &tenant,
+            "PUT",
+            "/secrets/A",
+            &json!({"egress": [shown, binding()]}),
+        )
         .await;
     assert_eq!(two.body["egress"].as_array().map(Vec::len), Some(2));
 }
@@ -284,21 +370,42 @@ async fn a_change_keeps_what_it_does_not_name_and_checks_both_together() {
         ("/secrets/A", json!({}), "value"),
         ("/secrets/A", json!({"value": "a\nb-0123456789"}), "value"),
         ("/secrets/A", json!({"name": "B", "value": "x"}), "name"),
-        ("/secrets/A", json!({"egress": {"hosts": ["*"], "inject": [{"kind": "bearer"}]}}), "egress.hosts[0]"),
+        (
+            "/secrets/A",
+            json!({"egress": {"hosts": ["*"], "inject": [{"kind": "bearer"}]}}),
+            "egress.hosts[0]",
+        ),
         ("/secrets/PLAIN", json!({"egress": binding()}), "egress"),
     ] {
         let answer = world.call(&tenant, "PUT", path, &body).await;
-        assert_eq!(answer.refusal(), (400, "VALIDATION_ERROR", Some(field)), "{path} {body}");
+        assert_eq!(
+            answer.refusal(),
+            (400, "VALIDATION_ERROR", Some(field)),
+            "{path} {body}"
+        );
     }
     let rotated = world
-        .call(&tenant, "PUT", "/secrets/A", &json!({"value": "sk-rotated-0123456789"}))
+        .call(
+            &tenant,
+            "PUT",
+            "/secrets/A",
+            &json!({"value": "sk-rotated-0123456789"}),
+        )
         .await;
     assert_eq!(rotated.body["egress"]["hosts"], json!(["api.ok.test"]));
     assert_eq!(rotated.body["applied"], json!(true));
     let plain = world
-        .call(&tenant, "PUT", "/secrets/A", &json!({"egress": null, "value": "two\nlines"}))
+        .call(
+            &tenant,
+            "PUT",
+            "/secrets/A",
+            &json!({"egress": null, "value": "two\nlines"}),
+        )
         .await;
-    assert_eq!((plain.status, &plain.body["egress"]), (StatusCode::OK, &Value::Null));
+    assert_eq!(
+        (plain.status, &plain.body["egress"]),
+        (StatusCode::OK, &Value::Null)
+    );
     let missing = world
         .call(&tenant, "PUT", "/secrets/NONE", &json!({"value": "x"}))
         .await;
@@ -321,14 +428,29 @@ async fn another_organisation_sees_and_gets_nothing() {
     for (method, path, body, code) in [
         ("PUT", "/secrets/A".to_owned(), json!({"value": "x"}), "NOT_FOUND"),
         ("DELETE", "/secrets/A".to_owned(), Value::Null, "NOT_FOUND"),
-        ("POST", format!("/sandbox/{foreign}/secrets/inject"), json!({"secrets": ["A"]}), "NOT_FOUND"),
-        ("POST", format!("/sandbox/{own}/secrets/inject"), json!({"all": true}), "SANDBOX_NOT_FOUND"),
+        (
+            "POST",
+            format!("/sandbox/{foreign}/secrets/inject"),
+            json!({"secrets": ["A"]}),
+            "NOT_FOUND",
+        ),
+        (
+            "POST",
+            format!("/sandbox/{own}/secrets/inject"),
+            json!({"all": true}),
+            "SANDBOX_NOT_FOUND",
+        ),
     ] {
         let answer = world.call(&stranger, method, &path, &body).await;
         assert_eq!(answer.refusal(), (404, code, None), "{method} {path}");
     }
     let nothing = world
-        .call(&stranger, "POST", &format!("/sandbox/{foreign}/secrets/inject"), &json!({"all": true}))
+        .call(
+            &stranger,
+            "POST",
+            &format!("/sandbox/{foreign}/secrets/inject"),
+            &json!({"all": true}),
+        )
         .await;
     assert_eq!(nothing.body["injected"], json!([]));
 }
@@ -351,7 +473,9 @@ async fn an_injection_is_checked() {
         let answer = world.call(&tenant, "POST", &path, &body).await;
         assert_eq!(answer.refusal(), (400, "VALIDATION_ERROR", Some(field)), "{body}");
     }
-    let unknown = world.call(&tenant, "POST", &path, &json!({"secrets": ["NO"]})).await;
+    let unknown = world
+        .call(&tenant, "POST", &path, &json!({"secrets": ["NO"]}))
+        .await;
     assert_eq!(unknown.refusal(), (404, "NOT_FOUND", None));
     world.store.withdraw(&id).await.expect("withdrawn");
     let ended = world.call(&tenant, "POST", &path, &json!({"all": true})).await;
@@ -413,16 +537,25 @@ async fn a_command_has_placeholders_plain_values_and_what_its_caller_set() {
         .store_secret(&tenant, json!({"name": "ANTHROPIC_API_KEY", "value": CANARY}))
         .await;
     world
-        .store_secret(&tenant, json!({"name": "OPENAI_API_KEY", "value": "plain-on-request", "egress": null}))
+        .store_secret(
+            &tenant,
+            json!({"name": "OPENAI_API_KEY", "value": "plain-on-request", "egress": null}),
+        )
         .await;
     let mut record = world.holder(&tenant).await;
     let env = world.environment(&record, json!({"A": "b"})).await;
     let placeholder = env["ANTHROPIC_API_KEY"].clone();
     assert!(placeholder.starts_with("sk-ant-api03-sgp0"), "{placeholder}");
     assert!(!placeholder.contains("canary"));
-    assert_eq!((env["OPENAI_API_KEY"].as_str(), env["A"].as_str()), ("plain-on-request", "b"));
+    assert_eq!(
+        (env["OPENAI_API_KEY"].as_str(), env["A"].as_str()),
+        ("plain-on-request", "b")
+    );
     // A rotation: the same placeholder, the new plain value.
-    for (name, value) in [("ANTHROPIC_API_KEY", "sk-ant-rotated-0123"), ("OPENAI_API_KEY", "rotated")] {
+    for (name, value) in [
+        ("ANTHROPIC_API_KEY", "sk-ant-rotated-0123"),
+        ("OPENAI_API_KEY", "rotated"),
+    ] {
         let update = world.service.update_secret(
             &tenant.org,
             name,
@@ -438,13 +571,32 @@ async fn a_command_has_placeholders_plain_values_and_what_its_caller_set() {
     assert_eq!(env["ANTHROPIC_API_KEY"], placeholder);
     assert_eq!(env["OPENAI_API_KEY"], "rotated");
     // What somebody set by hand is theirs.
-    let env = world.environment(&record, json!({"OPENAI_API_KEY": "mine"})).await;
+    let env = world
+        .environment(&record, json!({"OPENAI_API_KEY": "mine"}))
+        .await;
     assert_eq!(env["OPENAI_API_KEY"], "mine");
-    record.spec.env.insert("ANTHROPIC_API_KEY".to_owned(), "mine".to_owned());
-    assert!(!world.environment(&record, json!({})).await.contains_key("ANTHROPIC_API_KEY"));
+    record
+        .spec
+        .env
+        .insert("ANTHROPIC_API_KEY".to_owned(), "mine".to_owned());
+    assert!(
+        !world
+            .environment(&record, json!({}))
+            .await
+            .contains_key("ANTHROPIC_API_KEY")
+    );
     // A revocation.
-    world.store.delete_secret(&tenant.org, "OPENAI_API_KEY").await.expect("deleted");
-    assert!(!world.environment(&record, json!({})).await.contains_key("OPENAI_API_KEY"));
+    world
+        .store
+        .delete_secret(&tenant.org, "OPENAI_API_KEY")
+        .await
+        .expect("deleted");
+    assert!(
+        !world
+            .environment(&record, json!({}))
+            .await
+            .contains_key("OPENAI_API_KEY")
+    );
 }
 
 #[tokio::test]
@@ -468,10 +620,15 @@ async fn a_node_is_given_what_its_sandboxes_have() {
         .expect("a lease");
     assert_eq!((lease.value.expose(), lease.lease_seconds), (CANARY, 60));
     for (id, name) in [(&record.id, "OPENAI_API_KEY"), (&bystander, "ANTHROPIC_API_KEY")] {
-        assert_eq!(world.broker.credential(&ask(id, name)).await.expect("an answer"), None);
+        assert_eq!(
+            world.broker.credential(&ask(id, name)).await.expect("an answer"),
+            None
+        );
     }
     let authority = async |id: &SandboxId| {
-        let request = CaRequest { sandbox_id: id.clone() };
+        let request = CaRequest {
+            sandbox_id: id.clone(),
+        };
         world.broker.authority(&request).await.expect("an answer")
     };
     let given = authority(&record.id).await.expect("an authority");
@@ -499,16 +656,26 @@ async fn a_rule_that_leaves_tls_unread_and_a_binding_to_its_host_exclude_each_ot
             ("/settings/egress".to_owned(), "rules[1].tls"),
         ] {
             let answer = world.call(&tenant, "PUT", &path, &spliced(domain)).await;
-            assert_eq!(answer.refusal(), (400, "VALIDATION_ERROR", Some(field)), "{path} {domain}");
+            assert_eq!(
+                answer.refusal(),
+                (400, "VALIDATION_ERROR", Some(field)),
+                "{path} {domain}"
+            );
         }
     }
-    world.store.delete_secret(&tenant.org, "A").await.expect("deleted");
+    world
+        .store
+        .delete_secret(&tenant.org, "A")
+        .await
+        .expect("deleted");
     world.store.withdraw(&id).await.expect("withdrawn");
     let accepted = world
         .call(&tenant, "PUT", "/settings/egress", &spliced("api.ok.test"))
         .await;
     assert_eq!(accepted.status, StatusCode::OK, "{}", accepted.body);
-    let refused = world.call(&tenant, "POST", "/secrets", &request("A", &binding())).await;
+    let refused = world
+        .call(&tenant, "POST", "/secrets", &request("A", &binding()))
+        .await;
     assert_eq!(refused.refusal(), (400, "VALIDATION_ERROR", Some("egress.hosts")));
     let elsewhere = json!({"hosts": ["api.wild.test"], "inject": [{"kind": "bearer"}]});
     world.store_secret(&tenant, request("B", &elsewhere)).await;

@@ -42,7 +42,10 @@ impl World {
             ..new_sandbox(&self.org, None)
         };
         let id = self.store.insert_sandbox(&new, 100).await.expect("inserted").id;
-        self.store.announce(&id, &endpoint(last)).await.expect("announced");
+        self.store
+            .announce(&id, &endpoint(last))
+            .await
+            .expect("announced");
         self.store.mark_running(&id).await.expect("running");
         id
     }
@@ -63,7 +66,9 @@ async fn a_new_sandbox_has_what_was_chosen_and_a_placeholder_of_its_own() {
     world.secret("PLAIN", None).await;
     let (one, other) = (
         world.holder(1, SecretChoice::All).await,
-        world.holder(2, SecretChoice::Named(vec!["A_KEY".to_owned()])).await,
+        world
+            .holder(2, SecretChoice::Named(vec!["A_KEY".to_owned()]))
+            .await,
     );
     let none = world.holder(3, SecretChoice::None).await;
     let names = |secrets: Vec<SandboxSecret>| -> Vec<String> {
@@ -79,7 +84,10 @@ async fn a_new_sandbox_has_what_was_chosen_and_a_placeholder_of_its_own() {
     // A plain variable is not on the feed: the node has nothing to do with it.
     assert_eq!(first.bindings.len(), 1);
     let binding = &first.bindings[0];
-    assert_eq!((binding.secret.as_str(), binding.version), ("A_KEY", secret.version));
+    assert_eq!(
+        (binding.secret.as_str(), binding.version),
+        ("A_KEY", secret.version)
+    );
     assert_eq!(binding.hosts, ["api.anthropic.com"]);
     assert_eq!(binding.placeholders, [own(one).await[0].placeholder.clone()]);
     assert!(binding.placeholders[0].starts_with("sk-ant-sgp0"));
@@ -101,13 +109,19 @@ async fn an_unknown_secret_is_refused_and_no_sandbox_is_left() {
         matches!(error, StoreError::Conflict(Conflict::NoSuchSecret { index: 1 })),
         "{error}"
     );
-    assert_eq!(world.store.sandbox(&world.org, &new.id).await.expect("a reading"), None);
+    assert_eq!(
+        world.store.sandbox(&world.org, &new.id).await.expect("a reading"),
+        None
+    );
     let stranger = organization(&world.store, "second@example.org").await;
     let foreign = NewSandbox {
         secrets: SecretChoice::Named(vec!["A_KEY".to_owned()]),
         ..new_sandbox(&stranger, None)
     };
-    assert!(world.store.insert_sandbox(&foreign, 100).await.is_err(), "another's secret");
+    assert!(
+        world.store.insert_sandbox(&foreign, 100).await.is_err(),
+        "another's secret"
+    );
 }
 
 #[tokio::test]
@@ -120,20 +134,37 @@ async fn a_rotation_is_a_delta_with_another_version_and_the_same_placeholders() 
     let seen = world.since(None).await.revision;
     let fresh = Sensitive::new("ghp_another-value".to_owned());
     let update = SecretUpdate {
-        value: Some((vault().seal(&world.org, "A_KEY", &fresh).expect("sealed"), "ghp_".to_owned())),
+        value: Some((
+            vault().seal(&world.org, "A_KEY", &fresh).expect("sealed"),
+            "ghp_".to_owned(),
+        )),
         egress: None,
     };
-    let (changed, change) = world.store.update_secret(&secret, update.clone(), now()).await.expect("updated");
+    let (changed, change) = world
+        .store
+        .update_secret(&secret, update.clone(), now())
+        .await
+        .expect("updated");
     assert_eq!(change.concerns, [holder.clone()]);
     assert!(changed.version > secret.version);
     let (upserts, removed) = delta(world.since(Some(seen)).await);
     assert!(removed.is_empty() && upserts.iter().all(|sandbox| sandbox.sandbox_id != other));
     assert_eq!(upserts.len(), 1);
     assert_eq!(upserts[0].bindings[0].version, changed.version);
-    assert_eq!(upserts[0].bindings[0].placeholders, before.bindings[0].placeholders);
+    assert_eq!(
+        upserts[0].bindings[0].placeholders,
+        before.bindings[0].placeholders
+    );
     // Whoever still works with the version before is refused.
-    let stale = world.store.update_secret(&secret, update, now()).await.expect_err("stale");
-    assert!(matches!(stale, StoreError::Conflict(Conflict::WrongState)), "{stale}");
+    let stale = world
+        .store
+        .update_secret(&secret, update, now())
+        .await
+        .expect_err("stale");
+    assert!(
+        matches!(stale, StoreError::Conflict(Conflict::WrongState)),
+        "{stale}"
+    );
 }
 
 #[tokio::test]
@@ -142,17 +173,43 @@ async fn a_deletion_takes_the_binding_and_its_placeholders_from_every_sandbox() 
     let first = world.secret("A_KEY", bound()).await;
     let holder = world.holder(1, SecretChoice::All).await;
     let seen = world.since(None).await.revision;
-    let change = world.store.delete_secret(&world.org, "A_KEY").await.expect("done").expect("was there");
+    let change = world
+        .store
+        .delete_secret(&world.org, "A_KEY")
+        .await
+        .expect("done")
+        .expect("was there");
     assert_eq!(change.concerns, [holder.clone()]);
     let (upserts, _) = delta(world.since(Some(seen)).await);
     assert_eq!(upserts.len(), 1);
     assert!(upserts[0].bindings.is_empty());
-    assert_eq!(world.store.bound_secret(&holder, "A_KEY").await.expect("a reading"), None);
-    assert_eq!(world.store.delete_secret(&world.org, "A_KEY").await.expect("done"), None);
+    assert_eq!(
+        world
+            .store
+            .bound_secret(&holder, "A_KEY")
+            .await
+            .expect("a reading"),
+        None
+    );
+    assert_eq!(
+        world
+            .store
+            .delete_secret(&world.org, "A_KEY")
+            .await
+            .expect("done"),
+        None
+    );
     // Made again under the same name it is another secret: nobody has it, and its version is another.
     let again = world.secret("A_KEY", bound()).await;
     assert!(again.version > first.version);
-    assert!(world.store.sandbox_secrets(&holder).await.expect("a reading").is_empty());
+    assert!(
+        world
+            .store
+            .sandbox_secrets(&holder)
+            .await
+            .expect("a reading")
+            .is_empty()
+    );
 }
 
 #[tokio::test]
@@ -163,17 +220,32 @@ async fn an_injection_gives_a_running_sandbox_what_it_lacks_and_keeps_what_it_ha
     let before = world.on_feed(&holder).await.bindings;
     world.secret("B_KEY", bound()).await;
     let seen = world.since(None).await.revision;
-    let (names, change) = world.store.inject_secrets(&holder, &SecretChoice::All).await.expect("injected");
+    let (names, change) = world
+        .store
+        .inject_secrets(&holder, &SecretChoice::All)
+        .await
+        .expect("injected");
     assert_eq!(names, ["A_KEY", "B_KEY"]);
     assert_eq!(change.concerns, [holder.clone()]);
     let (upserts, _) = delta(world.since(Some(seen)).await);
     assert_eq!(upserts[0].bindings.len(), 2);
     assert_eq!(upserts[0].bindings[0], before[0]);
     let unknown = SecretChoice::Named(vec!["NO_KEY".to_owned()]);
-    let error = world.store.inject_secrets(&holder, &unknown).await.expect_err("refused");
-    assert!(matches!(error, StoreError::Conflict(Conflict::NoSuchSecret { index: 0 })));
+    let error = world
+        .store
+        .inject_secrets(&holder, &unknown)
+        .await
+        .expect_err("refused");
+    assert!(matches!(
+        error,
+        StoreError::Conflict(Conflict::NoSuchSecret { index: 0 })
+    ));
     world.store.withdraw(&holder).await.expect("withdrawn");
-    let ended = world.store.inject_secrets(&holder, &SecretChoice::All).await.expect_err("refused");
+    let ended = world
+        .store
+        .inject_secrets(&holder, &SecretChoice::All)
+        .await
+        .expect_err("refused");
     assert!(matches!(ended, StoreError::Conflict(Conflict::WrongState)));
 }
 
@@ -187,14 +259,26 @@ async fn only_bound_secrets_of_a_sandbox_on_the_feed_can_be_leased() {
     let holder = world.holder(1, SecretChoice::Named(names)).await;
     let leased = async |name: &str| world.store.bound_secret(&holder, name).await.expect("a reading");
     let record = leased("A_KEY").await.expect("a secret");
-    let value = vault().unseal(&world.org, "A_KEY", &record.sealed).expect("opened");
+    let value = vault()
+        .unseal(&world.org, "A_KEY", &record.sealed)
+        .expect("opened");
     assert_eq!(value.expose(), VALUE);
     assert_eq!(leased("PLAIN").await, None);
     assert_eq!(leased("LATER").await, None);
-    assert!(world.store.sandbox_on_feed(&holder).await.expect("a reading").is_some());
+    assert!(
+        world
+            .store
+            .sandbox_on_feed(&holder)
+            .await
+            .expect("a reading")
+            .is_some()
+    );
     world.store.withdraw(&holder).await.expect("withdrawn");
     assert_eq!(leased("A_KEY").await, None);
-    assert_eq!(world.store.sandbox_on_feed(&holder).await.expect("a reading"), None);
+    assert_eq!(
+        world.store.sandbox_on_feed(&holder).await.expect("a reading"),
+        None
+    );
 }
 
 #[tokio::test]
@@ -211,13 +295,28 @@ async fn names_are_unique_in_an_organisation_and_there_is_a_limit() {
         sealed: record.sealed.clone(),
         created_at: now(),
     };
-    let taken = world.store.insert_secret(&again(&world.org, "A_KEY"), 9).await.expect_err("taken");
+    let taken = world
+        .store
+        .insert_secret(&again(&world.org, "A_KEY"), 9)
+        .await
+        .expect_err("taken");
     assert!(matches!(taken, StoreError::Conflict(Conflict::SecretExists)));
-    let full = world.store.insert_secret(&again(&world.org, "B_KEY"), 1).await.expect_err("full");
-    assert!(matches!(full, StoreError::Conflict(Conflict::TooManySecrets { limit: 1 })));
+    let full = world
+        .store
+        .insert_secret(&again(&world.org, "B_KEY"), 1)
+        .await
+        .expect_err("full");
+    assert!(matches!(
+        full,
+        StoreError::Conflict(Conflict::TooManySecrets { limit: 1 })
+    ));
     assert_eq!(world.store.secrets(&world.org).await.expect("a list").len(), 1);
     let other = organization(&world.store, "second@example.org").await;
-    world.store.insert_secret(&again(&other, "A_KEY"), 1).await.expect("another's name");
+    world
+        .store
+        .insert_secret(&again(&other, "A_KEY"), 1)
+        .await
+        .expect("another's name");
 }
 
 #[tokio::test]
@@ -226,13 +325,27 @@ async fn nothing_of_a_value_is_in_the_file_and_another_key_is_noticed() {
     world.secret("A_KEY", bound()).await;
     world.holder(1, SecretChoice::All).await;
     let other = Vault::new(&[8; 32]).expect("a vault");
-    assert!(!world.store.has_secret_of_another_key(&vault().key_id()).await.expect("a reading"));
-    assert!(world.store.has_secret_of_another_key(&other.key_id()).await.expect("a reading"));
+    assert!(
+        !world
+            .store
+            .has_secret_of_another_key(&vault().key_id())
+            .await
+            .expect("a reading")
+    );
+    assert!(
+        world
+            .store
+            .has_secret_of_another_key(&other.key_id())
+            .await
+            .expect("a reading")
+    );
     world.store.close().await;
     let mut looked = 0;
     for entry in std::fs::read_dir(world.directory.path()).expect("a listing") {
         let bytes = std::fs::read(entry.expect("an entry").path()).expect("a file");
-        let found = bytes.windows(12).any(|window| window == b"canary-value".as_slice());
+        let found = bytes
+            .windows(12)
+            .any(|window| window == b"canary-value".as_slice());
         assert!(!found, "the value is in a file of the database");
         looked += bytes.len();
     }
