@@ -31,6 +31,7 @@ use crate::{
     dns::{Resolver, upstream::Servers},
     egress::{Egress, dial::Dialer},
     feed::{Controller, Feed, Ready, StateFile, acknowledge, enforce::Enforcer},
+    intercept::{leases::Broker, upstream::UpstreamTls},
     kernel::{Datapath, DatapathConfig},
     nodeaddr::NodeAddresses,
     sandbox::Sandboxes,
@@ -43,8 +44,8 @@ const DRAIN: Duration = Duration::from_secs(3);
 const LAST_RECORDS: Duration = Duration::from_secs(2);
 /// Pause before the canaries fly again after a failure.
 const CANARY_PAUSE: Duration = Duration::from_secs(5);
-/// How often pins that ended are dropped.
-const PIN_SWEEP: Duration = Duration::from_secs(60);
+/// How often pins and leases that ended are dropped.
+const PIN_SWEEP: Duration = Duration::from_secs(30);
 /// Time for a predecessor to be gone.
 const LOCK_TIME: Duration = Duration::from_secs(5);
 
@@ -87,6 +88,9 @@ pub async fn run(config: Config) -> Result<()> {
     );
     enforcer.restore().await.context("cannot read the saved state")?;
 
+    let controller = Arc::new(Controller::new(Arc::clone(&control), late.clone()));
+    let upstream = UpstreamTls::load(config.upstream_ca_file.as_deref())
+        .context("cannot verify the servers of flows that are read")?;
     let greeting = Arc::new(Greeting::default());
     let dialer = Dialer::open(&late, Arc::clone(&platform), node.clone(), config.sandbox_cidr)
         .context("cannot open a netlink socket")?;
@@ -94,6 +98,8 @@ pub async fn run(config: Config) -> Result<()> {
         sandboxes: Arc::clone(&sandboxes),
         audit: Arc::clone(&audit),
         dialer,
+        broker: Arc::clone(&controller) as Arc<dyn Broker>,
+        upstream: Arc::new(upstream),
         greeting: Arc::clone(&greeting),
         tasks: tasks.clone(),
     });
@@ -117,7 +123,6 @@ pub async fn run(config: Config) -> Result<()> {
     )
     .context("cannot start a thread")?;
 
-    let controller = Arc::new(Controller::new(Arc::clone(&control), late.clone()));
     let gathering = Arc::clone(&audit);
     late.spawn("audit", async move { gathering.gather().await });
     late.spawn(
@@ -223,6 +228,7 @@ fn keep_tidy(tasks: &Tasks, sandboxes: &Arc<Sandboxes>, inward: &Arc<Inward>) {
         while !waited(PIN_SWEEP, &end).await {
             for sandbox in sandboxes.all() {
                 sandbox.sweep_pins();
+                sandbox.leases.sweep();
                 tokio::task::yield_now().await;
             }
         }

@@ -64,9 +64,9 @@ impl Owner {
 }
 
 /// What was tried, as far as it is known.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Attempt {
-    /// `tls`, `http`, `tcp`, `udp`, `dns`, `icmp` or `ip`.
+    /// `tls`, `https` (one request inside it), `http`, `tcp`, `udp`, `dns`, `icmp` or `ip`.
     pub protocol: &'static str,
     /// The name it was for.
     pub host: Option<String>,
@@ -74,6 +74,12 @@ pub struct Attempt {
     pub ip: Option<Ipv4Addr>,
     /// The destination's port.
     pub port: Option<u16>,
+    /// The method of a request that was read.
+    pub method: Option<String>,
+    /// Its path, without the query.
+    pub path: Option<String>,
+    /// The name of the secret that went into it.
+    pub credential: Option<String>,
     /// What people should know besides, for example the error of an upstream connect.
     pub detail: Option<String>,
 }
@@ -111,11 +117,13 @@ impl Audit {
         );
     }
 
-    /// Records a flow that was admitted, however it ended.
-    pub fn flow(&self, owner: &Owner, decision: &Decision, attempt: Attempt, passed: Passed) {
+    /// Records a flow that was admitted, however it ended, or a request inside it. Returns the record's id.
+    pub fn flow(&self, owner: &Owner, decision: &Decision, attempt: Attempt, passed: Passed) -> String {
         let event = event(owner, decision, attempt, passed, 1);
+        let id = event.id.clone();
         self.lock().queue.push(owner.mode, event);
         self.filled.notify_one();
+        id
     }
 
     /// Turns gathered denials into records every [`GATHER_TIME`], until dropped.
@@ -183,6 +191,9 @@ fn event(owner: &Owner, decision: &Decision, attempt: Attempt, passed: Passed, r
         host: attempt.host,
         ip: attempt.ip.map(IpAddr::V4),
         port: attempt.port,
+        method: attempt.method,
+        path: attempt.path,
+        credential: attempt.credential,
         bytes_up: passed.up,
         bytes_down: passed.down,
         duration_ms: u64::try_from(passed.lasted.as_millis()).unwrap_or(u64::MAX),
@@ -199,6 +210,9 @@ fn event(owner: &Owner, decision: &Decision, attempt: Attempt, passed: Passed, r
         host = event.host,
         ip = event.ip.map(tracing::field::display),
         port = event.port,
+        method = event.method,
+        path = event.path,
+        credential = event.credential,
         bytes_up = event.bytes_up,
         bytes_down = event.bytes_down,
         duration_ms = event.duration_ms,
@@ -216,12 +230,10 @@ fn gap(sandbox_id: &SandboxId, org_id: &OrgId, lost: u64) -> AuditEvent {
     };
     let attempt = Attempt {
         protocol: "ip",
-        host: None,
-        ip: None,
-        port: None,
         detail: Some(format!(
             "{lost} records were dropped because the audit queue was full"
         )),
+        ..Attempt::default()
     };
     let passed = Passed {
         began: Timestamp::now(),

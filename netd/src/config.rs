@@ -44,6 +44,9 @@ pub struct Arguments {
         value_name = "MODE"
     )]
     pub kernel_pass: String,
+    /// PEM file of roots that servers are verified against besides the system's, where requests are read
+    #[arg(long, env = "SANDGATE_UPSTREAM_CA_FILE", value_name = "FILE")]
+    pub upstream_ca_file: Option<PathBuf>,
     /// Name under which the controller knows this node
     #[arg(long, default_value = "local", value_name = "NAME")]
     pub node: String,
@@ -62,6 +65,8 @@ pub struct Config {
     pub sandbox_cidr: Ipv4Net,
     /// Whether allowed TCP may leave without passing netd.
     pub kernel_pass: KernelPass,
+    /// Roots that servers are verified against besides the system's.
+    pub upstream_ca_file: Option<PathBuf>,
     /// Name under which the controller knows this node.
     pub node: String,
 }
@@ -130,6 +135,9 @@ impl TryFrom<Arguments> for Config {
             allow_private,
             sandbox_cidr: sandbox_cidr(&arguments.sandbox_cidr)?,
             kernel_pass,
+            upstream_ca_file: arguments
+                .upstream_ca_file
+                .filter(|path| !path.as_os_str().is_empty()),
             node,
         })
     }
@@ -237,6 +245,7 @@ mod tests {
             allow_private: Some("10.0.0.5/32:443".into()),
             sandbox_cidr: "10.213.0.0/16".into(),
             kernel_pass: "auto".into(),
+            upstream_ca_file: None,
             node: "local".into(),
         }
     }

@@ -164,9 +164,8 @@ impl Resolver {
         let attempt = Attempt {
             protocol: "dns",
             host,
-            ip: None,
-            port: None,
             detail,
+            ..Attempt::default()
         };
         self.audit.deny(&Owner::of(sandbox), &decision, attempt, 1);
     }

@@ -8,6 +8,7 @@ pub mod dial;
 mod flow;
 pub mod head;
 pub mod hello;
+mod intercepted;
 pub mod retry;
 pub mod sniff;
 
@@ -21,7 +22,12 @@ use tokio::{
 };
 
 use self::dial::{Dialer, v4};
-use crate::{audit::Audit, canary::Greeting, sandbox::Sandboxes};
+use crate::{
+    audit::Audit,
+    canary::Greeting,
+    intercept::{leases::Broker, upstream::UpstreamTls},
+    sandbox::Sandboxes,
+};
 
 /// Pause when no connection can be accepted, for example because descriptors ran out.
 const PAUSE: Duration = Duration::from_millis(20);
@@ -34,6 +40,10 @@ pub struct Egress {
     pub audit: Arc<Audit>,
     /// How it goes on.
     pub dialer: Dialer,
+    /// Who gives values and authorities for the flows that are read.
+    pub broker: Arc<dyn Broker>,
+    /// How their servers are verified.
+    pub upstream: Arc<UpstreamTls>,
     /// What the canary is told.
     pub greeting: Arc<Greeting>,
     /// Where it runs.

@@ -3,7 +3,8 @@
 //! A packet's journey: the kernel programs ([`kernel`]) check its source, deny, or steer it to a socket of
 //! ours in the router namespace ([`router`], [`sockets`]). DNS queries are answered by [`dns`], whose answers
 //! alone open addresses under a name ([`pins`]). TCP connections are read ([`egress::sniff`]), judged by the
-//! sandbox's rules ([`sandbox`]), dialled ([`egress::dial`]) and copied; every one ends in [`audit`].
+//! sandbox's rules ([`sandbox`]), dialled ([`egress::dial`]) and copied, or their requests are read and judged
+//! one by one ([`intercept`]); every one ends in [`audit`].
 //! What is in force comes from the controller ([`control`], [`feed`], [`node`]).
 
 pub mod app;
@@ -15,6 +16,7 @@ pub mod dial;
 pub mod dns;
 pub mod egress;
 pub mod feed;
+pub mod intercept;
 pub mod kernel;
 pub mod node;
 pub mod nodeaddr;

@@ -95,12 +95,18 @@ pub fn changes(
         }
         match enforced {
             None => rest.push(Change::Attach(wanted.clone())),
-            Some(enforced) if enforced.tiers != wanted.tiers => rest.push(Change::Rules(wanted.clone())),
+            Some(enforced) if !same_rules(enforced, wanted) => rest.push(Change::Rules(wanted.clone())),
             Some(_) => {}
         }
     }
     removals.extend(rest);
     removals
+}
+
+fn same_rules(one: &FeedSandbox, other: &FeedSandbox) -> bool {
+    one.tiers == other.tiers
+        && one.bindings == other.bindings
+        && one.ca_generation == other.ca_generation
 }
 
 fn by_id(sandboxes: impl IntoIterator<Item = FeedSandbox>) -> BTreeMap<SandboxId, FeedSandbox> {
@@ -158,6 +164,8 @@ mod tests {
                 tier: TierName::Sandbox,
                 policy,
             }],
+            bindings: Vec::new(),
+            ca_generation: 0,
         }
     }
 

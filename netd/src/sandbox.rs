@@ -23,11 +23,12 @@ use tokio::sync::{Notify, Semaphore};
 
 use self::enforced::Enforced;
 pub use self::{
-    enforced::{Cut, CutReason, Facts, FirstLook},
+    enforced::{Cut, CutReason, Facts, FirstLook, RequestFacts},
     index::Sandboxes,
-    rules::{Decision, Rules},
+    rules::{Decision, Judgement, Rules, RulesError},
 };
 use crate::{
+    intercept::{bindings::Bindings, leases::Leases},
     kernel::{Datapath, DatapathError, EndpointHandle},
     pins::{PIN_LIFETIME, Seconds, log::PinLog},
 };
@@ -36,6 +37,8 @@ use crate::{
 const FLOWS_MAX: usize = 512;
 /// Of them, those that have not yet said whom they are for; each may hold 16 KiB.
 const SNIFFS_MAX: usize = 128;
+/// Of them, those whose requests are read; each holds two TLS sessions and some windows of data.
+const INTERCEPTED_MAX: usize = 128;
 /// DNS questions of one sandbox that are being answered at once.
 const QUERIES_MAX: usize = 64;
 /// DNS connections of one sandbox at once.
@@ -53,6 +56,8 @@ pub struct Sandbox {
     pub handle: EndpointHandle,
     /// What it may have of netd at once, so that its flood leaves others alone.
     pub limits: Limits,
+    /// What it has on lease.
+    pub leases: Leases,
     state: Mutex<State>,
     /// Told whenever a flow has ended.
     flow_ended: Notify,
@@ -65,6 +70,8 @@ pub struct Limits {
     pub flows: Arc<Semaphore>,
     /// Connections being read.
     pub sniffs: Arc<Semaphore>,
+    /// Connections whose requests are read.
+    pub intercepted: Arc<Semaphore>,
     /// DNS questions.
     pub queries: Arc<Semaphore>,
     /// DNS connections.
@@ -82,8 +89,22 @@ pub struct Admitted {
     flow: u64,
     /// Why it may go on.
     pub decision: Decision,
+    /// Its requests must be read and judged one by one.
+    pub intercept: bool,
     /// Cancelled when it no longer may.
     pub cut: Arc<Cut>,
+}
+
+/// Leave to forward one request. Only [`Admitted::admit_request`] makes it; dropping it ends the request in the
+/// books. The flow of a request that new rules forbid is cut.
+pub struct AdmittedRequest {
+    sandbox: Arc<Sandbox>,
+    flow: u64,
+    request: u64,
+    /// What the rules say of it.
+    pub judgement: Judgement,
+    /// The bindings that were in force when they did.
+    pub bindings: Arc<Bindings>,
 }
 
 /// An address could not be pinned.
@@ -125,6 +146,7 @@ impl Sandbox {
         let limits = Limits {
             flows: Arc::new(Semaphore::new(FLOWS_MAX)),
             sniffs: Arc::new(Semaphore::new(SNIFFS_MAX)),
+            intercepted: Arc::new(Semaphore::new(INTERCEPTED_MAX)),
             queries: Arc::new(Semaphore::new(QUERIES_MAX)),
             dns_streams: Arc::new(Semaphore::new(DNS_STREAMS_MAX)),
         };
@@ -134,6 +156,7 @@ impl Sandbox {
             endpoint,
             handle,
             limits,
+            leases: Leases::default(),
             state: Mutex::new(State {
                 enforced: Enforced::new(rules, pins),
                 log,
@@ -160,7 +183,7 @@ impl Sandbox {
     pub fn admit(self: &Arc<Self>, facts: Facts) -> Result<Admitted, Decision> {
         let mut state = self.lock();
         let now = seconds();
-        let (flow, cut, decision) = state.enforced.admit(facts.clone(), now)?;
+        let entered = state.enforced.admit(facts.clone(), now)?;
         // Only a pair that DNS made is prolonged: a name beside an address range was not looked up here.
         if let Some(name) = &facts.name
             && state.enforced.pins().names(*facts.to.ip(), now).contains(name)
@@ -172,9 +195,10 @@ impl Sandbox {
         drop(state);
         Ok(Admitted {
             sandbox: Arc::clone(self),
-            flow,
-            decision,
-            cut,
+            flow: entered.flow,
+            decision: entered.judgement.decision,
+            intercept: entered.judgement.intercept,
+            cut: entered.cut,
         })
     }
 
@@ -213,10 +237,21 @@ impl Sandbox {
     pub fn replace_rules(&self, rules: Rules, table: &KernelTable) -> Result<Vec<u64>, DatapathError> {
         let written = self.datapath.set_policy(self.handle, table);
         let mut state = self.lock();
+        self.leases.retain(rules.bindings(), rules.generation());
         let replaced = state.enforced.replace(rules, seconds());
         state.forget(&self.datapath, self.handle, &self.id, &replaced.unbound);
         drop(state);
         written.map(|()| replaced.cut)
+    }
+
+    /// Which certificate authority it trusts.
+    pub fn generation(&self) -> u32 {
+        self.lock().enforced.rules().generation()
+    }
+
+    /// The secrets that are injected into its requests.
+    pub fn bindings(&self) -> Arc<Bindings> {
+        Arc::clone(self.lock().enforced.rules().bindings())
     }
 
     /// Cuts every flow and admits no more.
@@ -305,6 +340,29 @@ impl Admitted {
     /// The sandbox whose flow it is.
     pub fn sandbox(&self) -> &Arc<Sandbox> {
         &self.sandbox
+    }
+
+    /// Judges a request on this flow by the rules in force and, if it is allowed, enters it into the books in the
+    /// same step.
+    ///
+    /// # Errors
+    /// The decision against it.
+    pub fn admit_request(&self, facts: RequestFacts) -> Result<AdmittedRequest, Decision> {
+        let mut state = self.sandbox.lock();
+        let (request, judgement) = state.enforced.admit_request(self.flow, facts)?;
+        Ok(AdmittedRequest {
+            sandbox: Arc::clone(&self.sandbox),
+            flow: self.flow,
+            request,
+            judgement,
+            bindings: Arc::clone(state.enforced.rules().bindings()),
+        })
+    }
+}
+
+impl Drop for AdmittedRequest {
+    fn drop(&mut self) {
+        self.sandbox.lock().enforced.leave_request(self.flow, self.request);
     }
 }
 

@@ -42,7 +42,7 @@ pub struct AuditEvent {
     /// The rule that decided, in its tier.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rule: Option<String>,
-    /// `tls`, `http`, `tcp`, `udp`, `dns`, `icmp` or `ip`.
+    /// `tls`, `https` (one request inside a flow that is read), `http`, `tcp`, `udp`, `dns`, `icmp` or `ip`.
     pub protocol: String,
     /// The name the flow was for: SNI, Host or queried name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -53,6 +53,15 @@ pub struct AuditEvent {
     /// The destination's port.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<u16>,
+    /// The method of a request that was read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub method: Option<String>,
+    /// Its canonical path, without the query.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
+    /// The name of the secret that went into it; several are separated by commas.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub credential: Option<String>,
     /// Bytes from the sandbox.
     #[serde(default)]
     pub bytes_up: u64,

@@ -72,10 +72,8 @@ impl Gatherer {
             let detail = Some("several destinations".to_owned());
             key.attempt = Attempt {
                 protocol: key.attempt.protocol,
-                host: None,
-                ip: None,
-                port: None,
                 detail,
+                ..Attempt::default()
             };
         }
         match counts.entry(key) {

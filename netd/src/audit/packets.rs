@@ -98,9 +98,9 @@ fn attempt(event: &DenyEvent) -> Attempt {
     let to = Some(event.dst).filter(known);
     Attempt {
         protocol,
-        host: None,
         ip: to.map(|to| *to.ip()),
         port: to.map(|to| to.port()).filter(|port| *port != 0),
         detail,
+        ..Attempt::default()
     }
 }

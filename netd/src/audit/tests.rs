@@ -17,10 +17,9 @@ fn attempt(port: u16) -> Attempt {
     let ip = Some(Ipv4Addr::new(203, 0, 113, 66));
     Attempt {
         protocol: "tcp",
-        host: None,
         ip,
         port: Some(port),
-        detail: None,
+        ..Attempt::default()
     }
 }
 

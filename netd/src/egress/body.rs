@@ -52,16 +52,17 @@ impl Body {
     }
 
     /// Takes what arrived and appends what goes on to `out`. Stops at the body's end: the rest of `input`
-    /// does not belong to it. Chunk extensions and trailer fields are dropped.
+    /// does not belong to it. Chunk extensions and trailer fields are dropped. Returns how many bytes of
+    /// `input` it took.
     ///
     /// # Errors
     /// When the chunks are broken; nothing more may be sent then.
-    pub fn push(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<(), BrokenBody> {
+    pub fn push(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<usize, BrokenBody> {
         let mut rest = input;
         while let [first, ..] = rest {
             let first = *first;
             match self.state {
-                State::Done => return Ok(()),
+                State::Done => break,
                 State::Plain { left } => {
                     let (taken, left) = take(&mut rest, left);
                     out.extend_from_slice(taken);
@@ -101,7 +102,7 @@ impl Body {
             }
             rest = &rest[1..];
         }
-        Ok(())
+        Ok(input.len() - rest.len())
     }
 }
 

@@ -124,6 +124,27 @@ where
     }
 }
 
+/// Answers a request that was refused, and closes.
+pub async fn refuse_in_words<N: AsyncRead + AsyncWrite + Unpin>(near: &mut N, reason: &str, rule: Option<&str>) {
+    let body = serde_json::json!({
+        "code": "egress_refused",
+        "reason": reason,
+        "message": "the rules of this sandbox do not allow this request",
+        "rule": rule,
+    })
+    .to_string();
+    let answer = format!(
+        "HTTP/1.1 403 Forbidden\r\nContent-Type: application/json\r\nCache-Control: no-store\r\n\
+         Content-Length: {}\r\nConnection: close\r\n\r\n{body}",
+        body.len()
+    );
+    // Who does not read it in time misses it.
+    let written = async { near.write_all(answer.as_bytes()).await.is_ok() && near.shutdown().await.is_ok() };
+    if tokio::time::timeout(LINGER, written).await == Ok(true) {
+        linger(near).await;
+    }
+}
+
 /// Reads away what a client still sends, so that closing does not destroy the answer on its way to it.
 async fn linger<N: AsyncRead + Unpin>(near: &mut N) {
     let mut chunk = vec![0; CHUNK];

@@ -3,7 +3,7 @@
 use std::{net::SocketAddrV4, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
-use sandgate_policy::{DomainName, Reason};
+use sandgate_policy::{DomainName, NormalPath, Reason};
 use sandgate_relay::copy::{self, Traffic};
 use tokio::{
     io::{AsyncWriteExt as _, Interest},
@@ -21,11 +21,12 @@ use super::{
 };
 use crate::{
     audit::{Attempt, Owner, Passed},
-    sandbox::{Admitted, CutReason, Decision, Facts, FirstLook, Sandbox},
+    intercept::{Target, inject::is_marked_in_clear},
+    sandbox::{Admitted, AdmittedRequest, CutReason, Decision, Facts, FirstLook, RequestFacts, Sandbox},
 };
 
 /// A flow in which nothing moves for this long is closed.
-const IDLE: Duration = Duration::from_secs(3600);
+pub(super) const IDLE: Duration = Duration::from_secs(3600);
 /// Time for the beginning of a flow to go out.
 const FIRST_WRITE: Duration = Duration::from_secs(30);
 /// How long an opaque flow is watched for a name, for its record only.
@@ -35,20 +36,23 @@ const WATCH_BYTES: usize = 4096;
 /// A flow that was counted in, and not yet judged.
 pub(super) struct Entry {
     sandbox: Arc<Sandbox>,
-    owner: Owner,
+    pub(super) owner: Owner,
     to: SocketAddrV4,
     look: FirstLook,
-    began: Timestamp,
-    clock: Instant,
+    pub(super) began: Timestamp,
+    pub(super) clock: Instant,
     /// Held while the flow lives.
     _slot: OwnedSemaphorePermit,
 }
 
 /// What a flow says of itself.
-struct Said {
+pub(super) struct Said {
     protocol: &'static str,
     host: Option<String>,
     name: Option<DomainName>,
+    /// Of a request in clear.
+    method: Option<String>,
+    path: Option<String>,
     detail: Option<String>,
 }
 
@@ -58,6 +62,8 @@ impl Said {
             protocol: "tcp",
             host: None,
             name: None,
+            method: None,
+            path: None,
             detail: None,
         }
     }
@@ -68,7 +74,10 @@ impl Said {
             host: self.host.clone(),
             ip: Some(*to.ip()),
             port: Some(to.port()),
+            method: self.method.clone(),
+            path: self.path.clone(),
             detail: self.detail.clone(),
+            ..Attempt::default()
         }
     }
 }
@@ -81,6 +90,8 @@ enum Manner {
     Clear(Box<Head>, Vec<u8>),
     /// Every byte both ways, unread.
     Opaque,
+    /// The same, after a look for a name that found none: these bytes were read already.
+    Begun(Vec<u8>),
 }
 
 impl Egress {
@@ -120,7 +131,7 @@ impl Egress {
     }
 
     /// Takes a flow to its end and records it.
-    pub(super) async fn run(&self, entry: Entry, mut near: TcpStream) {
+    pub(super) async fn run(self: &Arc<Self>, entry: Entry, mut near: TcpStream) {
         let (mut said, manner) = match self.read(&entry, &mut near).await {
             Ok(read) => read,
             Err((said, decision)) => {
@@ -130,11 +141,7 @@ impl Egress {
                 return;
             }
         };
-        let facts = Facts {
-            to: entry.to,
-            name: said.name.clone(),
-        };
-        let admitted = match entry.sandbox.admit(facts) {
+        let (admitted, manner) = match admit(&entry, &mut said, manner) {
             Ok(admitted) => admitted,
             Err(decision) => {
                 refuse(&near);
@@ -142,6 +149,29 @@ impl Egress {
                     .deny(&entry.owner, &decision, said.attempt(entry.to), 1);
                 return;
             }
+        };
+        let (manner, _request) = match (manner, &said.name) {
+            (Manner::Splice(received), Some(name)) if admitted.intercept => {
+                let target = Target {
+                    name: name.clone(),
+                    to: entry.to,
+                };
+                let begun = (near, received);
+                // Boxed: the states of such a flow are large, and most flows are others.
+                return Box::pin(self.intercept(entry, admitted, target, begun, said.detail)).await;
+            }
+            (Manner::Clear(head, begun), _) => match judge_in_clear(&admitted, &mut said, *head) {
+                Ok((head, request)) => (Manner::Clear(Box::new(head), begun), request),
+                Err(decision) => {
+                    let attempt = said.attempt(entry.to);
+                    let why = decision.reason.as_str();
+                    let rule = decision.rule.clone();
+                    self.audit.deny(&entry.owner, &decision, attempt, 1);
+                    clear::refuse_in_words(&mut near, why, rule.as_deref()).await;
+                    return;
+                }
+            },
+            (manner, _) => (manner, None),
         };
         let traffic = Traffic::default();
         let end = self.tasks.shutdown();
@@ -153,28 +183,11 @@ impl Egress {
             },
             () = end.cancelled() => Ended::Stopped("netd ended"),
         };
-        let decision = match ended {
-            Ended::Well => admitted.decision.clone(),
-            Ended::Stopped(why) => {
-                refuse(&near);
-                said.detail = Some(why.to_owned());
-                admitted.decision.clone()
-            }
-            Ended::Cut(decision) => {
-                refuse(&near);
-                said.detail = Some(format!("new rules: {}", decision.reason.as_str()));
-                decision.because(Reason::PolicyTightened)
-            }
-            Ended::Failed(reason, detail) => {
-                refuse(&near);
-                said.detail = Some(detail);
-                Decision {
-                    tier: None,
-                    rule: None,
-                    ..Decision::of(reason)
-                }
-            }
-        };
+        if !matches!(ended, Ended::Well) {
+            refuse(&near);
+        }
+        let (decision, detail) = ended.settle(admitted.decision.clone());
+        said.detail = detail.or(said.detail);
         let passed = Passed {
             began: entry.began,
             lasted: entry.clock.elapsed(),
@@ -193,8 +206,9 @@ impl Egress {
         match entry.look {
             FirstLook::Opaque => return Ok((Said::nothing(), Manner::Opaque)),
             FirstLook::Refuse(ref decision) => return Err((Said::nothing(), decision.clone())),
-            FirstLook::Sniff => {}
+            FirstLook::Sniff | FirstLook::Glance => {}
         }
+        let glance = entry.look == FirstLook::Glance;
         let Ok(_permit) = Arc::clone(&entry.sandbox.limits.sniffs).try_acquire_owned() else {
             let detail = Some("too many connections that say nothing".to_owned());
             return Err((
@@ -216,11 +230,13 @@ impl Egress {
             .await
             .map_err(|_error| malformed("reset before it said whom it is for"))?;
         match protocol {
+            Spoken::Unreadable(_) if glance => Ok((Said::nothing(), Manner::Begun(received))),
             Spoken::Unreadable(why) => Err(malformed(why)),
             Spoken::Tls(hello) => {
                 let name = match hello.server_name.as_deref().map(DomainName::parse) {
                     None => None,
                     Some(Ok(name)) => Some(name),
+                    Some(Err(_)) if glance => None,
                     Some(Err(_)) => {
                         let (mut said, decision) = malformed("a server name that is not a name");
                         said.protocol = "tls";
@@ -240,12 +256,20 @@ impl Egress {
                         host,
                         name,
                         detail,
+                        ..Said::nothing()
                     },
                     Manner::Splice(received),
                 ))
             }
             Spoken::Http(head) => {
                 let said = host_said(&head.host);
+                if is_marked_in_clear(&head) {
+                    let detail = Some("a placeholder in a request in clear".to_owned());
+                    return Err((Said { detail, ..said }, Decision::of(Reason::PlaceholderMisuse)));
+                }
+                if glance {
+                    return Ok((said, Manner::Begun(received)));
+                }
                 if let Some(why) = mismatch(&head.host, entry.to) {
                     let detail = Some(why.to_owned());
                     return Err((Said { detail, ..said }, Decision::of(Reason::HostMismatch)));
@@ -282,6 +306,13 @@ impl Egress {
                 }
             }
             Manner::Splice(received) => self.handshake(near, &mut far, &received, said, traffic).await,
+            Manner::Begun(received) => match send_first(&mut far, &received).await {
+                Ok(()) => {
+                    traffic.add_up(received.len());
+                    splice(near, &mut far, traffic).await
+                }
+                Err(why) => Ended::Stopped(why),
+            },
             Manner::Opaque => {
                 observe(near, &far, said).await;
                 splice(near, &mut far, traffic).await
@@ -318,15 +349,85 @@ impl Egress {
 }
 
 /// How a flow ended.
-enum Ended {
+pub(super) enum Ended {
     /// By itself.
     Well,
     /// By something that is no verdict.
     Stopped(&'static str),
+    /// The client broke off, in this way.
+    Client(String),
     /// By new rules.
     Cut(Decision),
     /// It could not go on.
     Failed(Reason, String),
+}
+
+impl Ended {
+    /// What is recorded of a flow that `admitted` let in, and what people should know.
+    pub(super) fn settle(self, admitted: Decision) -> (Decision, Option<String>) {
+        match self {
+            Self::Well => (admitted, None),
+            Self::Stopped(why) => (admitted, Some(why.to_owned())),
+            Self::Client(how) => (admitted, Some(how)),
+            Self::Cut(decision) => {
+                let detail = format!("new rules: {}", decision.reason.as_str());
+                (decision.because(Reason::PolicyTightened), Some(detail))
+            }
+            Self::Failed(reason, detail) => (Decision::of(reason), Some(detail)),
+        }
+    }
+}
+
+/// Admits a flow. One that may go unread, and cannot go under the name it shows, goes without a name.
+fn admit(entry: &Entry, said: &mut Said, manner: Manner) -> Result<(Admitted, Manner), Decision> {
+    let to = entry.to;
+    let nameless = Facts { to, name: None };
+    if matches!(manner, Manner::Begun(_)) {
+        return Ok((entry.sandbox.admit(nameless)?, manner));
+    }
+    let name = said.name.clone();
+    match entry.sandbox.admit(Facts { to, name }) {
+        Ok(admitted) => Ok((admitted, manner)),
+        Err(_) if entry.look == FirstLook::Glance => {
+            said.name = None;
+            Ok((entry.sandbox.admit(nameless)?, manner))
+        }
+        Err(decision) => Err(decision),
+    }
+}
+
+/// Judges a request in clear by the lists of its rule. No secret goes into it: a rule that wants one denies it.
+fn judge_in_clear(
+    admitted: &Admitted,
+    said: &mut Said,
+    head: Head,
+) -> Result<(Head, Option<AdmittedRequest>), Decision> {
+    if !admitted.intercept {
+        return Ok((head, None));
+    }
+    said.method = Some(head.method().to_owned());
+    let Ok((path, query)) = NormalPath::parse(head.target()) else {
+        said.detail = Some("a path that can be read in two ways".to_owned());
+        return Err(Decision::of(Reason::Malformed));
+    };
+    said.path = Some(path.as_str().chars().take(1024).collect());
+    let target = match query {
+        Some(query) => format!("{path}?{query}"),
+        None => path.as_str().to_owned(),
+    };
+    let facts = RequestFacts {
+        method: head.method().to_owned(),
+        path,
+        // The field is taken out on the way: no other protocol follows.
+        upgrade: false,
+    };
+    let request = admitted.admit_request(facts)?;
+    if !request.judgement.credentials.is_empty() {
+        said.detail = Some("its rule wants a secret, which never goes out in clear".to_owned());
+        let decision = request.judgement.decision.clone();
+        return Err(decision.because(Reason::CredentialUnavailable));
+    }
+    Ok((head.with_target(target), Some(request)))
 }
 
 async fn splice(near: &mut TcpStream, far: &mut TcpStream, traffic: &Traffic) -> Ended {
@@ -382,7 +483,7 @@ fn host_said(host: &Host) -> Said {
         protocol: "http",
         host: text,
         name: host.name.clone(),
-        detail: None,
+        ..Said::nothing()
     }
 }
 

@@ -97,6 +97,33 @@ impl Head {
         out
     }
 
+    /// The method.
+    pub fn method(&self) -> &str {
+        &self.method
+    }
+
+    /// The request target: a path with its query, or `*`.
+    pub fn target(&self) -> &str {
+        &self.target
+    }
+
+    /// Every field's value.
+    pub fn field_values(&self) -> impl Iterator<Item = &[u8]> {
+        self.fields.iter().map(|(_, value)| value.as_slice())
+    }
+
+    /// The same request for another target.
+    #[must_use]
+    pub fn with_target(self, target: String) -> Self {
+        Self { target, ..self }
+    }
+
+    /// Whether it asks to go on as WebSocket (RFC 6455 4.1).
+    pub fn asks_for_websocket(&self) -> bool {
+        let lists = |name, token: &str| self.values(name).flat_map(tokens).any(|found| found == token);
+        lists("connection", "upgrade") && lists("upgrade", "websocket")
+    }
+
     fn values<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a [u8]> {
         values(&self.fields, name)
     }

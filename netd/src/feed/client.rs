@@ -5,18 +5,25 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use http::{Request, StatusCode, header};
+use futures_util::future::BoxFuture;
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::{
     body::Incoming,
     client::conn::http1::{self, SendRequest},
 };
 use hyper_util::rt::TokioIo;
-use sandgate_api::feed::{FeedFrame, Revision};
+use sandgate_api::{
+    credential::{CaLease, CaRequest, CredentialLease, CredentialRequest},
+    feed::{FeedFrame, Revision},
+};
 use sandgate_daemon::tasks::Tasks;
-use serde::Serialize;
+use serde::{Serialize, de::DeserializeOwned};
 use tokio::sync::Mutex;
 
-use crate::control::{Control, ControlError};
+use crate::{
+    control::{Control, ControlError},
+    intercept::leases::{Broker, BrokerError},
+};
 
 /// Time for the head of an answer.
 const ANSWER_TIME: Duration = Duration::from_secs(5);
@@ -30,8 +37,12 @@ pub struct Controller {
     control: Arc<Control>,
     tasks: Tasks,
     /// The connection of calls, kept between them.
-    calls: Mutex<Option<SendRequest<Full<Bytes>>>>,
+    calls: Kept,
+    /// The same for leases: requests wait for them, and must not wait for deliveries.
+    leases: Kept,
 }
+
+type Kept = Mutex<Option<SendRequest<Full<Bytes>>>>;
 
 /// A call or the feed failed.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +74,9 @@ pub enum ClientError {
     /// A frame without an end.
     #[error("a frame of the feed is over {FRAME_MAX} bytes")]
     TooLong,
+    /// A lease that cannot be read.
+    #[error("the controller's answer is no lease")]
+    Lease,
     /// A delta is missing.
     #[error("the controller is at a later revision than the frames it sent")]
     Behind,
@@ -75,6 +89,7 @@ impl Controller {
             control,
             tasks,
             calls: Mutex::new(None),
+            leases: Mutex::new(None),
         }
     }
 
@@ -107,12 +122,43 @@ impl Controller {
     /// # Errors
     /// When the controller is away or says no.
     pub async fn post<B: Serialize + Sync>(&self, path: &str, body: &B) -> Result<(), ClientError> {
+        let (status, _) = self.call(&self.calls, path, body).await?;
+        if status.is_success() {
+            Ok(())
+        } else {
+            Err(ClientError::Status(status))
+        }
+    }
+
+    /// Asks for a lease; nothing when the controller knows of none.
+    async fn lease<B: Serialize + Sync, L: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &B,
+    ) -> Result<Option<L>, ClientError> {
+        let (status, answer) = self.call(&self.leases, path, body).await?;
+        match status {
+            StatusCode::NOT_FOUND => Ok(None),
+            // What is wrong with it is not said: the words may be those of a value.
+            status if status.is_success() => serde_json::from_slice(&answer)
+                .map(Some)
+                .map_err(|_unsayable| ClientError::Lease),
+            status => Err(ClientError::Status(status)),
+        }
+    }
+
+    async fn call<B: Serialize + Sync>(
+        &self,
+        kept: &Kept,
+        path: &str,
+        body: &B,
+    ) -> Result<(StatusCode, Bytes), ClientError> {
         let body = serde_json::to_vec(body).map_err(ClientError::Body)?;
         let request = Request::post(path)
             .header(header::HOST, "controller")
             .header(header::CONTENT_TYPE, "application/json")
             .body(Full::new(Bytes::from(body)))?;
-        let mut calls = self.calls.lock().await;
+        let mut calls = kept.lock().await;
         // Taken out, so that a call that fails or is given up leaves no half-used connection behind.
         let mut sender = match calls.take().filter(|sender| !sender.is_closed()) {
             Some(sender) => sender,
@@ -124,17 +170,13 @@ impl Controller {
             let status = answer.status();
             // Read to its end, so that the connection can be used again.
             let rest = Limited::new(answer.into_body(), ANSWER_MAX).collect().await;
-            Ok::<_, hyper::Error>((status, rest.is_ok()))
+            Ok::<_, hyper::Error>((status, rest.ok().map(http_body_util::Collected::to_bytes)))
         };
-        let (status, reusable) = within(call).await??;
-        if reusable {
+        let (status, rest) = within(call).await??;
+        if rest.is_some() {
             *calls = Some(sender);
         }
-        if status.is_success() {
-            Ok(())
-        } else {
-            Err(ClientError::Status(status))
-        }
+        Ok((status, rest.unwrap_or_default()))
     }
 
     async fn connect(&self) -> Result<SendRequest<Full<Bytes>>, ClientError> {
@@ -146,6 +188,25 @@ impl Controller {
             }
         });
         Ok(sender)
+    }
+}
+
+impl Broker for Controller {
+    fn credential(
+        &self,
+        request: CredentialRequest,
+    ) -> BoxFuture<'_, Result<Option<CredentialLease>, BrokerError>> {
+        Box::pin(async move {
+            let lease = self.lease("/feed/credential", &request).await;
+            lease.map_err(|error| BrokerError(error.to_string()))
+        })
+    }
+
+    fn authority(&self, request: CaRequest) -> BoxFuture<'_, Result<Option<CaLease>, BrokerError>> {
+        Box::pin(async move {
+            let lease = self.lease("/feed/ca", &request).await;
+            lease.map_err(|error| BrokerError(error.to_string()))
+        })
     }
 }
 

@@ -21,7 +21,7 @@ use crate::{
     kernel::{Datapath, DatapathError},
     node::{self, Change, Desired},
     pins::log::PinLog,
-    sandbox::{CutReason, PinError, Rules, Sandbox, Sandboxes},
+    sandbox::{CutReason, PinError, Rules, RulesError, Sandbox, Sandboxes},
 };
 
 /// Time for the tasks of cut flows to end. They only have to notice.
@@ -46,6 +46,8 @@ pub struct Enforcer {
 /// One sandbox could not be enforced as asked.
 #[derive(Debug, thiserror::Error)]
 enum EnforceError {
+    #[error(transparent)]
+    Rules(#[from] RulesError),
     #[error(transparent)]
     Policy(#[from] PolicyError),
     #[error(transparent)]
@@ -166,7 +168,7 @@ impl Enforcer {
         let asked = wanted.clone();
         let attached = tokio::task::spawn_blocking(move || {
             let handle = datapath.attach(&asked.endpoint)?;
-            let rules = Rules::compile(&platform, &asked.tiers);
+            let rules = Rules::compile(&platform, &asked);
             let (rules, broken) = match rules {
                 Ok(rules) => (rules, None),
                 Err(error) => (Rules::nothing(&platform)?, Some(EnforceError::from(error))),
@@ -212,7 +214,7 @@ impl Enforcer {
             self.fail(id, &EnforceError::Interrupted);
             return;
         };
-        let outcome = match Rules::compile(&self.platform, &wanted.tiers) {
+        let outcome = match Rules::compile(&self.platform, &wanted) {
             Ok(rules) => self.replace(&sandbox, rules).await,
             Err(error) => {
                 let denied = match Rules::nothing(&self.platform) {

@@ -7,10 +7,10 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use sandgate_policy::{DomainName, Flow, Protocol, Reason};
+use sandgate_policy::{DomainName, Flow, NormalPath, Protocol, Reason, RequestHead};
 use tokio_util::sync::CancellationToken;
 
-use super::{Decision, Rules};
+use super::{Decision, Judgement, Rules};
 use crate::pins::{Pins, Seconds};
 
 /// What is known about a TCP flow when it is judged.
@@ -31,6 +31,30 @@ pub enum FirstLook {
     Opaque,
     /// It depends on the name.
     Sniff,
+    /// Yes, and a name may say that its requests are to be read. Without one it goes unread.
+    Glance,
+}
+
+/// One request as it is judged, and judged again when the rules change.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RequestFacts {
+    /// The method.
+    pub method: String,
+    /// The canonical path.
+    pub path: NormalPath,
+    /// It asks to go on as another protocol.
+    pub upgrade: bool,
+}
+
+impl RequestFacts {
+    /// The same, as the policy wants it.
+    pub fn head(&self) -> RequestHead<'_> {
+        RequestHead {
+            method: &self.method,
+            path: &self.path,
+            upgrade: self.upgrade,
+        }
+    }
 }
 
 /// The string on which a flow's task hangs.
@@ -76,7 +100,17 @@ struct Live {
     /// The names under which the destination was pinned when the flow began: a pin that ends later does not
     /// end the flow.
     bound: Vec<DomainName>,
+    /// Whether its requests are read and judged one by one.
+    intercepted: bool,
+    /// Those that are going on.
+    requests: HashMap<u64, RequestFacts>,
     cut: Arc<Cut>,
+}
+
+pub(super) struct Entered {
+    pub(super) flow: u64,
+    pub(super) cut: Arc<Cut>,
+    pub(super) judgement: Judgement,
 }
 
 pub(super) struct Replaced {
@@ -110,10 +144,12 @@ impl Enforced {
     pub(super) fn first_look(&self, to: SocketAddrV4, now: Seconds) -> FirstLook {
         let bound = self.pins.names(*to.ip(), now);
         let facts = Facts { to, name: None };
-        match judge(&self.rules, &facts, &bound) {
-            (decision, _) if decision.is_allowed() => FirstLook::Opaque,
-            (_, true) => FirstLook::Sniff,
-            (decision, false) => FirstLook::Refuse(decision),
+        let judgement = judge(&self.rules, &facts, &bound);
+        match (judgement.decision.is_allowed(), judgement.needs_name) {
+            (true, false) => FirstLook::Opaque,
+            (true, true) => FirstLook::Glance,
+            (false, true) => FirstLook::Sniff,
+            (false, false) => FirstLook::Refuse(judgement.decision),
         }
     }
 
@@ -126,19 +162,15 @@ impl Enforced {
                 name: None,
                 names_bound: &[],
             })
-            .0
+            .decision
     }
 
-    pub(super) fn admit(
-        &mut self,
-        facts: Facts,
-        now: Seconds,
-    ) -> Result<(u64, Arc<Cut>, Decision), Decision> {
+    pub(super) fn admit(&mut self, facts: Facts, now: Seconds) -> Result<Entered, Decision> {
         if self.closed {
             return Err(Decision::of(Reason::UnknownSandbox));
         }
         let bound = self.pins.names(*facts.to.ip(), now);
-        let decision = admissible(&self.rules, &facts, &bound)?;
+        let judgement = admissible(&self.rules, &facts, &bound)?;
         let flow = self.next;
         self.next += 1;
         let cut = Arc::new(Cut::default());
@@ -147,10 +179,38 @@ impl Enforced {
             Live {
                 facts,
                 bound,
+                intercepted: judgement.intercept,
+                requests: HashMap::new(),
                 cut: Arc::clone(&cut),
             },
         );
-        Ok((flow, cut, decision))
+        Ok(Entered { flow, cut, judgement })
+    }
+
+    /// Judges a request on a live flow and, if it is allowed, enters it into the books.
+    pub(super) fn admit_request(
+        &mut self,
+        flow: u64,
+        facts: RequestFacts,
+    ) -> Result<(u64, Judgement), Decision> {
+        let live = self.live.get_mut(&flow);
+        let Some(live) = live.filter(|_| !self.closed) else {
+            return Err(Decision::of(Reason::UnknownSandbox));
+        };
+        let judgement = judge_request(&self.rules, live, &facts);
+        if !judgement.decision.is_allowed() {
+            return Err(judgement.decision);
+        }
+        let request = self.next;
+        self.next += 1;
+        live.requests.insert(request, facts);
+        Ok((request, judgement))
+    }
+
+    pub(super) fn leave_request(&mut self, flow: u64, request: u64) {
+        if let Some(live) = self.live.get_mut(&flow) {
+            live.requests.remove(&request);
+        }
     }
 
     pub(super) fn leave(&mut self, flow: u64) {
@@ -167,7 +227,7 @@ impl Enforced {
         let unbound = self.pins.sweep(now, |name| rules.judge_name(name).is_allowed());
         let mut cut = Vec::new();
         for (flow, live) in &self.live {
-            if let Err(decision) = admissible(rules, &live.facts, &live.bound) {
+            if let Some(decision) = forbidden(rules, live) {
                 live.cut.end(CutReason::Forbidden(decision));
                 cut.push(*flow);
             }
@@ -189,22 +249,47 @@ impl Enforced {
 }
 
 /// Whether a flow with these facts may be forwarded.
-fn admissible(rules: &Rules, facts: &Facts, bound: &[DomainName]) -> Result<Decision, Decision> {
-    let (decision, _) = judge(rules, facts, bound);
-    if decision.is_allowed() {
-        Ok(decision)
+fn admissible(rules: &Rules, facts: &Facts, bound: &[DomainName]) -> Result<Judgement, Decision> {
+    let judgement = judge(rules, facts, bound);
+    if judgement.decision.is_allowed() {
+        Ok(judgement)
     } else {
-        Err(decision)
+        Err(judgement.decision)
     }
 }
 
-fn judge(rules: &Rules, facts: &Facts, bound: &[DomainName]) -> (Decision, bool) {
-    rules.judge(&Flow {
+/// Why a live flow may not go on: as a whole, because its requests would have to be read, or because of one
+/// that is going on.
+fn forbidden(rules: &Rules, live: &Live) -> Option<Decision> {
+    let judgement = match admissible(rules, &live.facts, &live.bound) {
+        Ok(judgement) => judgement,
+        Err(decision) => return Some(decision),
+    };
+    if judgement.intercept && !live.intercepted {
+        return Some(judgement.decision);
+    }
+    let decisions = live
+        .requests
+        .values()
+        .map(|request| judge_request(rules, live, request).decision);
+    decisions.into_iter().find(|decision| !decision.is_allowed())
+}
+
+fn judge(rules: &Rules, facts: &Facts, bound: &[DomainName]) -> Judgement {
+    rules.judge(&flow(facts, bound))
+}
+
+fn judge_request(rules: &Rules, live: &Live, request: &RequestFacts) -> Judgement {
+    rules.judge_request(&flow(&live.facts, &live.bound), &request.head())
+}
+
+fn flow<'a>(facts: &'a Facts, bound: &'a [DomainName]) -> Flow<'a> {
+    Flow {
         protocol: Protocol::Tcp,
         to: SocketAddr::V4(facts.to),
         name: facts.name.as_ref(),
         names_bound: bound,
-    })
+    }
 }
 
 #[cfg(test)]
@@ -214,6 +299,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::intercept::bindings::Bindings;
 
     fn rules(policy: Value) -> Rules {
         let policy = Policy::parse(&policy).expect("a policy");
@@ -221,7 +307,7 @@ mod tests {
             tier: TierName::Sandbox,
             policy,
         }];
-        Rules::compile(&Platform::new(Vec::new()), &tiers).expect("compiled")
+        Rules::with(&Platform::new(Vec::new()), &tiers, Bindings::default(), 0).expect("compiled")
     }
 
     fn allowing(names: &[&str]) -> Rules {
@@ -287,17 +373,17 @@ mod tests {
     #[tokio::test]
     async fn new_rules_cut_exactly_the_flows_they_forbid() {
         let mut enforced = pinned(allowing(&["ok.test", "api.test"]), &["ok.test", "api.test"]);
-        let (stays, kept, _) = enforced.admit(facts("ok.test"), 1).expect("admitted");
-        let (goes, cut, _) = enforced.admit(facts("api.test"), 1).expect("admitted");
+        let kept = enforced.admit(facts("ok.test"), 1).expect("admitted");
+        let Entered { flow: goes, cut, .. } = enforced.admit(facts("api.test"), 1).expect("admitted");
         let replaced = enforced.replace(allowing(&["ok.test"]), 2);
         assert_eq!(replaced.cut, [goes]);
         assert!(replaced.unbound.is_empty(), "the address still has a name");
         assert!(matches!(cut.cut().await, CutReason::Forbidden(_)));
-        assert!(!kept.token.is_cancelled());
+        assert!(!kept.cut.token.is_cancelled());
         assert!(enforced.has_any(&[goes]));
         enforced.leave(goes);
         assert!(!enforced.has_any(&replaced.cut));
-        assert!(enforced.has_any(&[stays]));
+        assert!(enforced.has_any(&[kept.flow]));
     }
 
     #[test]
@@ -326,7 +412,7 @@ mod tests {
     #[test]
     fn nothing_is_admitted_after_the_end() {
         let mut enforced = pinned(allowing(&["ok.test"]), &["ok.test"]);
-        let (flow, cut, _) = enforced.admit(facts("ok.test"), 1).expect("admitted");
+        let Entered { flow, cut, .. } = enforced.admit(facts("ok.test"), 1).expect("admitted");
         assert_eq!(enforced.close(&CutReason::SandboxGone), [flow]);
         assert!(cut.token.is_cancelled());
         assert!(enforced.admit(facts("ok.test"), 1).is_err());
@@ -334,7 +420,7 @@ mod tests {
 
     #[test]
     fn without_a_policy_web_traffic_goes_and_the_rest_does_not() {
-        let rules = Rules::compile(&Platform::new(Vec::new()), &[]).expect("compiled");
+        let rules = Rules::with(&Platform::new(Vec::new()), &[], Bindings::default(), 0).expect("compiled");
         let enforced = Enforced::new(rules, Pins::default());
         assert_eq!(enforced.first_look(to(443), 1), FirstLook::Opaque);
         assert!(matches!(enforced.first_look(to(22), 1), FirstLook::Refuse(_)));
@@ -346,5 +432,40 @@ mod tests {
         assert!(!rules.judge_name(&name("ok.test")).is_allowed());
         let enforced = Enforced::new(rules, Pins::default());
         assert!(matches!(enforced.first_look(to(443), 1), FirstLook::Refuse(_)));
+    }
+
+    #[test]
+    fn a_request_that_new_rules_forbid_ends_its_flow() {
+        let listing = |paths: &[&str]| {
+            rules(json!({ "mode": "allowlist", "rules": [{
+                "name": "read", "action": "allow", "domains": ["ok.test"], "ports": ["443"],
+                "http": [{ "methods": ["GET"], "paths": paths }] }] }))
+        };
+        let request = |path: &str| RequestFacts {
+            method: "GET".to_owned(),
+            path: NormalPath::parse(path).expect("a path").0,
+            upgrade: false,
+        };
+        let mut enforced = pinned(listing(&["/a", "/b"]), &["ok.test"]);
+        let entered = enforced.admit(facts("ok.test"), 1).expect("admitted");
+        assert!(entered.judgement.intercept);
+        let refused = enforced.admit_request(entered.flow, request("/c"));
+        assert_eq!(refused.expect_err("judged").reason, Reason::PathDenied);
+        let (going, _) = enforced.admit_request(entered.flow, request("/b")).expect("admitted");
+        let (_, judgement) = enforced.admit_request(entered.flow, request("/a")).expect("admitted");
+        assert!(judgement.decision.is_allowed());
+        assert!(enforced.replace(listing(&["/a", "/b", "/c"]), 2).cut.is_empty());
+        assert_eq!(enforced.replace(listing(&["/a"]), 2).cut, [entered.flow]);
+        enforced.leave_request(entered.flow, going);
+    }
+
+    #[test]
+    fn a_flow_that_is_not_read_ends_when_it_must_be() {
+        let mut enforced = pinned(allowing(&["ok.test"]), &["ok.test"]);
+        let entered = enforced.admit(facts("ok.test"), 1).expect("admitted");
+        assert!(!entered.judgement.intercept);
+        let reading = json!({ "mode": "allowlist", "rules": [{
+            "name": "read", "action": "allow", "domains": ["ok.test"], "ports": ["443"], "tls": "intercept" }] });
+        assert_eq!(enforced.replace(rules(reading), 2).cut, [entered.flow]);
     }
 }

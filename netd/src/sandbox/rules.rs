@@ -1,14 +1,45 @@
-//! One sandbox's compiled rules, with the names of the tiers they came from.
+//! One sandbox's compiled rules, with the names of the tiers they came from, and its bindings of secrets.
 
-use sandgate_api::feed::{PolicyTier, TierName};
+use std::sync::Arc;
+
+use sandgate_api::feed::{FeedSandbox, PolicyTier, TierName};
 use sandgate_policy::{
-    DomainName, FailureMode, Flow, KernelTable, Platform, Policy, PolicyError, Reason, SandboxPolicy, Verdict,
+    DomainName, FailureMode, Flow, KernelTable, Platform, Policy, PolicyError, Reason, RequestHead,
+    SandboxPolicy, Verdict,
 };
+
+use crate::intercept::bindings::{BindingError, Bindings};
 
 /// Compiled rules.
 pub struct Rules {
     policy: SandboxPolicy,
     tiers: Vec<TierName>,
+    bindings: Arc<Bindings>,
+    generation: u32,
+}
+
+/// What the controller wants cannot be enforced as written.
+#[derive(Debug, thiserror::Error)]
+pub enum RulesError {
+    /// A policy.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    /// A binding.
+    #[error(transparent)]
+    Binding(#[from] BindingError),
+}
+
+/// What the rules say of a flow.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Judgement {
+    /// Whether it may pass.
+    pub decision: Decision,
+    /// Of a flow whose name was not read: the name may change the answer, so look for one.
+    pub needs_name: bool,
+    /// It may pass only if its requests are read.
+    pub intercept: bool,
+    /// The secrets that each of its requests must use.
+    pub credentials: Vec<String>,
 }
 
 /// What was decided, and by whom.
@@ -45,20 +76,13 @@ impl Decision {
 }
 
 impl Rules {
-    /// Compiles the tiers of a sandbox.
+    /// Compiles what the controller wants of a sandbox.
     ///
     /// # Errors
-    /// When a policy cannot be enforced as written.
-    pub fn compile(platform: &Platform, tiers: &[PolicyTier]) -> Result<Self, PolicyError> {
-        let named: Vec<(String, Policy)> = tiers
-            .iter()
-            .map(|tier| (name(tier.tier).to_owned(), tier.policy.clone()))
-            .collect();
-        let policy = SandboxPolicy::compile(platform, &named)?;
-        Ok(Self {
-            policy,
-            tiers: tiers.iter().map(|tier| tier.tier).collect(),
-        })
+    /// When it cannot be enforced as written.
+    pub fn compile(platform: &Platform, wanted: &FeedSandbox) -> Result<Self, RulesError> {
+        let bindings = Bindings::compile(&wanted.bindings)?;
+        Ok(Self::with(platform, &wanted.tiers, bindings, wanted.ca_generation)?)
     }
 
     /// Rules that allow nothing, for a sandbox whose own cannot be enforced.
@@ -67,13 +91,40 @@ impl Rules {
     /// Never in practice: the smallest policy compiles.
     pub fn nothing(platform: &Platform) -> Result<Self, PolicyError> {
         let policy = Policy::parse(&serde_json::json!({ "mode": "deny_all" }))?;
-        Self::compile(
-            platform,
-            &[PolicyTier {
-                tier: TierName::Platform,
-                policy,
-            }],
-        )
+        let tier = TierName::Platform;
+        Self::with(platform, &[PolicyTier { tier, policy }], Bindings::default(), 0)
+    }
+
+    /// The rules of these tiers and bindings.
+    ///
+    /// # Errors
+    /// When the tiers do not compile.
+    pub(crate) fn with(
+        platform: &Platform,
+        tiers: &[PolicyTier],
+        bindings: Bindings,
+        generation: u32,
+    ) -> Result<Self, PolicyError> {
+        let named: Vec<(String, Policy)> = tiers
+            .iter()
+            .map(|tier| (name(tier.tier).to_owned(), tier.policy.clone()))
+            .collect();
+        Ok(Self {
+            policy: SandboxPolicy::compile_with(platform, &named, &bindings.hosts())?,
+            tiers: tiers.iter().map(|tier| tier.tier).collect(),
+            bindings: Arc::new(bindings),
+            generation,
+        })
+    }
+
+    /// The secrets that are injected.
+    pub fn bindings(&self) -> &Arc<Bindings> {
+        &self.bindings
+    }
+
+    /// Which certificate authority the sandbox trusts.
+    pub fn generation(&self) -> u32 {
+        self.generation
     }
 
     /// The kernel's half.
@@ -86,11 +137,23 @@ impl Rules {
         self.policy.failure_mode()
     }
 
-    /// Judges a flow. The second value says, of a flow whose name was not read, that the name may change it.
-    pub fn judge(&self, flow: &Flow<'_>) -> (Decision, bool) {
-        let verdict = self.policy.decide(flow);
-        let needs_name = verdict.needs_name;
-        (self.decision(verdict), needs_name)
+    /// Judges a flow.
+    pub fn judge(&self, flow: &Flow<'_>) -> Judgement {
+        self.judgement(self.policy.decide(flow))
+    }
+
+    /// Judges one request on a flow.
+    pub fn judge_request(&self, flow: &Flow<'_>, request: &RequestHead<'_>) -> Judgement {
+        self.judgement(self.policy.decide_request(flow, request))
+    }
+
+    fn judgement(&self, verdict: Verdict) -> Judgement {
+        Judgement {
+            needs_name: verdict.needs_name,
+            intercept: verdict.intercept,
+            credentials: verdict.credentials.clone(),
+            decision: self.decision(verdict),
+        }
     }
 
     /// Judges asking for a name.

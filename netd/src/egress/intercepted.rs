@@ -1,0 +1,232 @@
+//! A flow whose requests are read: what [`crate::intercept`] needs of the rest of netd, and the flow's own
+//! records. Decides nothing.
+
+use std::sync::Arc;
+
+use futures_util::future::BoxFuture;
+use jiff::Timestamp;
+use sandgate_api::id::SandboxId;
+use sandgate_policy::{FailureMode, Reason};
+use sandgate_relay::redact::Needles;
+use tokio::net::TcpStream;
+
+use super::{
+    Egress,
+    dial::NotDialled,
+    flow::{Ended, Entry, IDLE},
+    refuse,
+};
+use crate::{
+    audit::{Attempt, Owner, Passed},
+    intercept::{
+        self, End, Leave, Target, World,
+        account::Exchange,
+        leases::{Lease, Unavailable},
+        near::{Meter, Near},
+    },
+    sandbox::{Admitted, CutReason, Decision, RequestFacts, Sandbox},
+};
+
+/// The surroundings of one intercepted flow.
+struct Surroundings {
+    egress: Arc<Egress>,
+    admitted: Admitted,
+    owner: Owner,
+    target: Target,
+}
+
+impl Surroundings {
+    fn sandbox(&self) -> &Arc<Sandbox> {
+        self.admitted.sandbox()
+    }
+}
+
+impl World for Surroundings {
+    fn sandbox_id(&self) -> &SandboxId {
+        &self.sandbox().id
+    }
+
+    fn admit(&self, facts: RequestFacts) -> Result<Leave, Decision> {
+        let admitted = self.admitted.admit_request(facts)?;
+        Ok(Leave {
+            judgement: admitted.judgement.clone(),
+            bindings: Arc::clone(&admitted.bindings),
+            books: Some(admitted),
+        })
+    }
+
+    fn fails_open(&self) -> bool {
+        self.sandbox().failure_mode() == FailureMode::FailOpen
+    }
+
+    fn has_room(&self) -> bool {
+        self.egress.audit.has_room(&self.owner)
+    }
+
+    fn record(&self, decision: &Decision, exchange: Exchange) -> Option<String> {
+        let attempt = Attempt {
+            method: Some(exchange.method),
+            path: exchange.path,
+            credential: exchange.credential,
+            detail: exchange.detail,
+            ..said(&self.target, "https")
+        };
+        if !decision.is_allowed() && !self.has_room() {
+            // Refused whether it can be recorded or not: counted, without a record of its own.
+            self.egress.audit.deny(&self.owner, decision, attempt, 1);
+            return None;
+        }
+        let passed = Passed {
+            began: exchange.began,
+            lasted: exchange.lasted,
+            up: exchange.up,
+            down: exchange.down,
+        };
+        Some(self.egress.audit.flow(&self.owner, decision, attempt, passed))
+    }
+
+    fn lease<'a>(&'a self, secret: &'a str, version: u64) -> BoxFuture<'a, Result<Lease, Unavailable>> {
+        let sandbox = self.sandbox();
+        Box::pin(
+            sandbox
+                .leases
+                .value(&*self.egress.broker, &sandbox.id, secret, version),
+        )
+    }
+
+    fn needles(&self) -> Arc<Needles> {
+        self.sandbox().leases.needles()
+    }
+
+    fn dial(&self) -> BoxFuture<'_, Result<TcpStream, NotDialled>> {
+        Box::pin(self.egress.dialer.dial(&self.admitted, self.target.to))
+    }
+}
+
+fn said(target: &Target, protocol: &'static str) -> Attempt {
+    Attempt {
+        protocol,
+        host: Some(target.name.as_str().to_owned()),
+        ip: Some(*target.to.ip()),
+        port: Some(target.to.port()),
+        ..Attempt::default()
+    }
+}
+
+impl Egress {
+    /// Takes an admitted flow that must be read to its end, and records it.
+    pub(super) async fn intercept(
+        self: &Arc<Self>,
+        entry: Entry,
+        admitted: Admitted,
+        target: Target,
+        (near, received): (TcpStream, Vec<u8>),
+        mut detail: Option<String>,
+    ) {
+        let sandbox = Arc::clone(admitted.sandbox());
+        let Ok(_slot) = Arc::clone(&sandbox.limits.intercepted).try_acquire_owned() else {
+            refuse(&near);
+            let attempt = Attempt {
+                detail: Some("too many connections at once whose requests are read".to_owned()),
+                ..said(&target, "tls")
+            };
+            self.audit
+                .deny(&entry.owner, &Decision::of(Reason::Quota), attempt, 1);
+            return;
+        };
+        let decision = admitted.decision.clone();
+        let cut = Arc::clone(&admitted.cut);
+        let opened = Attempt {
+            detail: Some("opened; its requests are read".to_owned()),
+            ..said(&target, "tls")
+        };
+        self.audit
+            .flow(&entry.owner, &decision, opened, Passed::nothing(entry.began));
+        let meter = Arc::new(Meter::default());
+        let world = Arc::new(Surroundings {
+            egress: Arc::clone(self),
+            admitted,
+            owner: entry.owner.clone(),
+            target: target.clone(),
+        });
+        let near = Near::new(near, received, Arc::clone(&meter));
+        let mut work = Box::pin(self.read_requests(&sandbox, world, near, &target, &meter));
+        let end = self.tasks.shutdown();
+        let ended = tokio::select! {
+            ended = &mut work => ended,
+            reason = cut.cut() => match reason {
+                CutReason::Forbidden(decision) => Ended::Cut(decision),
+                CutReason::SandboxGone => Ended::Stopped("the sandbox ended"),
+            },
+            () = end.cancelled() => Ended::Stopped("netd ended"),
+        };
+        if !matches!(ended, Ended::Well) {
+            meter.reset();
+        }
+        drop(work);
+        let (decision, ended) = ended.settle(decision);
+        detail = ended.or(detail);
+        let attempt = Attempt {
+            detail,
+            ..said(&target, "tls")
+        };
+        let passed = Passed {
+            began: entry.began,
+            lasted: entry.clock.elapsed(),
+            up: meter.traffic.up(),
+            down: meter.traffic.down(),
+        };
+        self.audit.flow(&entry.owner, &decision, attempt, passed);
+    }
+
+    async fn read_requests(
+        &self,
+        sandbox: &Arc<Sandbox>,
+        world: Arc<Surroundings>,
+        near: Near,
+        target: &Target,
+        meter: &Meter,
+    ) -> Ended {
+        let generation = sandbox.generation();
+        let leased = sandbox.leases.authority(&*self.broker, &sandbox.id, generation);
+        let server = match leased.await {
+            Ok(authority) => authority
+                .server(&target.name)
+                .map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        let server = match server {
+            Ok(server) => server,
+            Err(error) => return Ended::Failed(Reason::CredentialUnavailable, error),
+        };
+        let serving = intercept::serve(
+            near,
+            server,
+            target.clone(),
+            world,
+            Arc::clone(&self.upstream),
+            self.tasks.clone(),
+        );
+        match intercept::serve_until_idle(serving, meter, IDLE).await {
+            None => Ended::Stopped("nothing moved for an hour"),
+            Some(End::Closed) => Ended::Well,
+            Some(End::Client(how)) => Ended::Client(how),
+            Some(End::AnotherName) => Ended::Failed(
+                Reason::HostMismatch,
+                "the handshake names another server than its first message".to_owned(),
+            ),
+        }
+    }
+}
+
+impl Passed {
+    /// Nothing yet.
+    fn nothing(began: Timestamp) -> Self {
+        Self {
+            began,
+            lasted: std::time::Duration::ZERO,
+            up: 0,
+            down: 0,
+        }
+    }
+}

@@ -1,0 +1,343 @@
+//! One request: checked, judged, given its secrets, forwarded. Owns: the order of those steps. Nothing reaches
+//! the server before the rules allow it, and nothing but the canonical path that they judged.
+
+use std::{
+    collections::BTreeMap,
+    pin::Pin,
+    sync::{Arc, OnceLock},
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+use http::{
+    HeaderMap, Method, Request, Response, StatusCode, Uri,
+    header::{EXPECT, HOST},
+    request::Parts,
+    uri::PathAndQuery,
+};
+use http_body_util::BodyExt as _;
+use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
+use sandgate_policy::{DomainName, NormalPath, Reason};
+use sandgate_relay::{headers, redact::Needles};
+
+use super::{
+    Body, BodyError, Flow,
+    account::Account,
+    answer::Refusal,
+    bindings::Bindings,
+    inject::{MARKED, Misuse, Outgoing, is_marked},
+    leases::Unavailable,
+    response, upgrade,
+    upstream::UpstreamError,
+};
+use crate::sandbox::{Decision, Judgement, RequestFacts};
+
+/// Answers one request. `ordinal` counts those of a connection of HTTP/1.1 from 0.
+pub(super) async fn answer(flow: Arc<Flow>, request: Request<Incoming>, ordinal: Option<u64>) -> Response<Body> {
+    let account = Account::open(Arc::clone(&flow.world), &method_text(request.method()));
+    let upgrades = ordinal.is_some() && upgrade::is_asked(request.headers());
+    let answer = match exchange(&flow, &account, request, ordinal, upgrades).await {
+        Ok(response) => response,
+        Err(refusal) => refusal.answer(&flow, &account, ordinal.is_some()),
+    };
+    if upgrades {
+        flow.notes
+            .settle_upgrade(answer.status() == StatusCode::SWITCHING_PROTOCOLS);
+    }
+    answer
+}
+
+/// The method as it is recorded: a short text.
+fn method_text(method: &Method) -> String {
+    method.as_str().chars().take(32).collect()
+}
+
+async fn exchange(
+    flow: &Arc<Flow>,
+    account: &Arc<Account>,
+    mut request: Request<Incoming>,
+    ordinal: Option<u64>,
+    upgrades: bool,
+) -> Result<Response<Body>, Refusal> {
+    if let Some(why) = ordinal.and_then(|ordinal| flow.notes.broken(ordinal)) {
+        return Err(Refusal::malformed(why));
+    }
+    check_authority(flow, &request)?;
+    let client_upgrade = upgrades.then(|| hyper::upgrade::on(&mut request));
+    let (parts, body) = request.into_parts();
+    let (path, query) = path(&parts)?;
+    account.path(path.as_str());
+    let facts = RequestFacts {
+        method: method_text(&parts.method),
+        path,
+        upgrade: upgrades,
+    };
+    let leave = flow.world.admit(facts.clone()).map_err(|decision| {
+        let message = match &decision.rule {
+            Some(rule) => format!("{} {} is not allowed by {rule}", facts.method, facts.path),
+            None => format!("{} {} is not allowed", facts.method, facts.path),
+        };
+        Refusal::denied(decision, message)
+    })?;
+    if !flow.world.has_room() && !flow.world.fails_open() {
+        let message = "the audit queue is full";
+        return Err(Refusal::of(StatusCode::SERVICE_UNAVAILABLE, Reason::Quota, message));
+    }
+    let mut outgoing = Outgoing {
+        path: facts.path.as_str().to_owned(),
+        query,
+        headers: parts.headers,
+    };
+    headers::strip_hop_by_hop(&mut outgoing.headers);
+    // The client gets its 100 from us once the body is wanted.
+    outgoing.headers.remove(EXPECT);
+    let needles = inject(flow, account, &mut outgoing, &facts, &leave.bindings, &leave.judgement).await?;
+    account.admitted(leave.judgement.decision, leave.books);
+    if upgrades {
+        upgrade::ask_again(&mut outgoing.headers);
+    }
+    let fate = Arc::new(OnceLock::new());
+    let body = Upward {
+        inner: body,
+        account: Arc::clone(account),
+        fate: Arc::clone(&fate),
+        tail: Vec::new(),
+    };
+    let mut forwarded = Request::new(body.boxed_unsync());
+    *forwarded.method_mut() = parts.method;
+    *forwarded.uri_mut() = target(&outgoing)?;
+    *forwarded.headers_mut() = outgoing.headers;
+    let sent = if upgrades {
+        flow.upstream.send_upgrade(forwarded).await
+    } else {
+        flow.upstream.send(forwarded).await
+    };
+    let (answer, home) = sent.map_err(|error| refusal(&error, fate.get()))?;
+    match client_upgrade {
+        Some(near) if answer.status() == StatusCode::SWITCHING_PROTOCOLS => {
+            upgrade::agree(flow, account, near, answer, needles)
+        }
+        Some(_) | None => response::finish(account, answer, home, needles, &facts.method),
+    }
+}
+
+/// One authority, and the one for which the certificate was shown.
+fn check_authority(flow: &Flow, request: &Request<Incoming>) -> Result<(), Refusal> {
+    let malformed = || Refusal::malformed("not exactly one authority");
+    let mut hosts = request.headers().get_all(HOST).iter();
+    let host = hosts.next();
+    if hosts.next().is_some() || request.method() == Method::CONNECT {
+        return Err(malformed());
+    }
+    let host = host.map(|host| host.to_str().map_err(|_not_text| malformed()));
+    let authority = request.uri().authority().map(http::uri::Authority::as_str);
+    let said = match (host.transpose()?, authority) {
+        (Some(host), Some(authority)) if !host.eq_ignore_ascii_case(authority) => return Err(malformed()),
+        (Some(said), _) | (None, Some(said)) => said,
+        (None, None) => return Err(malformed()),
+    };
+    let (name, port) = match said.rsplit_once(':') {
+        Some((name, port)) => (name, Some(port)),
+        None => (said, None),
+    };
+    let is_port = port.is_none_or(|port| port.parse() == Ok(flow.target.to.port()));
+    let is_name = DomainName::parse(name).is_ok_and(|name| name == flow.target.name);
+    if is_name && is_port {
+        return Ok(());
+    }
+    Err(Refusal::of(
+        StatusCode::MISDIRECTED_REQUEST,
+        Reason::HostMismatch,
+        format!("this connection is for {}", flow.target.authority()),
+    ))
+}
+
+fn path(parts: &Parts) -> Result<(NormalPath, Option<String>), Refusal> {
+    let target = parts.uri.path_and_query().map_or("", PathAndQuery::as_str);
+    match NormalPath::parse(target) {
+        Ok((path, query)) => Ok((path, query.map(str::to_owned))),
+        Err(error) => Err(Refusal::malformed(&format!("the path {error}"))),
+    }
+}
+
+fn target(outgoing: &Outgoing) -> Result<Uri, Refusal> {
+    let text = match &outgoing.query {
+        Some(query) => format!("{}?{query}", outgoing.path),
+        None => outgoing.path.clone(),
+    };
+    text.parse()
+        .map_err(|_invalid: http::uri::InvalidUri| Refusal::malformed("not a request target"))
+}
+
+/// Puts the secrets in; returns what must not come back.
+async fn inject(
+    flow: &Flow,
+    account: &Account,
+    outgoing: &mut Outgoing,
+    facts: &RequestFacts,
+    bindings: &Bindings,
+    judgement: &Judgement,
+) -> Result<Arc<Needles>, Refusal> {
+    let port = flow.target.to.port();
+    let own = bindings.for_request(&flow.target.name, port, &facts.head());
+    let plan = outgoing
+        .plan(bindings, &own, &judgement.credentials)
+        .map_err(|misuse| misused(&misuse))?;
+    let mut needed = plan.secrets();
+    for required in &judgement.credentials {
+        if !needed.contains(required.as_str()) {
+            return Err(unavailable(required, "it is not bound to this request"));
+        }
+    }
+    account.credential(&needed.iter().copied().collect::<Vec<_>>());
+    let written = needed.clone();
+    // A server that had a value from another request must not hand it back in the answer to this one.
+    needed.extend(bindings.for_host(&flow.target.name, port).map(|bound| bound.secret.as_str()));
+    let mut values = BTreeMap::new();
+    for secret in needed {
+        let version = bindings.version(secret).unwrap_or_default();
+        match flow.world.lease(secret, version).await {
+            Ok(lease) => {
+                if written.contains(secret) {
+                    values.insert(secret.to_owned(), lease.value);
+                }
+            }
+            Err(error) if flow.world.fails_open() => {
+                account.note(format!("without {secret}: {error}"));
+            }
+            Err(error) => return Err(credential(secret, &error)),
+        }
+    }
+    account.credential(&values.keys().map(String::as_str).collect::<Vec<_>>());
+    outgoing
+        .write(&plan, &values)
+        .map_err(|_invalid| unavailable("the secret", "its value does not fit into a header"))?;
+    let needles = flow.world.needles();
+    if !needles.is_empty() {
+        headers::prepare_redacted_request(&mut outgoing.headers);
+    }
+    Ok(needles)
+}
+
+fn misused(misuse: &Misuse) -> Refusal {
+    let whose = match &misuse.0 {
+        Some(secret) => format!("the placeholder of {secret}"),
+        None => "the placeholder of a secret that this sandbox does not have".to_owned(),
+    };
+    let message = format!("{whose} stands where its binding does not put the value");
+    Refusal::denied(Decision::of(Reason::PlaceholderMisuse), message)
+}
+
+fn credential(secret: &str, error: &Unavailable) -> Refusal {
+    unavailable(secret, &error.to_string())
+}
+
+fn unavailable(secret: &str, why: &str) -> Refusal {
+    Refusal::of(
+        StatusCode::SERVICE_UNAVAILABLE,
+        Reason::CredentialUnavailable,
+        format!("{secret} cannot be used now: {why}"),
+    )
+}
+
+fn refusal(error: &UpstreamError, fate: Option<&Fate>) -> Refusal {
+    match fate {
+        Some(Fate::Misuse) => {
+            let message = "a placeholder stands in the body, where no binding puts a value";
+            let mut refusal = Refusal::denied(Decision::of(Reason::PlaceholderMisuse), message.to_owned());
+            refusal.closes = true;
+            refusal
+        }
+        Some(Fate::Broken) => Refusal::malformed("a broken request body"),
+        None => Refusal::of(StatusCode::BAD_GATEWAY, error.reason(), error.to_string()),
+    }
+}
+
+/// Why a request's body did not end well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    /// It holds a placeholder.
+    Misuse,
+    /// The client did not finish it, or not well.
+    Broken,
+}
+
+/// A request's body on its way to the server: counted, and searched for placeholders as it streams.
+struct Upward {
+    inner: Incoming,
+    account: Arc<Account>,
+    fate: Arc<OnceLock<Fate>>,
+    /// The last bytes that went on, in which a placeholder may have begun.
+    tail: Vec<u8>,
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("the request body was given up")]
+struct GivenUp;
+
+impl Upward {
+    fn give_up(&self, fate: Fate) -> BodyError {
+        // The first one stands.
+        let _again = self.fate.set(fate);
+        Box::new(GivenUp)
+    }
+
+    fn is_misused(&mut self, data: &[u8]) -> bool {
+        let begun = self.tail.len();
+        // The tail and as much as a placeholder may need to end; then the data by itself.
+        self.tail.extend_from_slice(&data[..data.len().min(MARKED)]);
+        if is_marked(&self.tail) || is_marked(data) {
+            return true;
+        }
+        if data.len() >= MARKED {
+            self.tail.clear();
+            self.tail.extend_from_slice(&data[data.len() - (MARKED - 1)..]);
+        } else {
+            let excess = self.tail.len().saturating_sub(MARKED - 1);
+            self.tail.drain(..excess.min(begun + data.len()));
+        }
+        false
+    }
+}
+
+impl HttpBody for Upward {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let frame = match std::task::ready!(Pin::new(&mut self.inner).poll_frame(cx)) {
+            None => return Poll::Ready(None),
+            Some(Err(_broken)) => return Poll::Ready(Some(Err(self.give_up(Fate::Broken)))),
+            Some(Ok(frame)) => frame,
+        };
+        let misused = match (frame.data_ref(), frame.trailers_ref()) {
+            (Some(data), _) => {
+                self.account.add_up(data.len());
+                let data = data.clone();
+                self.is_misused(&data)
+            }
+            (None, Some(trailers)) => is_marked_anywhere(trailers),
+            (None, None) => false,
+        };
+        Poll::Ready(Some(if misused {
+            Err(self.give_up(Fate::Misuse))
+        } else {
+            Ok(frame)
+        }))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}
+
+fn is_marked_anywhere(headers: &HeaderMap) -> bool {
+    headers.values().any(|value| is_marked(value.as_bytes()))
+}

@@ -1,0 +1,304 @@
+//! Holds an HTTP/1.1 client to strict framing before any other parser sees its bytes (RFC 9112). Owns: where
+//! each request begins and ends. What two parsers could read in two ways never reaches the second one: after
+//! the first such byte nothing more of the connection is read, and the request is answered with 400.
+
+use std::{
+    io,
+    pin::Pin,
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+    task::{Context, Poll, Waker},
+};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use crate::egress::{
+    body::Body,
+    head::{self, Framing, Reading},
+};
+
+/// Longest head of a request, in bytes.
+const HEAD_MAX: usize = 32 * 1024;
+const CHUNK: usize = 8 * 1024;
+/// What the parser behind sees in place of a broken request.
+const STAND_IN: &[u8] = b"GET / HTTP/1.1\r\nHost: invalid\r\nConnection: close\r\n\r\n";
+
+/// A client's bytes, of which only well-framed requests come out.
+#[derive(Debug)]
+pub struct Strict<S> {
+    stream: S,
+    notes: Arc<Notes>,
+    inbox: Vec<u8>,
+    /// Bytes of the inbox in which no line ended at the last look.
+    looked: usize,
+    outbox: Vec<u8>,
+    at: usize,
+    state: State,
+    heads: u64,
+    ended: bool,
+}
+
+#[derive(Debug)]
+enum State {
+    Head,
+    Body(Body),
+    /// A request to change the protocol waits for its answer.
+    Undecided,
+    /// Another protocol: bytes pass as they are.
+    Raw,
+    Broken,
+}
+
+/// What the filter and the one who answers tell each other.
+#[derive(Debug, Default)]
+pub struct Notes {
+    broken: OnceLock<(u64, &'static str)>,
+    upgrade: Mutex<Upgrade>,
+}
+
+#[derive(Debug, Default)]
+struct Upgrade {
+    accepted: Option<bool>,
+    waker: Option<Waker>,
+}
+
+impl Notes {
+    /// Why the request with this ordinal, counted from 0, is no request.
+    pub fn broken(&self, ordinal: u64) -> Option<&'static str> {
+        let (at, why) = self.broken.get()?;
+        (*at == ordinal).then_some(*why)
+    }
+
+    /// Settles a request to change the protocol. Must be called for every one.
+    pub fn settle_upgrade(&self, accepted: bool) {
+        let mut upgrade = self.upgrade.lock().unwrap_or_else(PoisonError::into_inner);
+        upgrade.accepted = Some(accepted);
+        if let Some(waker) = upgrade.waker.take() {
+            waker.wake();
+        }
+    }
+
+    /// Takes the answer, or remembers whom to wake.
+    fn poll_upgrade(&self, cx: &Context<'_>) -> Option<bool> {
+        let mut upgrade = self.upgrade.lock().unwrap_or_else(PoisonError::into_inner);
+        let accepted = upgrade.accepted.take();
+        if accepted.is_none() {
+            upgrade.waker = Some(cx.waker().clone());
+        }
+        accepted
+    }
+}
+
+impl<S> Strict<S> {
+    /// A filter over a client's bytes.
+    pub fn new(stream: S, notes: Arc<Notes>) -> Self {
+        Self {
+            stream,
+            notes,
+            inbox: Vec::new(),
+            looked: 0,
+            outbox: Vec::new(),
+            at: 0,
+            state: State::Head,
+            heads: 0,
+            ended: false,
+        }
+    }
+
+    fn broken(&mut self, why: &'static str) {
+        // The first one stands; there is no second.
+        let _again = self.notes.broken.set((self.heads, why));
+        self.state = State::Broken;
+        self.inbox = Vec::new();
+        self.outbox.extend_from_slice(STAND_IN);
+    }
+
+    /// Turns what is in the inbox into what may pass. False: more bytes are needed.
+    fn digest(&mut self) -> io::Result<bool> {
+        if self.inbox.is_empty() {
+            return Ok(false);
+        }
+        match &mut self.state {
+            State::Head => {
+                self.digest_head();
+                Ok(!self.outbox.is_empty())
+            }
+            State::Body(body) => {
+                let taken = body
+                    .push(&self.inbox, &mut self.outbox)
+                    .map_err(|broken| io::Error::new(io::ErrorKind::InvalidData, broken))?;
+                self.inbox.drain(..taken);
+                if body.is_done() {
+                    self.state = State::Head;
+                    self.looked = 0;
+                }
+                Ok(taken > 0)
+            }
+            State::Raw => {
+                self.outbox.append(&mut self.inbox);
+                Ok(true)
+            }
+            State::Undecided | State::Broken => Ok(false),
+        }
+    }
+
+    fn digest_head(&mut self) {
+        // A head is read again only when a line has ended since, or while it may not be one at all.
+        let line_ended = self.inbox[self.looked..].contains(&b'\n');
+        self.looked = self.inbox.len();
+        if !line_ended && self.inbox.len() > 64 && self.inbox.len() < HEAD_MAX {
+            return;
+        }
+        match head::read(&self.inbox) {
+            Reading::Incomplete if self.inbox.len() >= HEAD_MAX => self.broken("a head over 32 KiB"),
+            Reading::Incomplete => {}
+            Reading::Malformed(why) => self.broken(why),
+            Reading::Complete(head) => {
+                let upgrades = head.asks_for_websocket();
+                if upgrades && head.framing != Framing::Nothing {
+                    return self.broken("an upgrade with a body");
+                }
+                self.outbox.extend(self.inbox.drain(..head.length));
+                self.looked = 0;
+                self.heads += 1;
+                self.state = match head.framing {
+                    Framing::Nothing if upgrades => State::Undecided,
+                    Framing::Nothing => State::Head,
+                    Framing::Length(_) | Framing::Chunked => State::Body(Body::new(head.framing)),
+                };
+            }
+        }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Strict<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        loop {
+            if this.at < this.outbox.len() {
+                let rest = &this.outbox[this.at..];
+                let length = rest.len().min(buf.remaining());
+                buf.put_slice(&rest[..length]);
+                this.at += length;
+                if this.at == this.outbox.len() {
+                    this.outbox.clear();
+                    this.at = 0;
+                }
+                return Poll::Ready(Ok(()));
+            }
+            if matches!(this.state, State::Undecided)
+                && let Some(accepted) = this.notes.poll_upgrade(cx)
+            {
+                this.looked = 0;
+                this.state = if accepted { State::Raw } else { State::Head };
+            }
+            if this.digest()? {
+                continue;
+            }
+            match this.state {
+                State::Raw => return Pin::new(&mut this.stream).poll_read(cx, buf),
+                // The stand-in closes the connection; nothing is read until then.
+                State::Broken => return Poll::Pending,
+                State::Undecided if this.inbox.len() >= HEAD_MAX => return Poll::Pending,
+                State::Head | State::Body(_) | State::Undecided => {}
+            }
+            if this.ended {
+                return Poll::Ready(Ok(()));
+            }
+            let mut chunk = [0; CHUNK];
+            let mut read = ReadBuf::new(&mut chunk);
+            std::task::ready!(Pin::new(&mut this.stream).poll_read(cx, &mut read))?;
+            this.ended = read.filled().is_empty();
+            this.inbox.extend_from_slice(read.filled());
+        }
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Strict<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::*;
+
+    async fn passed(sent: &[u8]) -> (Vec<u8>, Arc<Notes>) {
+        let notes = Arc::new(Notes::default());
+        let mut out = Vec::new();
+        let (mut client, inside) = tokio::io::duplex(1 << 16);
+        let mut strict = Strict::new(inside, Arc::clone(&notes));
+        client.write_all(sent).await.expect("written");
+        drop(client);
+        let reading = async { while matches!(strict.read_buf(&mut out).await, Ok(1..)) {} };
+        let _elapsed = tokio::time::timeout(std::time::Duration::from_secs(1), reading).await;
+        (out, notes)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn well_framed_requests_pass_one_after_another() {
+        let sent = b"POST /a HTTP/1.1\r\nHost: ok.test\r\nContent-Length: 2\r\n\r\nhiGET /b HTTP/1.1\r\nHost: ok.test\r\n\r\n";
+        let (out, notes) = passed(sent).await;
+        assert_eq!(out, sent);
+        assert_eq!(notes.broken(2), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_two_parsers_read_in_two_ways_never_passes() {
+        for (ordinal, sent) in [
+            (0, &b"GET / HTTP/1.1\r\nHost: a.test\r\nHost: b.test\r\n\r\n"[..]),
+            (0, b"POST / HTTP/1.1\r\nHost: a.test\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
+            (0, b"GET / HTTP/1.1\nHost: a.test\n\n"),
+            (0, b"GET / HTTP/1.1\r\nHost: a.test\r\n folded\r\n\r\n"),
+            (1, b"GET / HTTP/1.1\r\nHost: a.test\r\n\r\nGET / HTTP/1.1\r\nHost : a.test\r\n\r\n"),
+        ] {
+            let (out, notes) = passed(sent).await;
+            assert!(out.ends_with(STAND_IN), "{}", String::from_utf8_lossy(&out));
+            assert!(notes.broken(ordinal).is_some());
+        }
+        let (out, notes) = passed(
+            b"POST / HTTP/1.1\r\nHost: a.test\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nab\r\n0\r\n\r\n",
+        )
+        .await;
+        assert!(!out.windows(3).any(|part| part == b"0\r\n"), "the broken body ended well");
+        assert_eq!(notes.broken(0), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn another_protocol_begins_only_when_it_was_agreed() {
+        let head = b"GET / HTTP/1.1\r\nHost: a.test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n";
+        for accepted in [true, false] {
+            let notes = Arc::new(Notes::default());
+            let (mut client, inside) = tokio::io::duplex(1 << 16);
+            let mut strict = Strict::new(inside, Arc::clone(&notes));
+            client.write_all(head).await.expect("written");
+            client.write_all(b"\x81\x00 raw\n").await.expect("written");
+            let mut out = Vec::new();
+            let reading = async { while matches!(strict.read_buf(&mut out).await, Ok(1..)) {} };
+            let _elapsed = tokio::time::timeout(std::time::Duration::from_secs(1), reading).await;
+            assert_eq!(out, head);
+            notes.settle_upgrade(accepted);
+            out.clear();
+            strict.read_buf(&mut out).await.expect("read");
+            assert_eq!(out.as_slice(), if accepted { b"\x81\x00 raw\n" } else { STAND_IN });
+        }
+    }
+}
