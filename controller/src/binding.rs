@@ -312,7 +312,8 @@ mod tests {
 
     #[test]
     fn a_refusal_names_the_field() {
-        let cases: Vec<(fn(&mut EgressBinding), &str)> = vec![
+        type Change = fn(&mut EgressBinding);
+        let cases: Vec<(Change, &str)> = vec![
             (|b| b.hosts.clear(), "egress.hosts"),
             (|b| b.hosts = vec!["a.test".to_owned(); 33], "egress.hosts"),
             (|b| b.hosts[1] = "*".to_owned(), "egress.hosts[1]"),

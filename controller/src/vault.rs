@@ -307,7 +307,7 @@ mod tests {
         let swapped = Sealed {
             key_id: sealed.key_id,
             wrapped_key: sealed.ciphertext.clone(),
-            ciphertext: sealed.wrapped_key.clone(),
+            ciphertext: sealed.wrapped_key,
         };
         assert!(vault(1).unseal(&org("org-a"), "KEY", &swapped).is_err());
     }

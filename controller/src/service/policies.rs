@@ -10,7 +10,10 @@ use sandgate_api::{
 use sandgate_policy::{Policy, PolicyError, SandboxPolicy};
 use serde_json::Value;
 
-use super::{Service, ServiceError, secrets::clash};
+use super::{
+    Service, ServiceError,
+    secrets::{clash, unbound, unbound_rule},
+};
 use crate::{
     node::Enforcement,
     store::{PolicyChange, SandboxRecord, SecretChoice, StoredPolicy},
@@ -66,6 +69,9 @@ impl Service {
         let bindings = self.chosen(org_id, &SecretChoice::All).await?;
         if let Some(clash) = clash(&policy, &bindings) {
             return Err(clash.of_policy(""));
+        }
+        if let Some(rule) = unbound_rule(&policy, &bindings) {
+            return Err(unbound(rule, ""));
         }
         for (id, own) in self.shared.store.live_sandbox_policies(org_id).await? {
             self.check_tiers(Some(&policy), Some(&own)).map_err(|error| {
@@ -164,6 +170,9 @@ impl Service {
             .map_err(|error| invalid("", error))?;
         if let Some(clash) = clash(policy, &self.bindings_of(id).await?) {
             return Err(clash.of_policy(""));
+        }
+        if let Some(rule) = unbound_rule(policy, &self.chosen(org_id, &SecretChoice::All).await?) {
+            return Err(unbound(rule, ""));
         }
         let change = self
             .shared

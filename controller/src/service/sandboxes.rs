@@ -13,6 +13,7 @@ use tokio::sync::watch;
 use super::{
     Service, ServiceError,
     keeper::{self, Failure, Progress},
+    secrets::{clash, unbound, unbound_rule},
 };
 use crate::{
     authority::{Authority, FIRST_GENERATION},
@@ -97,8 +98,11 @@ impl Service {
             self.check_tiers(organization.as_ref().map(|stored| &stored.policy), Some(policy))
                 .map_err(|error| super::policies::invalid("network", error))?;
             let bindings = self.chosen(org_id, &request.secrets).await?;
-            if let Some(clash) = super::secrets::clash(policy, &bindings) {
+            if let Some(clash) = clash(policy, &bindings) {
                 return Err(clash.of_policy("network"));
+            }
+            if let Some(rule) = unbound_rule(policy, &bindings) {
+                return Err(unbound(rule, "network"));
             }
         }
         let id = SandboxId::random();

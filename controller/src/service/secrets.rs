@@ -4,6 +4,8 @@
 //! for then. The environment is put together for each command anew, so that a rotation, a revocation and a later
 //! injection count from the next command on, and no value is written to any file of a sandbox.
 
+mod clash;
+
 use std::time::Duration;
 
 use sandgate_api::{
@@ -13,7 +15,6 @@ use sandgate_api::{
     id::{OrgId, SandboxId, SecretId},
     rest::{EgressBinding, Secret, SecretsInjected},
 };
-use sandgate_policy::{Action, DomainPattern, Policy, Tls};
 
 use super::{Service, ServiceError};
 use crate::{
@@ -26,6 +27,7 @@ use crate::{
         StoreError,
     },
 };
+pub(super) use clash::{clash, unbound, unbound_rule};
 
 /// Secrets of one organisation: with its own variables a sandbox must stay below the limit of an environment.
 const MAX_SECRETS: u32 = 200;
@@ -400,80 +402,6 @@ fn check_egress(egress: Option<&[EgressBinding]>) -> Result<(), ServiceError> {
         binding::check(one, &at)?;
     }
     Ok(())
-}
-
-/// A rule that leaves the TLS of a bound host unread. Neither may be ignored silently.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Clash {
-    /// Index of the rule.
-    rule: usize,
-    /// Name of the secret.
-    secret: String,
-}
-
-impl Clash {
-    /// As a refusal of the policy, which is the field `inside` of a larger document.
-    pub(super) fn of_policy(self, inside: &str) -> ServiceError {
-        let dot = if inside.is_empty() { "" } else { "." };
-        ServiceError::Invalid {
-            field: format!("{inside}{dot}rules[{}].tls", self.rule),
-            message: format!(
-                "`splice` leaves unread what goes to a host of the secret `{}`, which could not be injected then",
-                self.secret
-            ),
-        }
-    }
-
-    /// As a refusal of the binding.
-    fn message(&self, whose: &str) -> String {
-        format!(
-            "rules[{}].tls of the policy of {whose} is `splice` for a host of the secret `{}`, which could not be \
-             injected there",
-            self.rule, self.secret
-        )
-    }
-}
-
-/// The first clash of a policy with bindings.
-pub(super) fn clash(policy: &Policy, bindings: &[(String, EgressBinding)]) -> Option<Clash> {
-    for (index, rule) in policy.rules().iter().enumerate() {
-        if rule.tls() != Tls::Splice || rule.action() != Action::Allow {
-            continue;
-        }
-        for (secret, binding) in bindings {
-            let on_port = binding.ports.iter().any(|&port| {
-                rule.lists_port(port)
-                    .unwrap_or_else(|| policy.allowed_ports().contains(&port))
-            });
-            let same_host = binding
-                .hosts
-                .iter()
-                .filter_map(|host| DomainPattern::parse(host).ok())
-                .any(|host| rule.domains().iter().any(|domain| overlap(domain, &host)));
-            if on_port && same_host {
-                return Some(Clash {
-                    rule: index,
-                    secret: secret.clone(),
-                });
-            }
-        }
-    }
-    None
-}
-
-/// Whether some name is meant by both.
-fn overlap(one: &DomainPattern, other: &DomainPattern) -> bool {
-    match (one, other) {
-        (DomainPattern::Any, _) | (_, DomainPattern::Any) => true,
-        (DomainPattern::Exact(name), pattern) | (pattern, DomainPattern::Exact(name)) => {
-            pattern.matches(name)
-        }
-        (DomainPattern::Below(one), DomainPattern::Below(other)) => {
-            one == other
-                || DomainPattern::Below(one.clone()).matches(other)
-                || DomainPattern::Below(other.clone()).matches(one)
-        }
-    }
 }
 
 fn shown(record: SecretRecord, applied: Option<bool>) -> Secret {

@@ -680,3 +680,30 @@ async fn a_rule_that_leaves_tls_unread_and_a_binding_to_its_host_exclude_each_ot
     let elsewhere = json!({"hosts": ["api.wild.test"], "inject": [{"kind": "bearer"}]});
     world.store_secret(&tenant, request("B", &elsewhere)).await;
 }
+
+#[tokio::test]
+async fn a_rule_can_ask_only_for_a_binding_that_there_is() {
+    let world = world().await;
+    let tenant = world.tenant("a@b").await;
+    let id = world.stored_sandbox(&tenant).await;
+    let rule =
+        |credential: &str| json!({"action": "allow", "domains": ["api.ok.test"], "credential": credential});
+    world.store_secret(&tenant, request("A", &binding())).await;
+    world
+        .store_secret(&tenant, json!({"name": "PLAIN", "value": "x"}))
+        .await;
+    for path in [format!("/sandbox/{id}/network"), "/settings/egress".to_owned()] {
+        for name in ["NONE", "PLAIN"] {
+            let body = json!({"mode": "allowlist", "rules": [rule("A"), rule(name)]});
+            let answer = world.call(&tenant, "PUT", &path, &body).await;
+            assert_eq!(
+                answer.refusal(),
+                (400, "VALIDATION_ERROR", Some("rules[1].credential")),
+                "{path}"
+            );
+        }
+        let body = json!({"mode": "allowlist", "rules": [rule("A")]});
+        let answer = world.call(&tenant, "PUT", &path, &body).await;
+        assert_eq!(answer.status, StatusCode::OK, "{}", answer.body);
+    }
+}

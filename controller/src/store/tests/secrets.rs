@@ -145,7 +145,7 @@ async fn a_rotation_is_a_delta_with_another_version_and_the_same_placeholders() 
         .update_secret(&secret, update.clone(), now())
         .await
         .expect("updated");
-    assert_eq!(change.concerns, [holder.clone()]);
+    assert_eq!(change.concerns, std::slice::from_ref(&holder));
     assert!(changed.version > secret.version);
     let (upserts, removed) = delta(world.since(Some(seen)).await);
     assert!(removed.is_empty() && upserts.iter().all(|sandbox| sandbox.sandbox_id != other));
@@ -179,7 +179,7 @@ async fn a_deletion_takes_the_binding_and_its_placeholders_from_every_sandbox() 
         .await
         .expect("done")
         .expect("was there");
-    assert_eq!(change.concerns, [holder.clone()]);
+    assert_eq!(change.concerns, std::slice::from_ref(&holder));
     let (upserts, _) = delta(world.since(Some(seen)).await);
     assert_eq!(upserts.len(), 1);
     assert!(upserts[0].bindings.is_empty());
@@ -226,7 +226,7 @@ async fn an_injection_gives_a_running_sandbox_what_it_lacks_and_keeps_what_it_ha
         .await
         .expect("injected");
     assert_eq!(names, ["A_KEY", "B_KEY"]);
-    assert_eq!(change.concerns, [holder.clone()]);
+    assert_eq!(change.concerns, std::slice::from_ref(&holder));
     let (upserts, _) = delta(world.since(Some(seen)).await);
     assert_eq!(upserts[0].bindings.len(), 2);
     assert_eq!(upserts[0].bindings[0], before[0]);
