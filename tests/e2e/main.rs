@@ -15,6 +15,7 @@ mod machine;
 mod names;
 mod outages;
 mod policies;
+mod promise;
 
 fn main() -> ExitCode {
     Suite::from_arguments()
@@ -84,6 +85,40 @@ fn main() -> ExitCode {
                 outages::a_killed_controller_forgets_nothing,
                 outages::a_create_cut_off_by_a_kill_leaves_nothing,
                 outages::a_killed_supervisor_takes_nothing_with_it,
+            ],
+        )
+        .group(
+            "promise",
+            cases![
+                promise::calls::every_client_uses_a_key_that_it_never_has,
+                promise::calls::a_client_needs_no_credential_of_its_own,
+                promise::calls::every_kind_puts_the_key_in_its_place,
+                promise::calls::git_clones_and_pushes_with_a_password_that_it_never_has,
+                promise::calls::other_credentials_do_not_travel_with_the_key,
+                promise::calls::however_often_a_client_sends_it_one_header_arrives,
+                promise::calls::redirects_are_not_followed_and_carry_only_the_placeholder,
+                promise::calls::other_hosts_stay_spliced,
+                promise::calls::large_bodies_stream_both_ways,
+                promise::calls::websockets_pass_and_are_masked,
+                promise::calls::a_plain_variable_is_what_it_says,
+                promise::trust::every_sandbox_has_an_authority_of_its_own,
+                promise::trust::clients_trust_it_without_a_flag_and_go_on_trusting_the_rest,
+                promise::store::a_sandbox_gets_the_keys_that_it_was_promised,
+                promise::store::well_known_names_need_no_binding,
+                promise::store::a_key_that_a_rule_demands_must_be_bound,
+                promise::refusals::in_clear_or_on_another_port_there_is_no_key,
+                promise::refusals::other_methods_and_paths_of_a_bound_host_get_no_key,
+                promise::refusals::the_name_inside_must_be_the_name_outside,
+                promise::refusals::http_rules_hold_for_every_request,
+                promise::refusals::servers_that_are_not_who_they_say_get_nothing,
+                promise::refusals::a_placeholder_is_of_one_sandbox,
+                promise::leaks::bodies_headers_and_trailers_are_masked,
+                promise::leaks::what_would_hide_the_key_is_not_asked_for,
+                promise::leaks::however_it_is_written_and_cut_the_key_does_not_come_back,
+                promise::rotation::a_new_value_is_used_on_the_next_request,
+                promise::rotation::a_key_that_is_taken_back_stops_at_once,
+                promise::rotation::without_the_controller_a_key_lives_no_longer_than_its_lease,
+                promise::canary::no_key_is_anywhere,
             ],
         )
         .finish()

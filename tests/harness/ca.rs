@@ -3,11 +3,22 @@
 use std::sync::Arc;
 
 use anyhow::Result;
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose};
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose, date_time_ymd,
+};
 use rustls::{
     ServerConfig,
     pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer},
 };
+
+/// When a certificate is valid.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Validity {
+    /// Now and for long.
+    Now,
+    /// Years ago.
+    Over,
+}
 
 /// Signs the certificates of the world's TLS servers.
 pub struct CertificateAuthority {
@@ -45,8 +56,25 @@ impl CertificateAuthority {
     /// # Errors
     /// When one of them is not a DNS name.
     pub fn server(&self, names: &[&str]) -> Result<Arc<ServerConfig>> {
+        self.server_with(names, &[], Validity::Now)
+    }
+
+    /// The same with the protocols that it offers by ALPN, and a certificate that may be over.
+    ///
+    /// # Errors
+    /// When one of `names` is not a DNS name.
+    pub fn server_with(
+        &self,
+        names: &[&str],
+        protocols: &[&str],
+        validity: Validity,
+    ) -> Result<Arc<ServerConfig>> {
         let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
         let mut params = CertificateParams::new(names.clone())?;
+        if validity == Validity::Over {
+            params.not_before = date_time_ymd(2020, 1, 1);
+            params.not_after = date_time_ymd(2021, 1, 1);
+        }
         params
             .distinguished_name
             .push(DnType::CommonName, names.first().map_or("server", String::as_str));
@@ -55,10 +83,14 @@ impl CertificateAuthority {
         let certificate = params.signed_by(&key, &self.issuer)?;
         let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let config = ServerConfig::builder_with_provider(provider)
+        let mut config = ServerConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()?
             .with_no_client_auth()
             .with_single_cert(vec![certificate.der().clone()], key)?;
+        config.alpn_protocols = protocols
+            .iter()
+            .map(|protocol| protocol.as_bytes().to_vec())
+            .collect();
         Ok(Arc::new(config))
     }
 }

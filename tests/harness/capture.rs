@@ -77,8 +77,8 @@ pub struct Capture {
     marks: AtomicU64,
 }
 
-/// A moment in the capture.
-#[derive(Debug, Clone, Copy)]
+/// A moment in the capture; the default is its beginning.
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Mark(usize);
 
 impl Capture {

@@ -2,7 +2,7 @@
 
 use std::{
     net::{SocketAddr, TcpStream},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -19,11 +19,15 @@ use crate::world::{World, runtime};
 /// Longest wait for an answer: above every deadline the API itself keeps.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Every answer, for whoever looks for something in them later.
+pub type Heard = Arc<Mutex<Vec<Answer>>>;
+
 /// A caller of the API, with or without a key.
 #[derive(Clone)]
 pub struct Client {
     world: Arc<World>,
     api: SocketAddr,
+    heard: Heard,
     key: Option<String>,
 }
 
@@ -60,10 +64,11 @@ pub struct Events {
 }
 
 impl Client {
-    pub(crate) fn new(world: &Arc<World>, api: SocketAddr) -> Self {
+    pub(crate) fn new(world: &Arc<World>, api: SocketAddr, heard: &Heard) -> Self {
         Self {
             world: Arc::clone(world),
             api,
+            heard: Arc::clone(heard),
             key: None,
         }
     }
@@ -178,6 +183,7 @@ impl Call<'_> {
     /// When there is no (whole) answer.
     pub fn try_send(self) -> Result<Answer> {
         let (asked, started) = (format!("{} {}", self.method, self.path), Instant::now());
+        let heard = Arc::clone(&self.client.heard);
         let (response, connection) = self.open()?;
         let (parts, body) = response.into_parts();
         let body = runtime().block_on(async { tokio::time::timeout(PATIENCE, body.collect()).await });
@@ -186,13 +192,16 @@ impl Call<'_> {
             .context("the body did not end")?
             .context("reading the body")?
             .to_bytes();
-        Ok(Answer {
+        let answer = Answer {
             asked,
             status: parts.status,
             headers: parts.headers,
             body,
             took: started.elapsed(),
-        })
+        };
+        let mut heard = heard.lock().unwrap_or_else(PoisonError::into_inner);
+        heard.push(answer.clone());
+        Ok(answer)
     }
 
     /// Sends it and leaves the answer open.

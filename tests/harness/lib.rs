@@ -5,10 +5,12 @@
 //! | [`world`] | the builder: node, internet, the link between them |
 //! | [`namespace`] | a namespace and the thread that lives in it |
 //! | [`dns`], [`ca`], [`web`], [`collector`] | the internet's servers; each records what reaches it |
+//! | [`mirror`] | servers that keep every request whole and answer as they are told |
 //! | [`capture`] | every packet on the link: the judge of what got out |
 //! | [`node`] | the built programs running on the node |
 //! | [`client`], [`sandbox`] | the API as tests use it |
 //! | [`probe`] | network attempts made from inside a sandbox, and how they ended |
+//! | [`search`] | where a secret could be found, in any usual form |
 //! | [`suite`] | a test runner whose groups share a world |
 //! | [`wait`] | waiting for a condition |
 //!
@@ -19,10 +21,12 @@ pub mod capture;
 pub mod client;
 pub mod collector;
 pub mod dns;
+pub mod mirror;
 pub mod namespace;
 pub mod node;
 pub mod probe;
 pub mod sandbox;
+pub mod search;
 pub mod suite;
 pub mod wait;
 pub mod web;

@@ -22,7 +22,7 @@ use nix::{
 use serde_json::json;
 
 use crate::{
-    client::Client,
+    client::{Answer, Client, Heard},
     sandbox::Organization,
     wait,
     world::{RESOLVER, World},
@@ -47,6 +47,7 @@ pub struct Node {
     settings: Vec<(String, String)>,
     up: Mutex<Option<Child>>,
     log: Arc<Mutex<Vec<String>>>,
+    heard: Heard,
 }
 
 impl Node {
@@ -72,6 +73,8 @@ impl Node {
             .context("the world's directory")?;
         let instance = world.directory().join(unique);
         let images = env::var("SANDGATE_IMAGE_DIR").unwrap_or_else(|_| "/var/lib/sandgate/images".to_owned());
+        let authority = world.directory().join("authority.pem");
+        fs::write(&authority, world.ca.pem())?;
         let mut all = vec![
             (
                 "SANDGATE_DATA_DIR".to_owned(),
@@ -81,6 +84,10 @@ impl Node {
             ("SANDGATE_IMAGE_DIR".to_owned(), images),
             ("SANDGATE_API_ADDR".to_owned(), API.to_owned()),
             ("SANDGATE_REGISTRATION".to_owned(), "open".to_owned()),
+            (
+                "SANDGATE_UPSTREAM_CA_FILE".to_owned(),
+                authority.display().to_string(),
+            ),
             ("SANDGATE_DNS_UPSTREAM".to_owned(), format!("{RESOLVER}:53")),
             ("MAX_SANDBOXES_PER_ORG".to_owned(), "20".to_owned()),
         ];
@@ -100,6 +107,7 @@ impl Node {
             settings: all,
             up: Mutex::new(None),
             log,
+            heard: Heard::default(),
         };
         node.start_again()?;
         Ok(node)
@@ -171,7 +179,7 @@ impl Node {
     /// A caller of the API without key.
     pub fn client(&self) -> Client {
         let api: SocketAddr = API.parse().expect("an address");
-        Client::new(&self.world, api)
+        Client::new(&self.world, api, &self.heard)
     }
 
     /// Registers an organisation.
@@ -284,6 +292,11 @@ impl Node {
     /// Every line the programs have written, `out| ` or `err| ` before each.
     pub fn log_lines(&self) -> Vec<String> {
         lock(&self.log).clone()
+    }
+
+    /// Everything the API has answered to this node's clients.
+    pub fn answers(&self) -> Vec<Answer> {
+        lock(&self.heard).clone()
     }
 
     /// The end of the log, for failures.

@@ -23,10 +23,11 @@ use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
 use crate::{
-    ca::CertificateAuthority,
+    ca::{CertificateAuthority, Validity},
     capture::Capture,
     collector::Collector,
     dns::{Answer, Dns},
+    mirror::Mirror,
     namespace::Namespace,
     web::Web,
 };
@@ -68,8 +69,22 @@ pub fn runtime() -> &'static Runtime {
 pub struct Builder {
     names: Vec<(String, Answer)>,
     sites: Vec<(IpAddr, Vec<&'static str>)>,
+    mirrors: Vec<(IpAddr, Vec<&'static str>, Front)>,
     tcp: Vec<(SocketAddr, &'static str)>,
     udp: Vec<SocketAddr>,
+}
+
+/// What a mirror shows by TLS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Front {
+    /// HTTP/2 and HTTP/1.1.
+    Both,
+    /// HTTP/1.1 alone.
+    Http1,
+    /// A certificate that is over.
+    Over,
+    /// A certificate of an authority that nobody trusts.
+    Stranger,
 }
 
 /// The world. Dropping it ends every process of the node and everything they made.
@@ -78,6 +93,8 @@ pub struct World {
     pub dns: Dns,
     /// What the web servers saw.
     pub web: Web,
+    /// What the servers that look closely saw.
+    pub mirror: Mirror,
     /// Signs the web servers' certificates.
     pub ca: CertificateAuthority,
     capture: Capture,
@@ -231,6 +248,14 @@ impl Builder {
         self
     }
 
+    /// A server that looks closely, in clear on port 80 and by TLS on 443 and 8443, with a certificate for `names`.
+    #[must_use]
+    pub fn mirror(mut self, address: &str, names: &[&'static str], front: Front) -> Self {
+        self.mirrors
+            .push((address.parse().expect("an address"), names.to_vec(), front));
+        self
+    }
+
     /// TCP ports that take everything, after saying `banner`.
     #[must_use]
     pub fn collect_tcp(mut self, address: &str, ports: &[u16], banner: &'static str) -> Self {
@@ -275,6 +300,20 @@ impl Builder {
             web.serve(&internet, (address, 80).into(), None)?;
             web.serve(&internet, (address, 443).into(), Some(ca.server(&names)?))?;
         }
+        let (mirror, stranger) = (Mirror::default(), CertificateAuthority::new()?);
+        for (address, names, front) in self.mirrors {
+            let both = ["h2", "http/1.1"];
+            let tls = match front {
+                Front::Both => ca.server_with(&names, &both, Validity::Now)?,
+                Front::Http1 => ca.server_with(&names, &both[1..], Validity::Now)?,
+                Front::Over => ca.server_with(&names, &both, Validity::Over)?,
+                Front::Stranger => stranger.server_with(&names, &both, Validity::Now)?,
+            };
+            mirror.serve(&internet, (address, 80).into(), None)?;
+            for port in [443, 8443] {
+                mirror.serve(&internet, (address, port).into(), Some(Arc::clone(&tls)))?;
+            }
+        }
         let tcp = self
             .tcp
             .into_iter()
@@ -288,6 +327,7 @@ impl Builder {
         Ok(Arc::new(World {
             dns,
             web,
+            mirror,
             ca,
             capture,
             tcp,
