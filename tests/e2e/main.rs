@@ -77,13 +77,13 @@ fn main() -> ExitCode {
         .group(
             "outage",
             cases![
-                lifecycle::a_sandbox_that_expires_is_cleaned_up,
                 lifecycle::a_stopped_sandbox_leaves_nothing,
                 lifecycle::a_sandbox_whose_first_process_dies_is_cleaned_up,
                 outages::a_killed_netd_lets_nothing_out_and_recovers,
                 outages::a_killed_controller_forgets_nothing,
                 outages::a_create_cut_off_by_a_kill_leaves_nothing,
                 outages::a_killed_supervisor_takes_nothing_with_it,
+                lifecycle::a_sandbox_that_expires_is_cleaned_up,
             ],
         )
         .finish()
