@@ -15,6 +15,7 @@ mod machine;
 mod names;
 mod outages;
 mod policies;
+mod tour;
 
 fn main() -> ExitCode {
     Suite::from_arguments()
@@ -23,6 +24,7 @@ fn main() -> ExitCode {
             cases![
                 flow::register_create_write_execute_read_restrict_and_stop,
                 flow::an_organisation_sees_only_its_own,
+                tour::every_line_of_the_readmes_tour_works,
                 flow::what_the_readme_promises_by_default,
                 execution::a_stream_brings_output_as_it_comes_and_ends_with_done,
                 execution::a_disconnect_cancels_the_command,
