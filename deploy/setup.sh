@@ -245,7 +245,17 @@ musl_settled() {
   musl_ok || { [[ -r $musl_refused ]] && [[ $(<"$musl_refused") == "$(rustc --version)" ]]; }
 }
 
-# --- 5. The default image --------------------------------------------------------------------------------------------
+# --- 5. What `make lint` needs: part of rustup's default profile, absent from its minimal one -------------------------
+
+lint_tools_ok() { cargo fmt --version >/dev/null 2>&1 && cargo clippy --version >/dev/null 2>&1; }
+
+get_lint_tools() {
+  say "adding rustfmt and clippy"
+  quietly timeout 300 rustup component add rustfmt clippy ||
+    fail "rustfmt and clippy are missing and cannot be added: 'rustup component add rustfmt clippy'"
+}
+
+# --- 6. The default image --------------------------------------------------------------------------------------------
 
 pip_ok() { python3 -m pip --version >/dev/null 2>&1; }
 
@@ -275,6 +285,7 @@ if $check_only; then
   [[ ${#missing[@]} == 0 ]] || lacks "packages: ${missing[*]}"
   ebpf_rustc >/dev/null || lacks "a compiler for eBPF (rustup nightly with rust-src, or Debian's rustc-web with libstd-rust-web-dev-bpf)"
   linker_ok || lacks "$TOOLCHAIN_DIR/bin/bpf-linker $BPF_LINKER_VERSION, for the LLVM of that compiler"
+  ! $with_tests || lint_tools_ok || lacks "rustfmt or clippy"
   musl_settled || lacks "the rust target $ARCH-unknown-linux-musl"
   "$here/image.sh" check || lacks "the default image in $IMAGE_DIR (or it was made by another recipe)"
   $ok && say "nothing is missing"
@@ -291,5 +302,6 @@ mapfile -t missing < <(packages_missing "${wanted[@]}")
 ebpf_rustc >/dev/null || get_ebpf_rustc
 linker_ok || get_linker
 musl_settled || get_musl
+! $with_tests || lint_tools_ok || get_lint_tools
 "$here/image.sh" check || get_image
 say "everything is there"

@@ -61,6 +61,7 @@ async fn take_sandboxes_away(config: &Config) -> Result<()> {
             .await
             .with_context(|| format!("taking {} away", found.sandbox_id))?;
     }
+    backend.remove_instance();
     if config.database.exists() {
         let store = app::open_store(&config.database).await?;
         close_records(&store)

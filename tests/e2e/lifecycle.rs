@@ -22,11 +22,8 @@ pub(crate) fn assert_gone(machine: &Machine, sandbox: &str) {
 }
 
 pub(crate) fn a_sandbox_that_expires_is_cleaned_up(machine: &Machine) {
-    let sandbox = machine.organization.sandbox(&json!({ "timeout_seconds": 60 }));
-    assert!(
-        !machine.node.traces_of(&sandbox.id).is_empty(),
-        "the judge sees a living sandbox"
-    );
+    // It has seen the outages of the other cases: its end was committed before them.
+    let sandbox = &machine.mayfly;
     let status = sandbox.client().get(&sandbox.path("/status")).send().ok();
     assert!(status["expires_at"].is_string(), "{status}");
     wait::until("it expires", Duration::from_secs(75), || {

@@ -15,6 +15,8 @@ use serde_json::{Value, json};
 /// A running node.
 pub(crate) struct Machine {
     pub(crate) organization: Organization,
+    /// A sandbox with the shortest life there is: it ends while other cases run.
+    pub(crate) mayfly: Sandbox,
     // Stopped before its world goes.
     pub(crate) node: Node,
     pub(crate) world: Arc<World>,
@@ -25,7 +27,9 @@ impl Fixture for Machine {
         let world = World::fixture().build()?;
         let node = Node::start(&world)?;
         let organization = node.register("acme");
+        let mayfly = node.register("mayfly").sandbox(&json!({ "timeout_seconds": 60 }));
         Ok(Self {
+            mayfly,
             organization,
             node,
             world,

@@ -16,6 +16,7 @@ mod names;
 mod outages;
 mod policies;
 mod promise;
+mod tour;
 
 fn main() -> ExitCode {
     Suite::from_arguments()
@@ -24,6 +25,7 @@ fn main() -> ExitCode {
             cases![
                 flow::register_create_write_execute_read_restrict_and_stop,
                 flow::an_organisation_sees_only_its_own,
+                tour::every_line_of_the_readmes_tour_works,
                 flow::what_the_readme_promises_by_default,
                 execution::a_stream_brings_output_as_it_comes_and_ends_with_done,
                 execution::a_disconnect_cancels_the_command,
@@ -78,13 +80,13 @@ fn main() -> ExitCode {
         .group(
             "outage",
             cases![
-                lifecycle::a_sandbox_that_expires_is_cleaned_up,
                 lifecycle::a_stopped_sandbox_leaves_nothing,
                 lifecycle::a_sandbox_whose_first_process_dies_is_cleaned_up,
                 outages::a_killed_netd_lets_nothing_out_and_recovers,
                 outages::a_killed_controller_forgets_nothing,
                 outages::a_create_cut_off_by_a_kill_leaves_nothing,
                 outages::a_killed_supervisor_takes_nothing_with_it,
+                lifecycle::a_sandbox_that_expires_is_cleaned_up,
             ],
         )
         .group(

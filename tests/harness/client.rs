@@ -241,7 +241,7 @@ impl Call<'_> {
         runtime().block_on(async {
             let stream = tokio::net::TcpStream::from_std(stream)?;
             let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
-            let connection = tokio::spawn(async move {
+            let connection = runtime().spawn(async move {
                 // What goes wrong here is seen by whoever reads the answer.
                 connection.await.ok();
             });

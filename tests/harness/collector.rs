@@ -64,7 +64,7 @@ impl Collector {
                     });
                     seen.len() - 1
                 };
-                tokio::spawn(echo(stream, banner, Arc::clone(&seen), index));
+                runtime().spawn(echo(stream, banner, Arc::clone(&seen), index));
             }
         });
         Ok(Self {

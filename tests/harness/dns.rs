@@ -120,7 +120,7 @@ impl Dns {
 
     async fn serve_tcp(self, listener: TcpListener, server: SocketAddr) {
         while let Ok((stream, from)) = listener.accept().await {
-            tokio::spawn(self.clone().converse(stream, server, from));
+            runtime().spawn(self.clone().converse(stream, server, from));
         }
     }
 

@@ -105,7 +105,7 @@ impl Web {
                     visits.len() - 1
                 };
                 let (web, tls) = (web.clone(), tls.clone());
-                tokio::spawn(async move {
+                runtime().spawn(async move {
                     web.converse(stream, tls, index, address).await;
                     web.lock()[index].closed = true;
                 });
@@ -183,7 +183,7 @@ impl Web {
 
 fn drip() -> UnsyncBoxBody<Bytes, Infallible> {
     let (lines, body) = mpsc::channel(1);
-    tokio::spawn(async move {
+    runtime().spawn(async move {
         while lines
             .send(Ok(Frame::data(Bytes::from_static(b"drip\n"))))
             .await

@@ -53,7 +53,7 @@ impl Tasks {
         };
         tokio::spawn(
             self.tracker
-                .track_future(watched.instrument(tracing::info_span!("task", name))),
+                .track_future(watched.instrument(tracing::info_span!(parent: None, "task", name))),
         )
     }
 

@@ -5,6 +5,7 @@
 use std::{
     collections::{BTreeMap, HashSet},
     io,
+    net::Ipv4Addr,
     path::PathBuf,
     sync::Arc,
     time::Duration,
@@ -18,7 +19,7 @@ use sandgate_policy::{Platform, PolicyError};
 
 use super::StateFile;
 use crate::{
-    kernel::{Datapath, DatapathError},
+    kernel::{Datapath, DatapathError, EndpointHandle},
     node::{self, Change, Desired},
     pins::log::PinLog,
     sandbox::{CutReason, PinError, Rules, RulesError, Sandbox, Sandboxes},
@@ -39,8 +40,9 @@ pub struct Enforcer {
     actual: BTreeMap<SandboxId, FeedSandbox>,
     /// Why the others are not.
     failed: BTreeMap<SandboxId, String>,
-    /// Endpoints adopted from an earlier netd may be left that nobody lists.
-    has_leftovers: bool,
+    /// Endpoints adopted from an earlier netd, or that could not be detached: gone unless the first frame lists
+    /// them. Read once at the start, for netd's canary makes an endpoint of its own later.
+    leftovers: Vec<(EndpointHandle, Ipv4Addr)>,
 }
 
 /// One sandbox could not be enforced as asked.
@@ -71,6 +73,7 @@ impl Enforcer {
     ) -> Self {
         let desired = Desired::default();
         let (actual, failed) = (BTreeMap::new(), BTreeMap::new());
+        let leftovers = datapath.known();
         Self {
             datapath,
             platform,
@@ -80,7 +83,7 @@ impl Enforcer {
             desired,
             actual,
             failed,
-            has_leftovers: true,
+            leftovers,
         }
     }
 
@@ -266,9 +269,9 @@ impl Enforcer {
             tracing::error!(sandbox_id = %id, "flows of a removed sandbox did not end in time");
         }
         if let Err(error) = self.datapath.detach(sandbox.handle) {
-            // Still denied: no address of it is known here any more. The next start finds it unlisted.
+            // Still denied: no address of it is known here any more. The next frame tries again.
             tracing::error!(sandbox_id = %id, %error, "cannot detach a removed sandbox");
-            self.has_leftovers = true;
+            self.leftovers.push((sandbox.handle, sandbox.endpoint.address));
         }
         if let Err(error) = PinLog::delete(&self.pins.join(id.as_str())) {
             tracing::warn!(sandbox_id = %id, %error, "cannot delete the pin log");
@@ -278,26 +281,26 @@ impl Enforcer {
 
     /// Detaches endpoints of an earlier netd that the controller does not list.
     fn remove_leftovers(&mut self) {
-        if !self.has_leftovers {
-            return;
-        }
-        self.has_leftovers = false;
         let ours: HashSet<u32> = self
             .sandboxes
             .all()
             .iter()
             .map(|sandbox| sandbox.handle.ordinal)
             .collect();
-        for (handle, address) in self.datapath.known() {
+        let datapath = Arc::clone(&self.datapath);
+        self.leftovers.retain(|(handle, address)| {
             if ours.contains(&handle.ordinal) {
-                continue;
+                return false;
             }
             tracing::info!(ordinal = handle.ordinal, %address, "detaching an endpoint that is not listed");
-            if let Err(error) = self.datapath.detach(handle) {
-                tracing::error!(ordinal = handle.ordinal, %error, "cannot detach it");
-                self.has_leftovers = true;
+            match datapath.detach(*handle) {
+                Ok(()) => false,
+                Err(error) => {
+                    tracing::error!(ordinal = handle.ordinal, %error, "cannot detach it");
+                    true
+                }
             }
-        }
+        });
     }
 
     fn succeeded(&mut self, wanted: FeedSandbox) {
