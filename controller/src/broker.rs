@@ -59,6 +59,7 @@ impl Broker {
         let Some(record) = self.store.bound_secret(sandbox_id, secret).await? else {
             return Ok(None);
         };
+        tracing::debug!(target: "audit", %sandbox_id, secret, version = record.version, "value leased to the node");
         Ok(Some(CredentialLease {
             value: self.vault.unseal(&record.org_id, &record.name, &record.sealed)?,
             version: record.version,

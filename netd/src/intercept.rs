@@ -239,7 +239,11 @@ pub async fn serve(
 }
 
 /// Serves a flow until it ends or nothing has moved for `idle`.
-pub async fn serve_until_idle(serving: impl Future<Output = End>, meter: &Meter, idle: Duration) -> Option<End> {
+pub async fn serve_until_idle(
+    serving: impl Future<Output = End>,
+    meter: &Meter,
+    idle: Duration,
+) -> Option<End> {
     tokio::select! {
         end = serving => Some(end),
         () = meter.activity.silence(idle) => None,

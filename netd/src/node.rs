@@ -104,9 +104,7 @@ pub fn changes(
 }
 
 fn same_rules(one: &FeedSandbox, other: &FeedSandbox) -> bool {
-    one.tiers == other.tiers
-        && one.bindings == other.bindings
-        && one.ca_generation == other.ca_generation
+    one.tiers == other.tiers && one.bindings == other.bindings && one.ca_generation == other.ca_generation
 }
 
 fn by_id(sandboxes: impl IntoIterator<Item = FeedSandbox>) -> BTreeMap<SandboxId, FeedSandbox> {
@@ -232,6 +230,22 @@ mod tests {
             ]
         );
         assert!(changes(&all(&[sandbox(1, 1, &[1])]), &all(&[sandbox(1, 1, &[1])])).is_empty());
+    }
+
+    #[test]
+    fn a_rotated_secret_or_authority_is_a_change_of_rules() {
+        let before = all(&[sandbox(1, 1, &[443])]);
+        let mut rotated = sandbox(1, 1, &[443]);
+        rotated.bindings = serde_json::from_value(serde_json::json!([
+            { "secret": "KEY", "version": 2, "hosts": ["api.test"], "ports": [443], "inject": [{ "kind": "bearer" }] }
+        ]))
+        .expect("bindings");
+        let mut renewed = sandbox(1, 1, &[443]);
+        renewed.ca_generation = 1;
+        for wanted in [rotated, renewed] {
+            let steps = changes(&before, &all(std::slice::from_ref(&wanted)));
+            assert_eq!(steps, [Change::Rules(wanted)]);
+        }
     }
 
     #[test]

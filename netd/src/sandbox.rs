@@ -362,7 +362,10 @@ impl Admitted {
 
 impl Drop for AdmittedRequest {
     fn drop(&mut self) {
-        self.sandbox.lock().enforced.leave_request(self.flow, self.request);
+        self.sandbox
+            .lock()
+            .enforced
+            .leave_request(self.flow, self.request);
     }
 }
 

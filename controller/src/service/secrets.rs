@@ -289,7 +289,8 @@ impl Service {
         Ok(named_bindings(chosen))
     }
 
-    /// Refuses bindings to hosts whose TLS the organisation's policy leaves unread.
+    /// Refuses bindings to hosts whose TLS is left unread by the organisation's policy, or by that of a sandbox
+    /// that has the secret.
     async fn refuse_spliced(
         &self,
         org_id: &OrgId,
@@ -297,17 +298,26 @@ impl Service {
         egress: Option<&[EgressBinding]>,
     ) -> Result<(), ServiceError> {
         let Some(egress) = egress else { return Ok(()) };
-        let Some(stored) = self.shared.store.organization_policy(org_id).await? else {
-            return Ok(());
-        };
         let named: Vec<_> = egress.iter().map(|one| (name.to_owned(), one.clone())).collect();
-        match clash(&stored.policy, &named) {
-            None => Ok(()),
-            Some(clash) => Err(ServiceError::Invalid {
-                field: "egress.hosts".to_owned(),
-                message: clash.message("the organization"),
-            }),
+        let refused = |message| ServiceError::Invalid {
+            field: "egress.hosts".to_owned(),
+            message,
+        };
+        if let Some(stored) = self.shared.store.organization_policy(org_id).await?
+            && let Some(clash) = clash(&stored.policy, &named)
+        {
+            return Err(refused(clash.message("the organization")));
         }
+        for (id, policy) in self.shared.store.live_sandbox_policies(org_id).await? {
+            // A sandbox that does not have the secret keeps its policy as it likes.
+            let has = self.shared.store.sandbox_secrets(&id).await?;
+            if has.iter().any(|own| own.secret.name == name)
+                && let Some(clash) = clash(&policy, &named)
+            {
+                return Err(refused(clash.message(id.as_str())));
+            }
+        }
+        Ok(())
     }
 
     async fn secrets_applied(&self, change: &SecretChange) -> bool {

@@ -125,7 +125,11 @@ where
 }
 
 /// Answers a request that was refused, and closes.
-pub async fn refuse_in_words<N: AsyncRead + AsyncWrite + Unpin>(near: &mut N, reason: &str, rule: Option<&str>) {
+pub async fn refuse_in_words<N: AsyncRead + AsyncWrite + Unpin>(
+    near: &mut N,
+    reason: &str,
+    rule: Option<&str>,
+) {
     let body = serde_json::json!({
         "code": "egress_refused",
         "reason": reason,

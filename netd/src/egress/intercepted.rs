@@ -190,9 +190,7 @@ impl Egress {
         let generation = sandbox.generation();
         let leased = sandbox.leases.authority(&*self.broker, &sandbox.id, generation);
         let server = match leased.await {
-            Ok(authority) => authority
-                .server(&target.name)
-                .map_err(|error| error.to_string()),
+            Ok(authority) => authority.server(&target.name).map_err(|error| error.to_string()),
             Err(error) => Err(error.to_string()),
         };
         let server = match server {

@@ -4,8 +4,8 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
-use http::{Request, StatusCode, header};
 use futures_util::future::BoxFuture;
+use http::{Request, StatusCode, header};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::{
     body::Incoming,

@@ -102,7 +102,9 @@ impl Authority {
         params.subject_alt_names = vec![SanType::DnsName(host.as_str().try_into()?)];
         // A common name has room for 64 characters; clients look at the alternative names.
         params.distinguished_name = rcgen::DistinguishedName::new();
-        params.distinguished_name.push(DnType::OrganizationName, "Sandgate");
+        params
+            .distinguished_name
+            .push(DnType::OrganizationName, "Sandgate");
         params.use_authority_key_identifier_extension = true;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];

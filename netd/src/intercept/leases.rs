@@ -202,9 +202,11 @@ impl Leases {
     /// Drops what new rules make void.
     pub fn retain(&self, bindings: &Bindings, generation: u32) {
         let mut state = self.lock();
-        state
-            .values
-            .retain(|secret, lease| bindings.version(secret).is_some_and(|wanted| lease.version >= wanted));
+        state.values.retain(|secret, lease| {
+            bindings
+                .version(secret)
+                .is_some_and(|wanted| lease.version >= wanted)
+        });
         state.needles = None;
         if state
             .authority
@@ -234,8 +236,9 @@ impl Leases {
         if let Some(needles) = &state.needles {
             return Arc::clone(needles);
         }
-        let needle =
-            |(name, lease): (&String, &Lease)| SecretNeedle::new(name.as_str(), lease.value.expose().as_bytes());
+        let needle = |(name, lease): (&String, &Lease)| {
+            SecretNeedle::new(name.as_str(), lease.value.expose().as_bytes())
+        };
         let needles = Arc::new(Needles::new(state.values.iter().map(needle).collect()));
         state.needles = Some(Arc::clone(&needles));
         needles

@@ -85,11 +85,7 @@ impl AsyncRead for Near {
 }
 
 impl AsyncWrite for Near {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let written = std::task::ready!(Pin::new(&mut self.stream).poll_write(cx, bytes))?;
         self.meter.traffic.add_down(written);
         self.meter.activity.touch();

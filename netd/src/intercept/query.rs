@@ -4,10 +4,7 @@ use std::fmt::Write as _;
 
 /// The query without the parameters for which `gone` says yes, given the decoded name and the raw text.
 pub(super) fn without(query: &str, gone: impl Fn(&str, &str) -> bool) -> Option<String> {
-    let kept: Vec<&str> = query
-        .split('&')
-        .filter(|part| !gone(&name(part), part))
-        .collect();
+    let kept: Vec<&str> = query.split('&').filter(|part| !gone(&name(part), part)).collect();
     (!kept.is_empty()).then(|| kept.join("&"))
 }
 
@@ -18,7 +15,9 @@ pub(super) fn name(part: &str) -> String {
 
 /// The query with one more parameter at its end.
 pub(super) fn with(query: Option<String>, name: &str, value: &str) -> String {
-    let mut query = query.filter(|query| !query.is_empty()).map_or_else(String::new, |query| query + "&");
+    let mut query = query
+        .filter(|query| !query.is_empty())
+        .map_or_else(String::new, |query| query + "&");
     query.push_str(&encoded(name));
     query.push('=');
     query.push_str(&encoded(value));
@@ -45,7 +44,11 @@ pub(super) fn decoded(text: &str) -> String {
     let mut rest = text.as_bytes();
     while let [first, after @ ..] = rest {
         rest = after;
-        let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+        let digit = |byte: u8| {
+            char::from(byte)
+                .to_digit(16)
+                .and_then(|digit| u8::try_from(digit).ok())
+        };
         match (first, after) {
             (b'%', [high, low, beyond @ ..]) => match digit(*high).zip(digit(*low)) {
                 Some((high, low)) => {

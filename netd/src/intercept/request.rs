@@ -33,7 +33,11 @@ use super::{
 use crate::sandbox::{Decision, Judgement, RequestFacts};
 
 /// Answers one request. `ordinal` counts those of a connection of HTTP/1.1 from 0.
-pub(super) async fn answer(flow: Arc<Flow>, request: Request<Incoming>, ordinal: Option<u64>) -> Response<Body> {
+pub(super) async fn answer(
+    flow: Arc<Flow>,
+    request: Request<Incoming>,
+    ordinal: Option<u64>,
+) -> Response<Body> {
     let account = Account::open(Arc::clone(&flow.world), &method_text(request.method()));
     let upgrades = ordinal.is_some() && upgrade::is_asked(request.headers());
     let answer = match exchange(&flow, &account, request, ordinal, upgrades).await {
@@ -81,7 +85,11 @@ async fn exchange(
     })?;
     if !flow.world.has_room() && !flow.world.fails_open() {
         let message = "the audit queue is full";
-        return Err(Refusal::of(StatusCode::SERVICE_UNAVAILABLE, Reason::Quota, message));
+        return Err(Refusal::of(
+            StatusCode::SERVICE_UNAVAILABLE,
+            Reason::Quota,
+            message,
+        ));
     }
     let mut outgoing = Outgoing {
         path: facts.path.as_str().to_owned(),
@@ -91,7 +99,15 @@ async fn exchange(
     headers::strip_hop_by_hop(&mut outgoing.headers);
     // The client gets its 100 from us once the body is wanted.
     outgoing.headers.remove(EXPECT);
-    let needles = inject(flow, account, &mut outgoing, &facts, &leave.bindings, &leave.judgement).await?;
+    let needles = inject(
+        flow,
+        account,
+        &mut outgoing,
+        &facts,
+        &leave.bindings,
+        &leave.judgement,
+    )
+    .await?;
     account.admitted(leave.judgement.decision, leave.books);
     if upgrades {
         upgrade::ask_again(&mut outgoing.headers);
@@ -192,7 +208,11 @@ async fn inject(
     account.credential(&needed.iter().copied().collect::<Vec<_>>());
     let written = needed.clone();
     // A server that had a value from another request must not hand it back in the answer to this one.
-    needed.extend(bindings.for_host(&flow.target.name, port).map(|bound| bound.secret.as_str()));
+    needed.extend(
+        bindings
+            .for_host(&flow.target.name, port)
+            .map(|bound| bound.secret.as_str()),
+    );
     let mut values = BTreeMap::new();
     for secret in needed {
         let version = bindings.version(secret).unwrap_or_default();

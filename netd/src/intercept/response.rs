@@ -33,6 +33,14 @@ pub(super) fn finish(
 ) -> Result<Response<Body>, Refusal> {
     let (mut parts, inner) = answer.into_parts();
     account.note(format!("answered {}", parts.status.as_u16()));
+    if parts.status.is_informational() {
+        let message = "the server changes the protocol without being asked";
+        return Err(Refusal::of(
+            StatusCode::BAD_GATEWAY,
+            Reason::UpstreamUnreachable,
+            message,
+        ));
+    }
     // Where both are, the chunks count (RFC 9112 6.3).
     if parts.headers.contains_key(TRANSFER_ENCODING) {
         parts.headers.remove(CONTENT_LENGTH);
@@ -215,7 +223,9 @@ impl HttpBody for Downward {
 
     fn is_end_stream(&self) -> bool {
         match self.state {
-            State::Streaming => self.redactor.is_none() && self.decoder.is_none() && self.inner.is_end_stream(),
+            State::Streaming => {
+                self.redactor.is_none() && self.decoder.is_none() && self.inner.is_end_stream()
+            }
             State::Drained => false,
             State::Ended => true,
         }

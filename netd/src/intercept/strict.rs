@@ -218,11 +218,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Strict<S> {
 }
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for Strict<S> {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(cx, bytes)
     }
 
@@ -278,7 +274,10 @@ mod tests {
             b"POST / HTTP/1.1\r\nHost: a.test\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nab\r\n0\r\n\r\n",
         )
         .await;
-        assert!(!out.windows(3).any(|part| part == b"0\r\n"), "the broken body ended well");
+        assert!(
+            !out.windows(3).any(|part| part == b"0\r\n"),
+            "the broken body ended well"
+        );
         assert_eq!(notes.broken(0), None);
     }
 
@@ -298,7 +297,10 @@ mod tests {
             notes.settle_upgrade(accepted);
             out.clear();
             strict.read_buf(&mut out).await.expect("read");
-            assert_eq!(out.as_slice(), if accepted { b"\x81\x00 raw\n" } else { STAND_IN });
+            assert_eq!(
+                out.as_slice(),
+                if accepted { b"\x81\x00 raw\n" } else { STAND_IN }
+            );
         }
     }
 }

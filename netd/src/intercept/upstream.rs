@@ -31,7 +31,8 @@ use tokio::{
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use super::{
-    Body, CONNECTION_WINDOW, FlowTasks, HEADER_LIST_MAX, HTTP1_BUFFER, SEND_BUFFER, STREAM_WINDOW, Target, World,
+    Body, CONNECTION_WINDOW, FlowTasks, HEADER_LIST_MAX, HTTP1_BUFFER, SEND_BUFFER, STREAM_WINDOW, Target,
+    World,
 };
 use crate::egress::dial::NotDialled;
 
@@ -97,7 +98,9 @@ impl UpstreamTls {
             let before = roots.len();
             for certificate in CertificateDer::pem_slice_iter(&pem) {
                 let certificate = certificate.map_err(|error| problem(error.to_string()))?;
-                roots.add(certificate).map_err(|error| problem(error.to_string()))?;
+                roots
+                    .add(certificate)
+                    .map_err(|error| problem(error.to_string()))?;
             }
             if roots.len() == before {
                 return Err(problem("holds no certificate".to_owned()));
@@ -199,7 +202,12 @@ impl Home {
 }
 
 impl Upstream {
-    pub(crate) fn new(world: Arc<dyn World>, tls: Arc<UpstreamTls>, target: Target, tasks: FlowTasks) -> Self {
+    pub(crate) fn new(
+        world: Arc<dyn World>,
+        tls: Arc<UpstreamTls>,
+        target: Target,
+        tasks: FlowTasks,
+    ) -> Self {
         Self {
             world,
             tls,
@@ -212,7 +220,10 @@ impl Upstream {
     }
 
     /// Sends a request whose target is a path, and waits for the head of its answer.
-    pub(crate) async fn send(&self, mut request: Request<Body>) -> Result<(Response<Incoming>, Home), UpstreamError> {
+    pub(crate) async fn send(
+        &self,
+        mut request: Request<Body>,
+    ) -> Result<(Response<Incoming>, Home), UpstreamError> {
         let mut attempt = 1;
         loop {
             let (place, link) = self.link().await?;
@@ -341,7 +352,11 @@ impl Upstream {
         }
         headers.remove(TE);
         // HTTP/2 may cut the field into several (RFC 9113 8.2.3).
-        let cookies: Vec<&[u8]> = headers.get_all(COOKIE).iter().map(HeaderValue::as_bytes).collect();
+        let cookies: Vec<&[u8]> = headers
+            .get_all(COOKIE)
+            .iter()
+            .map(HeaderValue::as_bytes)
+            .collect();
         if cookies.len() > 1
             && let Ok(joined) = HeaderValue::from_bytes(&cookies.join(&b"; "[..]))
         {

@@ -451,8 +451,12 @@ mod tests {
         assert!(entered.judgement.intercept);
         let refused = enforced.admit_request(entered.flow, request("/c"));
         assert_eq!(refused.expect_err("judged").reason, Reason::PathDenied);
-        let (going, _) = enforced.admit_request(entered.flow, request("/b")).expect("admitted");
-        let (_, judgement) = enforced.admit_request(entered.flow, request("/a")).expect("admitted");
+        let (going, _) = enforced
+            .admit_request(entered.flow, request("/b"))
+            .expect("admitted");
+        let (_, judgement) = enforced
+            .admit_request(entered.flow, request("/a"))
+            .expect("admitted");
         assert!(judgement.decision.is_allowed());
         assert!(enforced.replace(listing(&["/a", "/b", "/c"]), 2).cut.is_empty());
         assert_eq!(enforced.replace(listing(&["/a"]), 2).cut, [entered.flow]);

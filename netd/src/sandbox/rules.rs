@@ -82,7 +82,12 @@ impl Rules {
     /// When it cannot be enforced as written.
     pub fn compile(platform: &Platform, wanted: &FeedSandbox) -> Result<Self, RulesError> {
         let bindings = Bindings::compile(&wanted.bindings)?;
-        Ok(Self::with(platform, &wanted.tiers, bindings, wanted.ca_generation)?)
+        Ok(Self::with(
+            platform,
+            &wanted.tiers,
+            bindings,
+            wanted.ca_generation,
+        )?)
     }
 
     /// Rules that allow nothing, for a sandbox whose own cannot be enforced.

@@ -707,3 +707,34 @@ async fn a_rule_can_ask_only_for_a_binding_that_there_is() {
         assert_eq!(answer.status, StatusCode::OK, "{}", answer.body);
     }
 }
+
+#[tokio::test]
+async fn changes_at_the_same_time_all_succeed_and_one_of_them_is_last() {
+    let world = world().await;
+    let tenant = world.tenant("a@b").await;
+    world.store_secret(&tenant, request("A", &binding())).await;
+    let values: Vec<String> = (0..4).map(|number| format!("sk-parallel-{number}")).collect();
+    let bodies: Vec<Value> = values.iter().map(|value| json!({ "value": value })).collect();
+    let changes = bodies
+        .iter()
+        .map(|body| world.call(&tenant, "PUT", "/secrets/A", body));
+    for answer in futures_util::future::join_all(changes).await {
+        assert!(
+            matches!(answer.status, StatusCode::OK | StatusCode::CONFLICT),
+            "{}",
+            answer.body
+        );
+    }
+    let record = world.holder(&tenant).await;
+    let request = CredentialRequest {
+        sandbox_id: record.id,
+        secret: "A".to_owned(),
+    };
+    let lease = world
+        .broker
+        .credential(&request)
+        .await
+        .expect("an answer")
+        .expect("a lease");
+    assert!(values.iter().any(|value| value == lease.value.expose()));
+}
