@@ -30,6 +30,7 @@ pub mod upstream;
 use std::{
     convert::Infallible,
     future::Future,
+    io,
     net::SocketAddrV4,
     sync::{
         Arc, LazyLock,
@@ -234,8 +235,27 @@ pub async fn serve(
     tasks.upgrades.wait().await;
     match ended {
         Ok(()) => End::Closed,
+        Err(error) if went_away(&error) => End::Client("the client went away".to_owned()),
         Err(error) => End::Client(error.to_string()),
     }
+}
+
+/// Whether the connection just ended, with or without a word.
+fn went_away(error: &hyper::Error) -> bool {
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        if let Some(error) = cause.downcast_ref::<io::Error>() {
+            return matches!(
+                error.kind(),
+                io::ErrorKind::UnexpectedEof
+                    | io::ErrorKind::ConnectionReset
+                    | io::ErrorKind::ConnectionAborted
+                    | io::ErrorKind::BrokenPipe
+            );
+        }
+        source = cause.source();
+    }
+    error.is_incomplete_message()
 }
 
 /// Serves a flow until it ends or nothing has moved for `idle`.

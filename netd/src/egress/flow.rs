@@ -373,7 +373,13 @@ impl Ended {
                 let detail = format!("new rules: {}", decision.reason.as_str());
                 (decision.because(Reason::PolicyTightened), Some(detail))
             }
-            Self::Failed(reason, detail) => (Decision::of(reason), Some(detail)),
+            Self::Failed(reason, detail) => {
+                let decision = Decision {
+                    tier: None,
+                    ..Decision::of(reason)
+                };
+                (decision, Some(detail))
+            }
         }
     }
 }
