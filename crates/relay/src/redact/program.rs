@@ -98,6 +98,16 @@ impl Class {
     }
 }
 
+/// The first byte of every escape.
+pub(super) fn is_escape(byte: u8) -> bool {
+    matches!(byte, b'%' | b'\\')
+}
+
+/// What may stand between characters where lines are folded.
+fn is_fold(byte: u8) -> bool {
+    matches!(byte, b' ' | b'\t' | b'\r' | b'\n')
+}
+
 /// The value of a base64 character, of the plain and of the URL-safe alphabet.
 fn sextet(byte: u8) -> Option<u8> {
     match byte {
@@ -116,6 +126,12 @@ impl Program {
         self.classes.first().is_some_and(|class| class.takes(byte))
     }
 
+    /// Whether a text that begins with one plain character may go on like this. A yes may be wrong.
+    pub(super) fn may_go_on_with(&self, byte: u8) -> bool {
+        let second = self.classes.get(1);
+        is_escape(byte) || (self.folds && is_fold(byte)) || second.is_none_or(|class| class.takes(byte))
+    }
+
     /// The longest text that is read as this spelling, in bytes: every character escaped, and some lines folded.
     pub(super) fn longest(&self) -> usize {
         self.classes.len() * 8 + 64
@@ -123,7 +139,7 @@ impl Program {
 
     /// Reads the bytes of one character (more than one where it is beyond ASCII) after `met` conditions.
     pub(super) fn step(&self, met: usize, character: &[u8]) -> Step {
-        if self.folds && met > 0 && matches!(character, [b' ' | b'\t' | b'\r' | b'\n']) {
+        if self.folds && met > 0 && matches!(character, [byte] if is_fold(*byte)) {
             return Step::On(met);
         }
         let mut met = met;

@@ -4,7 +4,12 @@
 //! a character is one byte or an escape of up to [`LONGEST_ESCAPE`] bytes, so readings wait at no more than that many
 //! places behind the one at hand.
 
-use super::{Needles, program::Step};
+use std::ops::Range;
+
+use super::{
+    Needles,
+    program::{Step, is_escape},
+};
 use crate::headers::hex_byte;
 
 /// `\u0041`.
@@ -42,6 +47,8 @@ pub(super) struct Scanner {
     waits: Vec<u64>,
     /// Up to here something may be under way.
     busy_until: u64,
+    /// Up to here an escape may be under way.
+    escape_until: u64,
 }
 
 impl Scanner {
@@ -72,58 +79,84 @@ impl Scanner {
 
     fn read_byte(&mut self, needles: &Needles, text: &[u8], base: u64, index: usize, found: &mut Vec<Found>) {
         let end = base + index as u64 + 1;
-        if is_escape(text[index]) {
-            self.busy_until = self.busy_until.max(end + LONGEST_ESCAPE);
-        }
         let mut next = std::mem::take(&mut self.places[slot(end)].readings);
         next.clear();
-        let mut buffer = [0; 4];
-        // The longest first, so that of two readings in one state the one that began first is met first.
-        for length in [6, 4, 3, 2, 1] {
-            let Some(written) = (index + 1).checked_sub(length).map(|first| &text[first..=index]) else {
-                continue;
-            };
-            let Some(character) = character(written) else {
-                continue;
-            };
-            let character = character.encode(&mut buffer);
-            let start = end - length as u64;
-            let place = &self.places[slot(start)];
-            let waiting = if place.at == start {
-                place.readings.as_slice()
-            } else {
-                &[]
-            };
-            let begun = needles.beginnings[usize::from(character[0])]
-                .iter()
-                .map(|program| Reading {
-                    program: *program,
-                    met: 0,
-                    start,
-                });
-            for reading in waiting.iter().copied().chain(begun) {
-                let program = &needles.programs[reading.program];
-                match program.step(reading.met, character) {
-                    Step::Done => found.push(Found {
-                        needle: program.needle,
-                        start: reading.start,
-                        end,
-                    }),
-                    Step::On(met) if end - reading.start <= program.longest() as u64 => {
-                        let reading = Reading { met, ..reading };
-                        enqueue(&mut self.waits, needles, &mut next, reading, end);
-                    }
-                    Step::On(_) | Step::Dead => {}
+        if is_escape(text[index]) {
+            self.escape_until = end + LONGEST_ESCAPE;
+        }
+        if end < self.escape_until {
+            // The longest first, so that of two readings in one state the one that began first is met first.
+            for length in [6, 4, 3, 2] {
+                let written = (index + 1).checked_sub(length).map(|first| &text[first..=index]);
+                if let Some(character) = written.and_then(escape) {
+                    let mut buffer = [0; 4];
+                    let character = character.encode(&mut buffer);
+                    let begun = &needles.beginnings[usize::from(character[0])];
+                    let start = end - length as u64;
+                    self.read_character(
+                        needles,
+                        character,
+                        start..end,
+                        begun.iter().copied(),
+                        &mut next,
+                        found,
+                    );
                 }
             }
         }
+        let character = &text[index..=index];
+        let after = text.get(index + 1).copied();
+        let begun = needles.beginnings[usize::from(text[index])]
+            .iter()
+            .copied()
+            .filter(|program| after.is_none_or(|after| needles.programs[*program].may_go_on_with(after)));
+        self.read_character(needles, character, end - 1..end, begun, &mut next, found);
         if !next.is_empty() {
-            self.busy_until = self.busy_until.max(end + LONGEST_ESCAPE);
+            self.busy_until = end + LONGEST_ESCAPE;
         }
+        self.busy_until = self.busy_until.max(self.escape_until);
         self.places[slot(end)] = Place {
             at: end,
             readings: next,
         };
+    }
+
+    /// Lets the readings that wait where the character begins go on, and those begin that `begun` names.
+    fn read_character(
+        &mut self,
+        needles: &Needles,
+        character: &[u8],
+        at: Range<u64>,
+        begun: impl Iterator<Item = usize>,
+        next: &mut Vec<Reading>,
+        found: &mut Vec<Found>,
+    ) {
+        let place = &self.places[slot(at.start)];
+        let waiting = if place.at == at.start {
+            place.readings.as_slice()
+        } else {
+            &[]
+        };
+        let begun = begun.map(|program| Reading {
+            program,
+            met: 0,
+            start: at.start,
+        });
+        for reading in waiting.iter().copied().chain(begun) {
+            let program = &needles.programs[reading.program];
+            match program.step(reading.met, character) {
+                Step::Done => found.push(Found {
+                    needle: program.needle,
+                    start: reading.start,
+                    end: at.end,
+                }),
+                Step::On(met) if at.end - reading.start <= program.longest() as u64 => {
+                    let reading = Reading { met, ..reading };
+                    enqueue(&mut self.waits, needles, next, reading, at.end);
+                }
+                Step::On(_) | Step::Dead => {}
+            }
+        }
     }
 
     /// How many bytes at the end of `text` may be the beginning of a secret.
@@ -152,6 +185,7 @@ impl Scanner {
             place.readings.clear();
         }
         self.busy_until = 0;
+        self.escape_until = 0;
     }
 }
 
@@ -196,10 +230,9 @@ impl Character {
     }
 }
 
-/// Reads the whole of `written` as one character.
-fn character(written: &[u8]) -> Option<Character> {
+/// Reads the whole of `written` as one escape.
+fn escape(written: &[u8]) -> Option<Character> {
     match *written {
-        [byte] => Some(Character::Byte(byte)),
         [b'\\', byte] => short_escape(byte).map(Character::Byte),
         [b'%', high, low] | [b'\\', b'x', high, low] => hex_byte(high, low).map(Character::Byte),
         [b'\\', b'u', a, b, c, d] => {
@@ -221,10 +254,6 @@ fn short_escape(byte: u8) -> Option<u8> {
         b'f' => Some(12),
         _ => None,
     }
-}
-
-fn is_escape(byte: u8) -> bool {
-    matches!(byte, b'%' | b'\\')
 }
 
 /// Whether more bytes could make one character of `written`.
