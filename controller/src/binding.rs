@@ -7,7 +7,7 @@ use sandgate_api::{
     credential::{Inject, VALUE_MARK},
     rest::EgressBinding,
 };
-use sandgate_policy::{DomainPattern, PathPattern};
+use sandgate_policy::{DomainPattern, RequestPattern};
 
 /// Longest value of a plain environment variable, in bytes.
 pub const LONGEST_VALUE: usize = 32 * 1024;
@@ -167,21 +167,9 @@ pub fn check(binding: &EgressBinding, at: &str) -> Result<(), Unacceptable> {
             );
         }
     }
-    for (index, method) in methods.iter().enumerate() {
-        if method.is_empty()
-            || method.len() > LONGEST_TEXT
-            || !method
-                .bytes()
-                .all(|byte| byte.is_ascii_uppercase() || byte == b'-')
-        {
-            return unacceptable(
-                format!("{at}.methods[{index}]"),
-                "expected a method in upper case, for example GET",
-            );
-        }
-    }
-    for (index, path) in paths.iter().enumerate() {
-        check_path(path, &format!("{at}.paths[{index}]"))?;
+    // As the node reads them, so that it can never refuse what was accepted here.
+    if let Err(error) = RequestPattern::new(methods, paths, true) {
+        return unacceptable(format!("{at}.{}", error.field), error.message);
     }
     for (index, one) in inject.iter().enumerate() {
         check_inject(one, &format!("{at}.inject[{index}]"))?;
@@ -194,13 +182,6 @@ fn check_host(host: &str, at: &str) -> Result<(), Unacceptable> {
         return unacceptable(at, "a secret is bound to named hosts, not to all of them");
     }
     match DomainPattern::parse(host) {
-        Ok(_pattern) => Ok(()),
-        Err(error) => unacceptable(at, error.to_string()),
-    }
-}
-
-fn check_path(path: &str, at: &str) -> Result<(), Unacceptable> {
-    match PathPattern::parse(path) {
         Ok(_pattern) => Ok(()),
         Err(error) => unacceptable(at, error.to_string()),
     }
@@ -326,6 +307,7 @@ mod tests {
             (|b| b.ports[1] = 0, "egress.ports[1]"),
             (|b| b.methods[0] = "get".to_owned(), "egress.methods[0]"),
             (|b| b.methods[0] = String::new(), "egress.methods[0]"),
+            (|b| b.methods[0] = "CONNECT".to_owned(), "egress.methods[0]"),
             (|b| b.paths[0] = "v1".to_owned(), "egress.paths[0]"),
             (|b| b.paths[0] = "/v1?x=1".to_owned(), "egress.paths[0]"),
             (|b| b.paths[0] = "/v1/../x".to_owned(), "egress.paths[0]"),
