@@ -62,6 +62,29 @@ pub(crate) fn every_line_of_the_readmes_tour_works(machine: &Machine) {
         "{output}"
     );
     assert!(answer_to("/stop").contains(r#""success":true"#), "{output}");
+
+    let stored = answer_to("API_TOKEN");
+    assert!(
+        stored.contains(r#""name":"API_TOKEN""#) && !stored.contains("s3cret"),
+        "{output}"
+    );
+    let called = answer_to("httpbin.org/bearer");
+    assert!(
+        called.contains("authenticated") && called.contains("[redacted:") && !called.contains("s3cret"),
+        "{output}"
+    );
+    let heard = machine.world.mirror.only("/bearer");
+    assert_eq!(heard.all("authorization"), ["Bearer s3cret-0123456789"]);
+    // The placeholder, and no line that has the key.
+    let looked = answer_to("printenv API_TOKEN");
+    assert!(
+        looked.contains(r"\n0\n") && !looked.contains("s3cret"),
+        "{output}"
+    );
+    assert!(
+        answer_to("-X PUT $API/secrets").contains(r#""applied":true"#),
+        "{output}"
+    );
 }
 
 /// The lines of the shell blocks between the mark and the next heading.

@@ -5,6 +5,7 @@
 //! |---|---|
 //! | one given to [`Mirror::script`] | what was given |
 //! | `/headers` | `{"headers": {name: value}}` |
+//! | `/bearer` | `{"authenticated": true, "token": …}`, or 401 without a bearer token |
 //! | `/redirect/<status>?<target>` | a redirect to the target |
 //! | `/events` | ten server-sent events 100 ms apart, each with the request's `Authorization` |
 //! | `/socket` | a WebSocket: says the request's `Authorization`, then echoes |
@@ -292,6 +293,15 @@ fn respond(path: &str, heard: &Heard) -> Response<Body> {
     }
     match path {
         "/events" => events(heard.all("authorization").join(", ")),
+        "/bearer" => {
+            let sent = heard.all("authorization").concat();
+            if let Some(token) = sent.strip_prefix("Bearer ") {
+                return as_json(&json!({ "authenticated": true, "token": token }));
+            }
+            let mut response = Response::new(full(""));
+            *response.status_mut() = StatusCode::UNAUTHORIZED;
+            response
+        }
         "/headers" => {
             let headers: HashMap<_, _> = heard.headers.iter().cloned().collect();
             as_json(&json!({ "headers": headers }))

@@ -147,10 +147,12 @@ impl World {
             // What the README's tour visits.
             .name("example.com", &["203.0.113.40"])
             .name("example.org", &["203.0.113.41"])
+            .name("httpbin.org", &["203.0.113.42"])
             .site("203.0.113.10", &["ok.test", "tenant.test", "alias.test", "half-rebind.test"])
             .site("203.0.113.20", &["api.test", "plain.test"])
             .site("203.0.113.30", &["wild.test", "*.wild.test", "deep.down.wild.test"])
             .site("203.0.113.40", &["example.com"])
+            .mirror("203.0.113.42", &["httpbin.org"], Front::Both)
             .site("203.0.113.66", &["evil.test", "*.evil.test"])
             .collect_tcp("203.0.113.10", &[22, 8443], "SSH-2.0-world\r\n")
             .collect_tcp("203.0.113.66", &[22, 53, 853, 5353, 8080, 8443], "")

@@ -361,7 +361,11 @@ impl Random {
                 });
                 (format!("\"{}\"", some.collect::<String>()), "JSON, mixed")
             }
-            _ => (STANDARD.encode(Value::from(text).to_string()), "JSON in base64"),
+            _ => {
+                let base64 = STANDARD.encode(text);
+                let query = base64.replace('+', "%2B").replace('/', "%2f").replace('=', "%3D");
+                (query, "base64 in a query")
+            }
         }
     }
 

@@ -5,6 +5,7 @@ Prints a line of JSON for each: {"data" (base64), "error"}.
 """
 
 import base64
+import concurrent.futures
 import json
 import socket
 import ssl
@@ -28,6 +29,6 @@ def converse(attempt):
     return {"data": base64.b64encode(data).decode(), "error": error}
 
 
-with open(sys.argv[1]) as file:
-    for attempt in json.load(file):
-        print(json.dumps(converse(attempt)), flush=True)
+with open(sys.argv[1]) as file, concurrent.futures.ThreadPoolExecutor(8) as pool:
+    for answer in pool.map(converse, json.load(file)):
+        print(json.dumps(answer), flush=True)

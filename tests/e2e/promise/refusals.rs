@@ -12,14 +12,23 @@ use super::{
 pub(crate) fn in_clear_or_on_another_port_there_is_no_key(promise: &Promise) {
     let (sandbox, mirror) = (&promise.sandbox, promise.mirror());
     // With the placeholder the request is refused, without it there is nothing to inject.
+    let refused = |url: &str, header: &str| {
+        let output = sandbox.sh(&format!(
+            "curl -sS --max-time 5 -w '%{{http_code}}' \"{url}\" -H \"{header}\""
+        ));
+        assert!(output.took < probe::AT_ONCE, "{output:?}");
+        // By an answer, or by an end of the connection.
+        assert!(
+            output.exit_code != 0 || output.stdout.ends_with("403"),
+            "{output:?}"
+        );
+        assert_ne!(output.exit_code, 28, "{output:?}");
+    };
     let path = fresh("clear");
-    call(
-        sandbox,
-        CURL,
+    refused(
         &format!("http://api.test{path}"),
-        &["Authorization: Bearer $API_KEY"],
-    )
-    .assert_refused(403, "placeholder_misuse");
+        "Authorization: Bearer $API_KEY",
+    );
     assert!(mirror.heard_below(&path).is_empty());
     sandbox.audited(
         &json!({ "decision": "deny", "host": "api.test", "port": 80, "reason": "placeholder_misuse" }),
@@ -31,19 +40,15 @@ pub(crate) fn in_clear_or_on_another_port_there_is_no_key(promise: &Promise) {
     assert!(heard.all("authorization").is_empty(), "{heard:?}");
     assert_eq!(heard.sni, None);
     // In other places of the request, and in other forms of it.
-    for (place, headers) in [
-        ("?x=$API_KEY", &[][..]),
-        ("/$API_KEY", &[][..]),
-        ("", &["X-Any: before $API_KEY after"][..]),
-        (
-            "",
-            &["Authorization: Basic $(printf u:$API_KEY | base64 -w0)"][..],
-        ),
+    for (place, header) in [
+        ("?x=$API_KEY", "X-Any: x"),
+        ("/$API_KEY", "X-Any: x"),
+        ("", "X-Any: before $API_KEY after"),
+        ("", "Authorization: Basic $(printf u:$API_KEY | base64 -w0)"),
     ] {
         let path = fresh("clear");
-        call(sandbox, CURL, &format!("http://other.test{path}{place}"), headers)
-            .assert_refused(403, "placeholder_misuse");
-        assert!(mirror.heard_below(&path).is_empty());
+        refused(&format!("http://other.test{path}{place}"), header);
+        assert!(mirror.heard_below(&path).is_empty(), "{place} {header}");
     }
     // On another port the bytes are not read: what arrives is worthless.
     let (path, placeholder) = (fresh("port"), promise.placeholder("API_KEY"));
@@ -69,13 +74,7 @@ pub(crate) fn other_methods_and_paths_of_a_bound_host_get_no_key(promise: &Promi
     );
     assert_eq!(good.status, 200, "{good:?}");
     assert_bearer(&mirror.only(&path), promise.key("LIMITED_KEY"));
-    for path in [
-        fresh("admin"),
-        fresh("v1/../admin"),
-        fresh("v1/%2e%2e/admin"),
-        fresh("v1x"),
-        fresh("V1"),
-    ] {
+    for path in [fresh("admin"), fresh("v1/../admin"), fresh("v1x"), fresh("V1")] {
         let target = format!("https://limited.test{path}");
         let refused = call(
             sandbox,
@@ -87,6 +86,7 @@ pub(crate) fn other_methods_and_paths_of_a_bound_host_get_no_key(promise: &Promi
         call(sandbox, "sh clients/curl.sh --path-as-is", &target, &[]);
     }
     for path in [
+        "/v1/%2e%2e/admin",
         "/v1/..%2fadmin",
         "/v1/%5c../admin",
         "/v1/a%00b",
@@ -131,7 +131,7 @@ pub(crate) fn the_name_inside_must_be_the_name_outside(promise: &Promise) {
             assert!(mirror.heard_below(&path).is_empty(), "{host} {version}");
         }
     }
-    sandbox.audited(&json!({ "decision": "deny", "reason": "host_mismatch", "sni": "api.test" }));
+    sandbox.audited(&json!({ "decision": "deny", "reason": "host_mismatch", "host": "api.test" }));
     // Two readings of one request are none.
     let path = fresh("strict");
     let broken = [
@@ -228,10 +228,9 @@ pub(crate) fn http_rules_hold_for_every_request(promise: &Promise) {
     let before = mirror.heard().len();
     for (method, path, reason) in [
         ("GET", "/admin", "path_denied"),
-        ("GET", "/repos", "path_denied"),
+        ("GET", "/repositories", "path_denied"),
         ("GET", "/repos/../admin", "path_denied"),
-        ("GET", "/repos/%2e%2e/admin", "path_denied"),
-        ("GET", "/repos/x/%2E%2E/../admin", "path_denied"),
+        ("GET", "/repos/x/.././../admin", "path_denied"),
         ("DELETE", "/repos/a", "method_denied"),
         ("PUT", "/repos/a", "method_denied"),
         ("get", "/repos/a", "method_denied"),
@@ -253,6 +252,7 @@ pub(crate) fn http_rules_hold_for_every_request(promise: &Promise) {
         assert!(body.is_object());
     }
     for path in [
+        "/repos/%2e%2e/admin",
         "/repos/..%2fadmin",
         "/repos/%5cadmin",
         "/repos/a\\b",

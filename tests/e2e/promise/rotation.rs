@@ -90,6 +90,7 @@ pub(crate) fn a_new_value_is_used_on_the_next_request(promise: &Promise) {
 pub(crate) fn a_key_that_is_taken_back_stops_at_once(promise: &Promise) {
     let sandbox = promise.another(json!({}));
     let key = promise.key("REVOKED_KEY");
+    let dead = sandbox.sh_ok("printenv REVOKED_KEY");
     let (heard, log, asked, changed) = while_asking(promise, &sandbox, "revoked.test", "REVOKED_KEY", || {
         let answer = promise.organization.client.delete("/secrets/REVOKED_KEY").send();
         assert!(answer.status.is_success(), "{answer:?}");
@@ -109,7 +110,6 @@ pub(crate) fn a_key_that_is_taken_back_stops_at_once(promise: &Promise) {
     let listed = promise.organization.client.get("/secrets").send().ok();
     assert!(!listed.to_string().contains("REVOKED_KEY"), "{listed}");
     // The dead placeholder opens nothing, also for a new key of that name.
-    let dead = sandbox.sh_ok("printenv REVOKED_KEY");
     let new = key.replace("canary", "again-canary");
     super::store(
         &promise.organization,
