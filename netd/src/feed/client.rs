@@ -27,6 +27,8 @@ use crate::{
 
 /// Time for the head of an answer.
 const ANSWER_TIME: Duration = Duration::from_secs(5);
+/// Time for a lease, connection and all: a request waits for it.
+const LEASE_TIME: Duration = Duration::from_secs(3);
 /// Longest frame, in bytes: a snapshot of thousands of sandboxes.
 const FRAME_MAX: usize = 256 << 20;
 /// Longest answer to a call.
@@ -136,7 +138,15 @@ impl Controller {
         path: &str,
         body: &B,
     ) -> Result<Option<L>, ClientError> {
-        let (status, answer) = self.call(&self.leases, path, body).await?;
+        let asking = async {
+            match self.call(&self.leases, path, body).await {
+                // The connection was an old one, of a controller that is no more.
+                Err(ClientError::Http(_)) => self.call(&self.leases, path, body).await,
+                asked => asked,
+            }
+        };
+        let asked = tokio::time::timeout(LEASE_TIME, asking).await;
+        let (status, answer) = asked.map_err(|_elapsed| ClientError::Silent)??;
         match status {
             StatusCode::NOT_FOUND => Ok(None),
             // What is wrong with it is not said: the words may be those of a value.

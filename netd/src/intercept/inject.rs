@@ -458,7 +458,10 @@ mod tests {
             Some("real"),
         );
         let wanted = format!("Basic {}", STANDARD.encode("x:real"));
-        assert_eq!(all(&out.expect("no misuse"), "authorization")[..], *std::slice::from_ref(&wanted));
+        assert_eq!(
+            all(&out.expect("no misuse"), "authorization")[..],
+            *std::slice::from_ref(&wanted)
+        );
         let out = sent(both.clone(), request(None, &[]), Some("real")).expect("no misuse");
         assert_eq!(all(&out, "authorization"), ["Bearer real"]);
         let mut git = request(None, &[]);

@@ -26,6 +26,8 @@ use super::{
 const RENEWED_AFTER: Duration = Duration::from_secs(LEASE_SECONDS / 2);
 /// Whoever asks within this time of a failure gets the same answer.
 const FAILURE_HOLDS: Duration = Duration::from_secs(1);
+/// Pause between attempts to renew a lease that still lasts.
+const RENEWED_AGAIN: Duration = Duration::from_secs(5);
 
 /// Who gives leases.
 pub trait Broker: Send + Sync {
@@ -113,8 +115,13 @@ impl Leases {
             return Ok(lease);
         }
         let now = Instant::now();
-        if self.has_just_failed(now) {
-            return self.last(secret, version, now).ok_or(Unavailable::Unreachable);
+        if let Some(last) = self.last(secret, version, now)
+            && self.has_failed_within(RENEWED_AGAIN, now)
+        {
+            return Ok(last);
+        }
+        if self.has_failed_within(FAILURE_HOLDS, now) {
+            return Err(Unavailable::Unreachable);
         }
         let asked = CredentialRequest {
             sandbox_id: sandbox_id.clone(),
@@ -177,7 +184,7 @@ impl Leases {
         if let Some(authority) = kept() {
             return Ok(authority);
         }
-        if self.has_just_failed(Instant::now()) {
+        if self.has_failed_within(FAILURE_HOLDS, Instant::now()) {
             return Err(Unavailable::Unreachable);
         }
         let asked = CaRequest {
@@ -257,10 +264,10 @@ impl Leases {
         (lease.version >= version && now < lease.ends).then(|| lease.clone())
     }
 
-    fn has_just_failed(&self, now: Instant) -> bool {
+    fn has_failed_within(&self, time: Duration, now: Instant) -> bool {
         self.lock()
             .failed
-            .is_some_and(|failed| now.duration_since(failed) < FAILURE_HOLDS)
+            .is_some_and(|failed| now.duration_since(failed) < time)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -32,6 +32,9 @@ use super::{
 };
 use crate::sandbox::{Decision, Judgement, RequestFacts};
 
+/// Headers by which some servers read another method than the one that is sent.
+const METHOD_OVERRIDES: [&str; 3] = ["x-http-method-override", "x-http-method", "x-method-override"];
+
 /// Answers one request. `ordinal` counts those of a connection of HTTP/1.1 from 0.
 pub(super) async fn answer(
     flow: Arc<Flow>,
@@ -99,6 +102,10 @@ async fn exchange(
     headers::strip_hop_by_hop(&mut outgoing.headers);
     // The client gets its 100 from us once the body is wanted.
     outgoing.headers.remove(EXPECT);
+    // What was judged is the method, not one in disguise.
+    for name in METHOD_OVERRIDES {
+        outgoing.headers.remove(name);
+    }
     let needles = inject(
         flow,
         account,

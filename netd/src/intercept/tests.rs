@@ -68,6 +68,7 @@ async fn a_value_goes_to_the_server_once_and_never_comes_back() {
         headers.append("authorization", "Bearer attacker".parse().expect("a value"));
         headers.append("cookie", "session=attacker".parse().expect("a value"));
         headers.append("connection", "authorization".parse().expect("a value"));
+        headers.append("x-http-method-override", "DELETE".parse().expect("a value"));
         let (status, text) = read(client.send_request(request).await.expect("an answer")).await;
         assert_eq!(status, StatusCode::OK);
         assert!(
@@ -78,6 +79,7 @@ async fn a_value_goes_to_the_server_once_and_never_comes_back() {
         assert_eq!(all_sent(&seen, "authorization"), [format!("Bearer {CANARY}")]);
         assert_eq!(seen.target, "/v1/models?q=1");
         assert!(all_sent(&seen, "cookie").is_empty());
+        assert!(all_sent(&seen, "x-http-method-override").is_empty());
 
         let mut client = place.http2().await;
         let request = get(&format!("https://{NAME}/h2"));
