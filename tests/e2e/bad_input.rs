@@ -271,7 +271,7 @@ pub(crate) fn policies_that_are_wrong_name_the_field_and_change_nothing(machine:
             "rules[0].ports[0]",
         ),
         (
-            json!({ "mode": "allowlist", "rules": [{ "name": "x", "action": "allow", "domains": ["ok.test"], "tls": "intercept" }] }),
+            json!({ "mode": "allowlist", "rules": [{ "name": "x", "action": "allow", "domains": ["ok.test"], "tls": "peek" }] }),
             "rules[0].tls",
         ),
         (

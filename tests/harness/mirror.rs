@@ -179,7 +179,7 @@ impl Mirror {
         runtime().spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
                 let (mirror, tls) = (mirror.clone(), tls.clone());
-                tokio::spawn(async move { mirror.converse(stream, tls, address).await });
+                runtime().spawn(async move { mirror.converse(stream, tls, address).await });
             }
         });
         Ok(())
@@ -339,7 +339,7 @@ fn headers(pairs: &[(String, String)]) -> HeaderMap {
 /// A body whose pieces are sent one after the other with a pause between them.
 fn in_pieces(pieces: Vec<Bytes>, trailers: Option<HeaderMap>, pause: Duration) -> Body {
     let (frames, body) = mpsc::channel::<Result<Frame<Bytes>, Infallible>>(1);
-    tokio::spawn(async move {
+    runtime().spawn(async move {
         for piece in pieces {
             if frames.send(Ok(Frame::data(piece))).await.is_err() {
                 return;

@@ -172,6 +172,8 @@ pub(crate) fn without_the_controller_a_key_lives_no_longer_than_its_lease(promis
     wait::until("the lease is there", Duration::from_secs(20), || {
         (promise.mirror().heard_below(&warm).len() > 2).then_some(())
     });
+    // A sandbox in which nothing was ever read has no authority to be asked for either.
+    call(&open, CURL, &format!("https://api.test{}", fresh("open")), &[]);
     let started = Instant::now();
     {
         // What nobody has asked for yet cannot be asked for now. The clients wait until then.

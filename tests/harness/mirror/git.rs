@@ -8,6 +8,7 @@ use http::{HeaderName, HeaderValue, Response, StatusCode, header};
 use tokio::{io::AsyncWriteExt as _, process::Command};
 
 use super::{Body, Heard, full};
+use crate::world::runtime;
 
 /// Bare repositories below a directory.
 #[derive(Debug, Clone)]
@@ -61,7 +62,7 @@ impl Repositories {
             .spawn()?;
         let mut input = child.stdin.take().expect("a pipe");
         let body = heard.body.clone();
-        tokio::spawn(async move { input.write_all(&body).await });
+        runtime().spawn(async move { input.write_all(&body).await });
         Ok(child.wait_with_output().await?.stdout)
     }
 }

@@ -10,6 +10,7 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
 use super::{Body, Heard};
+use crate::world::runtime;
 
 /// RFC 6455, section 1.3.
 const GUID: &str = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
@@ -35,7 +36,7 @@ pub(super) fn open(upgrade: OnUpgrade, heard: &Heard) -> Response<Body> {
         heard.all("authorization").join(", "),
         heard.all("sec-websocket-extensions").join(", ")
     );
-    tokio::spawn(async move {
+    runtime().spawn(async move {
         if let Ok(stream) = upgrade.await {
             // The peer may go away whenever it likes.
             converse(TokioIo::new(stream), greeting).await.ok();
