@@ -6,6 +6,7 @@ use std::{
     pin::Pin,
     sync::{Arc, OnceLock},
     task::{Context, Poll},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -21,7 +22,7 @@ use sandgate_policy::{DomainName, NormalPath, Reason};
 use sandgate_relay::{headers, redact::Needles};
 
 use super::{
-    Body, BodyError, Flow,
+    Body, BodyError, Flow, FlowTasks,
     account::Account,
     answer::Refusal,
     bindings::Bindings,
@@ -32,6 +33,9 @@ use super::{
 };
 use crate::sandbox::{Decision, Judgement, RequestFacts};
 
+/// How much, and for how long, is read of a body that goes nowhere.
+const DISCARDED_MAX: usize = 32 << 20;
+const DISCARDING_TIME: Duration = Duration::from_secs(30);
 /// Headers by which some servers read another method than the one that is sent.
 const METHOD_OVERRIDES: [&str; 3] = ["x-http-method-override", "x-http-method", "x-method-override"];
 
@@ -72,6 +76,14 @@ async fn exchange(
     check_authority(flow, &request)?;
     let client_upgrade = upgrades.then(|| hyper::upgrade::on(&mut request));
     let (parts, body) = request.into_parts();
+    let fate = Arc::new(OnceLock::new());
+    let body = Upward {
+        inner: Some(body),
+        account: Arc::clone(account),
+        tasks: flow.tasks.clone(),
+        fate: Arc::clone(&fate),
+        tail: Vec::new(),
+    };
     let (path, query) = path(&parts)?;
     account.path(path.as_str());
     let facts = RequestFacts {
@@ -119,13 +131,6 @@ async fn exchange(
     if upgrades {
         upgrade::ask_again(&mut outgoing.headers);
     }
-    let fate = Arc::new(OnceLock::new());
-    let body = Upward {
-        inner: body,
-        account: Arc::clone(account),
-        fate: Arc::clone(&fate),
-        tail: Vec::new(),
-    };
     let mut forwarded = Request::new(body.boxed_unsync());
     *forwarded.method_mut() = parts.method;
     *forwarded.uri_mut() = target(&outgoing)?;
@@ -291,8 +296,10 @@ enum Fate {
 
 /// A request's body on its way to the server: counted, and searched for placeholders as it streams.
 struct Upward {
-    inner: Incoming,
+    /// Until it is dropped.
+    inner: Option<Incoming>,
     account: Arc<Account>,
+    tasks: FlowTasks,
     fate: Arc<OnceLock<Fate>>,
     /// The last bytes that went on, in which a placeholder may have begun.
     tail: Vec<u8>,
@@ -335,7 +342,10 @@ impl HttpBody for Upward {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let frame = match std::task::ready!(Pin::new(&mut self.inner).poll_frame(cx)) {
+        let Some(inner) = &mut self.inner else {
+            return Poll::Ready(None);
+        };
+        let frame = match std::task::ready!(Pin::new(inner).poll_frame(cx)) {
             None => return Poll::Ready(None),
             Some(Err(_broken)) => return Poll::Ready(Some(Err(self.give_up(Fate::Broken)))),
             Some(Ok(frame)) => frame,
@@ -357,12 +367,38 @@ impl HttpBody for Upward {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
+        self.inner.as_ref().is_none_or(HttpBody::is_end_stream)
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.inner.size_hint()
+        self.inner
+            .as_ref()
+            .map_or_else(SizeHint::default, HttpBody::size_hint)
     }
+}
+
+impl Drop for Upward {
+    fn drop(&mut self) {
+        if let Some(rest) = self.inner.take().filter(|rest| !rest.is_end_stream()) {
+            self.tasks.spawn("rest of a body", discard(rest));
+        }
+    }
+}
+
+/// Reads away what a client still sends after the answer was decided: many clients look at an answer only when
+/// they are done, and take a connection that is closed before for a failure.
+async fn discard(mut rest: Incoming) {
+    let mut left = DISCARDED_MAX;
+    let reading = async {
+        while let Some(Ok(frame)) = rest.frame().await {
+            left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
+            if left == 0 {
+                return;
+            }
+        }
+    };
+    // Who is still sending then has its connection closed.
+    let _elapsed = tokio::time::timeout(DISCARDING_TIME, reading).await;
 }
 
 fn is_marked_anywhere(headers: &HeaderMap) -> bool {

@@ -500,3 +500,34 @@ async fn a_client_is_told_to_go_on_only_when_its_request_is_allowed() {
         assert!(text.starts_with(wanted), "{path}: {text}");
     }
 }
+
+#[tokio::test]
+async fn a_refusal_reaches_a_client_that_is_still_sending() {
+    let plan = Plan {
+        policy: json!({ "mode": "allowlist", "rules": [{
+            "name": "read", "action": "allow", "domains": [NAME], "ports": ["443"],
+            "http": [{ "methods": ["GET"], "paths": ["/**"] }] }] }),
+        ..open_world(Vec::new())
+    };
+    let place = Place::make(plan, echo).await;
+    let large = || Full::from(vec![b'x'; 4 << 20]);
+    let mut http1 = place.http1().await;
+    for _ in 0..2 {
+        http1.ready().await.expect("kept open");
+        let request = Request::post("/")
+            .header("host", NAME)
+            .body(large())
+            .expect("a request");
+        let (status, text) = read(http1.send_request(request).await.expect("an answer")).await;
+        assert_eq!(status, StatusCode::FORBIDDEN, "{text}");
+    }
+    let mut http2 = place.http2().await;
+    for _ in 0..3 {
+        let request = Request::post(format!("https://{NAME}/"))
+            .body(large())
+            .expect("a request");
+        let (status, text) = read(http2.send_request(request).await.expect("an answer")).await;
+        assert_eq!(status, StatusCode::FORBIDDEN, "{text}");
+    }
+    assert!(place.seen.lock().expect("whole").is_empty());
+}
