@@ -390,11 +390,11 @@ impl Drop for Upward {
 async fn discard(mut rest: Incoming) {
     let mut left = DISCARDED_MAX;
     let reading = async {
-        while let Some(Ok(frame)) = rest.frame().await {
-            left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
-            if left == 0 {
+        while left > 0 && !rest.is_end_stream() {
+            let Some(Ok(frame)) = rest.frame().await else {
                 return;
-            }
+            };
+            left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
         }
     };
     // Who is still sending then has its connection closed.

@@ -511,9 +511,8 @@ async fn a_refusal_reaches_a_client_that_is_still_sending() {
     };
     let place = Place::make(plan, echo).await;
     let large = || Full::from(vec![b'x'; 4 << 20]);
-    let mut http1 = place.http1().await;
-    for _ in 0..2 {
-        http1.ready().await.expect("kept open");
+    for _ in 0..3 {
+        let mut http1 = place.http1().await;
         let request = Request::post("/")
             .header("host", NAME)
             .body(large())
