@@ -129,6 +129,9 @@ furnish() {
   # `pip install` without --user falls back to PYTHONUSERBASE when the system's folder cannot be written.
   rm -f "$root"/usr/lib/python3*/EXTERNALLY-MANAGED
 
+  # Debian 12's curl 7.88 now and then sends more of an HTTP/2 upload than it announced, and `git push` fails.
+  printf '[http]\n\tversion = HTTP/1.1\n' >>"$root/etc/gitconfig"
+
   if compgen -G "$LOCAL_CAS/*.crt" >/dev/null; then
     cp "$LOCAL_CAS"/*.crt "$root$LOCAL_CAS/"
     chroot "$root" update-ca-certificates >/dev/null 2>&1
