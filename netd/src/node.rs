@@ -164,6 +164,7 @@ mod tests {
             }],
             bindings: Vec::new(),
             ca_generation: 0,
+            tunnel_ports: Vec::new(),
         }
     }
 

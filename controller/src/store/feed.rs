@@ -164,5 +164,6 @@ fn feed_sandbox(row: &SqliteRow) -> Result<FeedSandbox, StoreError> {
         tiers,
         bindings: Vec::new(),
         ca_generation: row.try_get("ca_generation")?,
+        tunnel_ports: Vec::new(),
     })
 }

@@ -9,8 +9,24 @@ use serde::{Deserialize, Serialize};
 
 use crate::id::SandboxId;
 
-/// The environment variable that names the inherited descriptor of the control channel.
+/// The environment variable that names the inherited descriptor of the control channel: between controller and
+/// netd for these two, between controller and tunnel-proxy for tunnel-proxy.
 pub const CONTROL_FD_VARIABLE: &str = "SANDGATE_CONTROL_FD";
+
+/// The controller's end of the channel that it shares with tunnel-proxy, which opens feeds on it
+/// ([`crate::tunnel`]).
+pub const TUNNEL_CONTROL_FD_VARIABLE: &str = "SANDGATE_TUNNEL_CONTROL_FD";
+
+/// Both ends of the channel between tunnel-proxy and netd, on which tunnel-proxy opens dial sockets. It is a
+/// channel of its own because other ports may be reached by it: the declared ones, never the agent's.
+pub const TUNNEL_DIAL_FD_VARIABLE: &str = "SANDGATE_TUNNEL_DIAL_FD";
+
+/// The listening socket of tunnel-proxy that the supervisor holds.
+pub const TUNNEL_LISTENER_FD_VARIABLE: &str = "SANDGATE_TUNNEL_LISTENER_FD";
+
+/// tunnel-proxy's end of the channel to the supervisor, which keeps its further listening sockets while it is
+/// away.
+pub const TUNNEL_KEEP_FD_VARIABLE: &str = "SANDGATE_TUNNEL_KEEP_FD";
 
 /// Largest packet on the control channel and on a dial socket, in bytes.
 pub const MAX_PACKET: usize = 4096;

@@ -71,6 +71,10 @@ pub struct FeedSandbox {
     /// Of its certificate authority. Another one means that a lease on the authority is void.
     #[serde(default)]
     pub ca_generation: u32,
+    /// TCP ports inside that tunnel-proxy may reach: those of its open tunnels. Never the agent's, even if it
+    /// were listed.
+    #[serde(default)]
+    pub tunnel_ports: Vec<u16>,
 }
 
 /// A sandbox's point of attachment to its node.

@@ -105,6 +105,12 @@ id!(
     "key-"
 );
 id!(
+    /// A tunnel: a public URL of a sandbox's port.
+    TunnelId,
+    "tunnel",
+    "tunnel-"
+);
+id!(
     /// A stored secret.
     SecretId,
     "secret",

@@ -6,6 +6,7 @@
 //! | [`feed`] | controller and netd: which sandboxes live on a node and what they may do |
 //! | [`credential`] | controller and netd: what is injected where, leases on values |
 //! | [`control`] | controller and netd: descriptor passing, connections into a sandbox |
+//! | [`tunnel`] | controller and tunnel-proxy: which URLs lead where |
 //! | [`agent`] | controller and `sandboxd` inside a sandbox |
 //! | [`audit`] | netd, the controller and clients: one record per egress decision |
 //!
@@ -20,3 +21,4 @@ pub mod error;
 pub mod feed;
 pub mod id;
 pub mod rest;
+pub mod tunnel;
