@@ -2,11 +2,10 @@
 //!
 //! netd connects to the controller, never the other way round, by sockets passed over the control channel
 //! ([`sandgate_api::control`]). The feed server ([`feed`]) tells it what to enforce and hears what it has
-//! applied; [`dial`] asks it for connections into sandboxes. A netd that restarts passes fresh sockets and
+//! applied; [`sandgate_relay::inward`] asks it for connections into sandboxes. A netd that restarts passes fresh sockets and
 //! is a new conversation; nothing here survives a conversation but what was acknowledged, which stays
 //! enforced in the kernel.
 
-mod dial;
 mod feed;
 
 use std::{
@@ -21,9 +20,10 @@ use sandgate_api::{
     id::SandboxId,
 };
 use sandgate_daemon::{handover::Channel, tasks::Tasks};
+use sandgate_relay::inward::Dialer;
 use tokio::{net::TcpStream, sync::watch};
 
-pub use dial::DialFailure;
+pub use sandgate_relay::inward::DialFailure;
 
 use crate::{broker::Broker, store::Store};
 
@@ -72,7 +72,7 @@ struct Shared {
     state: watch::Sender<NodeState>,
     /// By sandbox: the last revision at which the node reported an error about it, and the error.
     refusals: Mutex<HashMap<SandboxId, (Revision, String)>>,
-    dialer: dial::Dialer,
+    dialer: Dialer,
 }
 
 impl NodeLink {
@@ -82,7 +82,7 @@ impl NodeLink {
         let shared = Arc::new(Shared {
             state: watch::channel(NodeState::default()).0,
             refusals: Mutex::default(),
-            dialer: dial::Dialer::new(Arc::clone(&channel), tasks.clone()),
+            dialer: Dialer::new(Arc::clone(&channel), tasks.clone()),
         });
         let link = Self { shared };
         tasks.spawn(

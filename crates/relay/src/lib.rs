@@ -7,6 +7,7 @@
 //! | [`dial`] | the guarded dialer: it never connects to an address the platform forbids |
 //! | [`encoded`] | decoding compressed bodies piece by piece, without unbounded output |
 //! | [`headers`] | what is taken out of headers and queries on their way through |
+//! | [`inward`] | connections into sandboxes: netd makes them and passes them back |
 //! | [`redact`] | masking secrets in streams, in every spelling, across chunk borders |
 //! | [`websocket`] | the same inside the frames of a WebSocket |
 
@@ -14,5 +15,6 @@ pub mod copy;
 pub mod dial;
 pub mod encoded;
 pub mod headers;
+pub mod inward;
 pub mod redact;
 pub mod websocket;

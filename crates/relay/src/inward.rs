@@ -1,4 +1,7 @@
-//! Connections into sandboxes, made by netd and passed back as descriptors.
+//! Connections into sandboxes, made by netd and passed back as descriptors ([`sandgate_api::control`]).
+//!
+//! netd alone decides which ports its caller may have: the agent's on the controller's channel, those of open
+//! tunnels on tunnel-proxy's.
 
 use std::{
     collections::HashMap,
@@ -45,13 +48,15 @@ pub enum DialFailure {
 }
 
 /// Asks netd for connections, on a socket that is replaced whenever netd closes it.
-pub(super) struct Dialer {
+#[derive(Debug)]
+pub struct Dialer {
     control: Arc<Channel>,
     tasks: Tasks,
     conversation: AsyncMutex<Option<Arc<Conversation>>>,
 }
 
 /// One dial socket.
+#[derive(Debug)]
 struct Conversation {
     channel: Channel,
     next_id: AtomicU64,
@@ -62,7 +67,8 @@ struct Conversation {
 type Answer = Result<OwnedFd, DialError>;
 
 impl Dialer {
-    pub(super) fn new(control: Arc<Channel>, tasks: Tasks) -> Self {
+    /// Asks over the channel; what it opens there takes part in the tasks' drain.
+    pub fn new(control: Arc<Channel>, tasks: Tasks) -> Self {
         Self {
             control,
             tasks,
@@ -70,7 +76,11 @@ impl Dialer {
         }
     }
 
-    pub(super) async fn dial(&self, id: &SandboxId, port: u16) -> Result<TcpStream, DialFailure> {
+    /// Has netd connect to a port inside a sandbox. Takes at most 10 s, also while netd restarts.
+    ///
+    /// # Errors
+    /// When netd is away, or what it says.
+    pub async fn dial(&self, id: &SandboxId, port: u16) -> Result<TcpStream, DialFailure> {
         let dialling = async {
             // A second attempt when netd ended the conversation before it answered the first.
             match self.attempt(id, port).await {
