@@ -1,7 +1,8 @@
 //! The edges of a long-running process, the same in every program: logs, signals, drain, readiness,
-//! supervised tasks, inherited descriptors. Knows no word of the product.
+//! supervised tasks, inherited and kept descriptors. Knows no word of the product.
 
 pub mod handover;
+pub mod keep;
 pub mod readiness;
 pub mod signal;
 pub mod tasks;
