@@ -1,8 +1,9 @@
 //! The edges of a long-running process, the same in every program: logs, signals, drain, readiness,
-//! supervised tasks, inherited and kept descriptors. Knows no word of the product.
+//! supervised tasks, metrics, inherited and kept descriptors. Knows no word of the product.
 
 pub mod handover;
 pub mod keep;
+pub mod metrics;
 pub mod readiness;
 pub mod signal;
 pub mod tasks;
