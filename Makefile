@@ -26,7 +26,7 @@ help: ## list these verbs
 setup: ## install what is missing: packages, eBPF toolchain, default image (quick when nothing is)
 	@deploy/setup.sh
 
-build: ## release programs in target/release: controller, netd, sandboxd (static)
+build: ## release programs in target/release: controller, netd, tunnel-proxy, sandboxd (static)
 	@deploy/build.sh
 
 run: setup build ## set up, build and start everything; prints the API address and `ready`

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the release programs into target/release (CARGO_TARGET_DIR is honoured): controller, netd, and a static sandboxd.
+# Builds the release programs into target/release (CARGO_TARGET_DIR is honoured): controller, netd, tunnel-proxy, and a static sandboxd.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -7,7 +7,7 @@ read -ra flags <<<"${CARGO_FLAGS:-}"
 release=${CARGO_TARGET_DIR:-target}/release
 arch=$(uname -m)
 
-cargo build "${flags[@]}" --release -p controller -p netd
+cargo build "${flags[@]}" --release -p controller -p netd -p tunnel-proxy
 
 # sandboxd runs inside any root file system, so nothing in it is linked dynamically: musl where rustup has it
 # (deploy/setup.sh adds it), else glibc. Naming a target keeps the flags away from build scripts and macros.
@@ -29,4 +29,4 @@ if ! cmp -s "$built" "$release/sandboxd"; then
   install -m 0755 "$built" "$release/.sandboxd.new"
   mv -f "$release/.sandboxd.new" "$release/sandboxd"
 fi
-echo "build: controller, netd and sandboxd are in $release"
+echo "build: controller, netd, tunnel-proxy and sandboxd are in $release"

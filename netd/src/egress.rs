@@ -2,11 +2,9 @@
 //! first byte to audit record. Decides nothing: that is [`crate::sandbox`], and nothing is dialled without
 //! its leave.
 
-pub mod body;
 pub mod clear;
 pub mod dial;
 mod flow;
-pub mod head;
 pub mod hello;
 mod intercepted;
 pub mod retry;

@@ -8,7 +8,7 @@
 //! | [`authority`] | the certificates shown in the hosts' place |
 //! | [`leases`] | values and authorities on lease from the controller |
 //! | [`bindings`], [`inject`] | which secret goes into which request, and where |
-//! | [`near`], [`strict`] | the client's bytes: what was sniffed, strict framing of HTTP/1.1 |
+//! | [`near`] | the client's bytes: what was sniffed comes first |
 //! | [`request`], [`response`], [`upgrade`] | one exchange: checks, forwarding, masking, other protocols |
 //! | [`upstream`] | the connections to the server, verified |
 //! | [`answer`], [`account`] | what netd answers itself, and what is recorded |
@@ -23,7 +23,6 @@ pub mod near;
 mod query;
 mod request;
 mod response;
-pub mod strict;
 mod upgrade;
 pub mod upstream;
 
@@ -52,7 +51,10 @@ use rustls::{ServerConfig, crypto::CryptoProvider};
 use sandgate_api::id::SandboxId;
 use sandgate_daemon::tasks::Tasks;
 use sandgate_policy::DomainName;
-use sandgate_relay::redact::Needles;
+use sandgate_relay::{
+    http1::strict::{Notes, Strict},
+    redact::Needles,
+};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -62,7 +64,6 @@ use self::{
     bindings::Bindings,
     leases::{Lease, Unavailable},
     near::{Meter, Near},
-    strict::{Notes, Strict},
     upstream::{Upstream, UpstreamTls},
 };
 use crate::{

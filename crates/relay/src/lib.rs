@@ -7,6 +7,7 @@
 //! | [`dial`] | the guarded dialer: it never connects to an address the platform forbids |
 //! | [`encoded`] | decoding compressed bodies piece by piece, without unbounded output |
 //! | [`headers`] | what is taken out of headers and queries on their way through |
+//! | [`http1`] | strict framing of HTTP/1.x requests |
 //! | [`inward`] | connections into sandboxes: netd makes them and passes them back |
 //! | [`redact`] | masking secrets in streams, in every spelling, across chunk borders |
 //! | [`websocket`] | the same inside the frames of a WebSocket |
@@ -15,6 +16,7 @@ pub mod copy;
 pub mod dial;
 pub mod encoded;
 pub mod headers;
+pub mod http1;
 pub mod inward;
 pub mod redact;
 pub mod websocket;

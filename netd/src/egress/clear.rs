@@ -3,10 +3,11 @@
 
 use std::{pin::pin, time::Duration};
 
-use sandgate_relay::copy::{Activity, CHUNK, Traffic};
+use sandgate_relay::{
+    copy::{Activity, CHUNK, Traffic},
+    http1::{body::Body, head::Head},
+};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-
-use super::{body::Body, head::Head};
 
 /// Why forwarding ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -162,7 +163,7 @@ mod tests {
     use tokio::io::DuplexStream;
 
     use super::*;
-    use crate::egress::head::{self, Reading};
+    use sandgate_relay::http1::head::{self, Reading};
 
     const IDLE: Duration = Duration::from_secs(60);
 

@@ -4,7 +4,10 @@ use std::{net::SocketAddrV4, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use sandgate_policy::{DomainName, NormalPath, Reason};
-use sandgate_relay::copy::{self, Traffic};
+use sandgate_relay::{
+    copy::{self, Traffic},
+    http1::head::{Head, Host},
+};
 use tokio::{
     io::{AsyncWriteExt as _, Interest},
     net::TcpStream,
@@ -13,9 +16,7 @@ use tokio::{
 };
 
 use super::{
-    Egress, clear,
-    head::{Head, Host},
-    refuse,
+    Egress, clear, refuse,
     retry::{self, Unsettled},
     sniff::{self, Beginning, Spoken},
 };

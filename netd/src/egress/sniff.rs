@@ -3,12 +3,10 @@
 
 use std::{io, time::Duration};
 
+use sandgate_relay::http1::head::{self, Head};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-use super::{
-    head::{self, Head},
-    hello::{self, ClientHello},
-};
+use super::hello::{self, ClientHello};
 
 /// Bytes within which a flow must have said whom it is for.
 pub const SNIFF_BYTES: usize = 16 * 1024;

@@ -17,13 +17,12 @@ use http::{
 };
 use memchr::memmem;
 use sandgate_api::credential::{Inject, PLACEHOLDER_MARK, PlaceholderPlace, Sensitive, VALUE_MARK};
-use sandgate_relay::headers;
+use sandgate_relay::{headers, http1::head::Head};
 
 use super::{
     bindings::{Bindings, Bound},
     query,
 };
-use crate::egress::head::Head;
 
 /// The parts of a request in which values and placeholders stand.
 #[derive(Debug, Clone)]

@@ -32,7 +32,7 @@ use super::{
 /// Time that is left to one half when the other has ended.
 const LINGER: Duration = Duration::from_secs(30);
 
-/// Whether a request asks for WebSocket. Agrees with [`crate::egress::head::Head::asks_for_websocket`].
+/// Whether a request asks for WebSocket. Agrees with [`sandgate_relay::http1::head::Head::asks_for_websocket`].
 pub(super) fn is_asked(headers: &HeaderMap) -> bool {
     let lists = |name, token: &str| {
         headers

@@ -1,5 +1,4 @@
-//! Reads the head of one HTTP/1.x request in clear (RFC 9112), strictly, and writes it again from the
-//! parsed parts. Owns: request line, fields, the framing of the body. What two parsers could read in two
+//! Reads the head of one HTTP/1.x request (RFC 9112), strictly, and writes it again from the parsed parts. Owns: request line, fields, the framing of the body. What two parsers could read in two
 //! ways is malformed: a proxy and a server that disagree are a hole.
 
 use std::net::Ipv4Addr;
@@ -70,11 +69,26 @@ const NEVER_HOP_BY_HOP: [&str; 3] = ["host", "content-length", "transfer-encodin
 
 /// Reads the beginning of a connection. May be called again with more bytes any number of times.
 pub fn read(received: &[u8]) -> Reading {
-    match try_read(received) {
+    read_either(received, Wanted::Request)
+}
+
+/// The same where nothing but `CONNECT` is served (RFC 9110 9.3.6): its target is an authority, and it has no body.
+pub fn read_connect(received: &[u8]) -> Reading {
+    read_either(received, Wanted::Connect)
+}
+
+fn read_either(received: &[u8], wanted: Wanted) -> Reading {
+    match try_read(received, wanted) {
         Ok(Some(head)) => Reading::Complete(head),
         Ok(None) => Reading::Incomplete,
         Err(broken) => Reading::Malformed(broken),
     }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    Request,
+    Connect,
 }
 
 impl Head {
@@ -124,17 +138,30 @@ impl Head {
         lists("connection", "upgrade") && lists("upgrade", "websocket")
     }
 
-    fn values<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a [u8]> {
+    /// Whether it asks to go on as some other protocol (RFC 9110 7.8). HTTP/2 does not count: it would carry
+    /// further requests past whoever judges them.
+    pub fn asks_for_upgrade(&self) -> bool {
+        let offers: Vec<String> = self.values("upgrade").flat_map(tokens).collect();
+        let is_http2 = |offer: &String| offer.starts_with("h2") || offer.starts_with("http/");
+        let asks = self
+            .values("connection")
+            .flat_map(tokens)
+            .any(|found| found == "upgrade");
+        asks && self.minor == 1 && !offers.is_empty() && !offers.iter().any(is_http2)
+    }
+
+    /// The values of one field, by its name in lower case.
+    pub fn values<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a [u8]> {
         values(&self.fields, name)
     }
 }
 
-fn try_read(received: &[u8]) -> Result<Option<Head>, &'static str> {
+fn try_read(received: &[u8], wanted: Wanted) -> Result<Option<Head>, &'static str> {
     let mut rest = received;
     let Some(line) = next_line(&mut rest)? else {
         return started_well(received).map(|()| None);
     };
-    let (method, target, minor) = request_line(line)?;
+    let (method, target, minor) = request_line(line, wanted)?;
     let mut fields = Vec::new();
     loop {
         let Some(line) = next_line(&mut rest)? else {
@@ -192,7 +219,7 @@ fn next_line<'a>(rest: &mut &'a [u8]) -> Result<Option<&'a [u8]>, &'static str> 
     }
 }
 
-fn request_line(line: &[u8]) -> Result<(String, String, u8), &'static str> {
+fn request_line(line: &[u8], wanted: Wanted) -> Result<(String, String, u8), &'static str> {
     let mut parts = line.split(|byte| *byte == b' ');
     let (Some(method), Some(target), Some(version), None) =
         (parts.next(), parts.next(), parts.next(), parts.next())
@@ -208,8 +235,17 @@ fn request_line(line: &[u8]) -> Result<(String, String, u8), &'static str> {
     if method.is_empty() || method.len() > 32 || !method.iter().all(|byte| is_token(*byte)) {
         return Err("a broken method");
     }
-    if method.eq_ignore_ascii_case(b"CONNECT") {
-        return Err("CONNECT");
+    match (method.eq_ignore_ascii_case(b"CONNECT"), wanted) {
+        (true, Wanted::Request) => return Err("CONNECT"),
+        (false, Wanted::Connect) => return Err("not CONNECT"),
+        (true, Wanted::Connect) => {
+            let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b".-_:[]".contains(byte);
+            if target.is_empty() || !target.iter().all(plain) {
+                return Err("a broken authority");
+            }
+            return Ok((text(method), text(target), minor));
+        }
+        (false, Wanted::Request) => {}
     }
     if !target.iter().all(u8::is_ascii_graphic) {
         return Err("a broken request target");
@@ -374,6 +410,45 @@ mod tests {
         let head = whole("GET / HTTP/1.0\r\nHost: 203.0.113.10:8080\r\n\r\n");
         assert_eq!(head.host.name, None);
         assert_eq!(head.host.address, Some(Ipv4Addr::new(203, 0, 113, 10)));
+    }
+
+    #[test]
+    fn connect_is_read_only_where_it_is_served() {
+        let request = b"CONNECT sandbox:5432 HTTP/1.1\r\nHost: sandbox:5432\r\nX-Tunnel-Token: t\r\n\r\n";
+        assert_eq!(read(request), Reading::Malformed("CONNECT"));
+        let Reading::Complete(head) = read_connect(request) else {
+            panic!("{:?}", read_connect(request))
+        };
+        assert_eq!((head.target(), head.length), ("sandbox:5432", request.len()));
+        assert_eq!(head.values("x-tunnel-token").collect::<Vec<_>>(), [b"t"]);
+        for request in [
+            "GET / HTTP/1.1\r\nHost: a.test\r\n\r\n",
+            "CONNECT /path HTTP/1.1\r\nHost: a.test\r\n\r\n",
+        ] {
+            assert!(
+                matches!(read_connect(request.as_bytes()), Reading::Malformed(_)),
+                "{request}"
+            );
+        }
+    }
+
+    #[test]
+    fn an_upgrade_is_one_to_another_protocol_than_http() {
+        let asks = |fields: &str| {
+            whole(&format!("GET / HTTP/1.1\r\nHost: a.test\r\n{fields}\r\n")).asks_for_upgrade()
+        };
+        assert!(asks("Connection: keep-alive, Upgrade\r\nUpgrade: websocket\r\n"));
+        assert!(asks("Connection: upgrade\r\nUpgrade: my-protocol/1\r\n"));
+        for fields in [
+            "",
+            "Upgrade: websocket\r\n",
+            "Connection: upgrade\r\n",
+            "Connection: upgrade, http2-settings\r\nUpgrade: h2c\r\n",
+            "Connection: upgrade\r\nUpgrade: websocket, H2C\r\n",
+            "Connection: upgrade\r\nUpgrade: HTTP/2.0\r\n",
+        ] {
+            assert!(!asks(fields), "{fields}");
+        }
     }
 
     #[test]

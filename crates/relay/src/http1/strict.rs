@@ -3,21 +3,30 @@
 //! the first such byte nothing more of the connection is read, and the request is answered with 400.
 
 use std::{
+    future::Future as _,
     io,
     pin::Pin,
     sync::{Arc, Mutex, OnceLock, PoisonError},
     task::{Context, Poll, Waker},
+    time::Duration,
 };
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::{Instant, Sleep},
+};
 
-use crate::egress::{
+use super::{
     body::Body,
     head::{self, Framing, Reading},
 };
 
 /// Longest head of a request, in bytes.
-const HEAD_MAX: usize = 32 * 1024;
+pub const HEAD_MAX: usize = 32 * 1024;
+/// Why a request is no request: its head is longer than [`HEAD_MAX`].
+pub const TOO_LONG: &str = "a head over 32 KiB";
+/// Why a request is no request: its head took too long.
+pub const TOO_SLOW: &str = "a head that did not come in time";
 const CHUNK: usize = 8 * 1024;
 /// What the parser behind sees in place of a broken request.
 const STAND_IN: &[u8] = b"GET / HTTP/1.1\r\nHost: invalid\r\nConnection: close\r\n\r\n";
@@ -35,6 +44,19 @@ pub struct Strict<S> {
     state: State,
     heads: u64,
     ended: bool,
+    upgrades: Upgrades,
+    head_time: Option<Duration>,
+    /// Runs while a head has begun and not ended.
+    deadline: Option<Pin<Box<Sleep>>>,
+}
+
+/// Which other protocols a request may ask to go on as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Upgrades {
+    /// WebSocket.
+    WebSocket,
+    /// Anything but another HTTP.
+    Any,
 }
 
 #[derive(Debug)]
@@ -101,6 +123,25 @@ impl<S> Strict<S> {
             state: State::Head,
             heads: 0,
             ended: false,
+            upgrades: Upgrades::WebSocket,
+            head_time: None,
+            deadline: None,
+        }
+    }
+
+    /// The same for requests that may ask for these protocols; [`Upgrades::WebSocket`] without this. What is asked for
+    /// otherwise is no request for a change: the head's fields must not go on then.
+    #[must_use]
+    pub fn with_upgrades(self, upgrades: Upgrades) -> Self {
+        Self { upgrades, ..self }
+    }
+
+    /// The same with a limit on the time from a head's first byte to its last.
+    #[must_use]
+    pub fn with_head_time(self, limit: Duration) -> Self {
+        Self {
+            head_time: Some(limit),
+            ..self
         }
     }
 
@@ -149,16 +190,20 @@ impl<S> Strict<S> {
             return;
         }
         match head::read(&self.inbox) {
-            Reading::Incomplete if self.inbox.len() >= HEAD_MAX => self.broken("a head over 32 KiB"),
+            Reading::Incomplete if self.inbox.len() >= HEAD_MAX => self.broken(TOO_LONG),
             Reading::Incomplete => {}
             Reading::Malformed(why) => self.broken(why),
             Reading::Complete(head) => {
-                let upgrades = head.asks_for_websocket();
+                let upgrades = match self.upgrades {
+                    Upgrades::WebSocket => head.asks_for_websocket(),
+                    Upgrades::Any => head.asks_for_upgrade(),
+                };
                 if upgrades && head.framing != Framing::Nothing {
                     return self.broken("an upgrade with a body");
                 }
                 self.outbox.extend(self.inbox.drain(..head.length));
                 self.looked = 0;
+                self.deadline = None;
                 self.heads += 1;
                 self.state = match head.framing {
                     Framing::Nothing if upgrades => State::Undecided,
@@ -167,6 +212,23 @@ impl<S> Strict<S> {
                 };
             }
         }
+    }
+}
+
+impl<S> Strict<S> {
+    /// Whether a head that has begun is late; else wakes the task when it will be.
+    fn is_late(&mut self, cx: &mut Context<'_>) -> bool {
+        let Some(limit) = self.head_time else {
+            return false;
+        };
+        if !matches!(self.state, State::Head) || self.inbox.is_empty() {
+            self.deadline = None;
+            return false;
+        }
+        let deadline = self
+            .deadline
+            .get_or_insert_with(|| Box::pin(tokio::time::sleep_until(Instant::now() + limit)));
+        deadline.as_mut().poll(cx).is_ready()
     }
 }
 
@@ -196,6 +258,10 @@ impl<S: AsyncRead + Unpin> AsyncRead for Strict<S> {
                 this.state = if accepted { State::Raw } else { State::Head };
             }
             if this.digest()? {
+                continue;
+            }
+            if this.is_late(cx) {
+                this.broken(TOO_SLOW);
                 continue;
             }
             match this.state {
@@ -245,7 +311,7 @@ mod tests {
         client.write_all(sent).await.expect("written");
         drop(client);
         let reading = async { while matches!(strict.read_buf(&mut out).await, Ok(1..)) {} };
-        let _elapsed = tokio::time::timeout(std::time::Duration::from_secs(1), reading).await;
+        let _elapsed = tokio::time::timeout(Duration::from_secs(1), reading).await;
         (out, notes)
     }
 
@@ -282,6 +348,36 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_head_has_its_time_and_silence_before_it_has_none() {
+        let notes = Arc::new(Notes::default());
+        let (mut client, inside) = tokio::io::duplex(1 << 16);
+        let mut strict =
+            Strict::new(inside, Arc::clone(&notes)).with_head_time(Duration::from_secs(10));
+        let request = b"GET / HTTP/1.1\r\nHost: a.test\r\n\r\n";
+        let writing = async {
+            tokio::time::sleep(Duration::from_secs(60)).await;
+            client.write_all(request).await.expect("written");
+            tokio::time::sleep(Duration::from_secs(60)).await;
+            for byte in request {
+                client.write_all(&[*byte]).await.expect("written");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        };
+        let mut out = Vec::new();
+        let reading = async {
+            while !out.ends_with(STAND_IN) {
+                strict.read_buf(&mut out).await.expect("read");
+            }
+        };
+        tokio::select! {
+            () = writing => panic!("the head was waited for to its end"),
+            () = reading => {}
+        }
+        assert_eq!(out, [request, STAND_IN].concat());
+        assert_eq!(notes.broken(1), Some(TOO_SLOW));
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn another_protocol_begins_only_when_it_was_agreed() {
         let head = b"GET / HTTP/1.1\r\nHost: a.test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n";
         for accepted in [true, false] {
@@ -292,7 +388,7 @@ mod tests {
             client.write_all(b"\x81\x00 raw\n").await.expect("written");
             let mut out = Vec::new();
             let reading = async { while matches!(strict.read_buf(&mut out).await, Ok(1..)) {} };
-            let _elapsed = tokio::time::timeout(std::time::Duration::from_secs(1), reading).await;
+            let _elapsed = tokio::time::timeout(Duration::from_secs(1), reading).await;
             assert_eq!(out, head);
             notes.settle_upgrade(accepted);
             out.clear();

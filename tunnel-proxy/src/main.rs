@@ -1,0 +1,57 @@
+//! The program: arguments, logs, runtime. Everything else is in the library.
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+use sandgate_daemon::telemetry;
+use tunnel_proxy::{
+    app,
+    config::{Arguments, Config},
+};
+
+/// `EX_USAGE` of sysexits.h: the configuration is wrong, and starting again will not help.
+const USAGE: u8 = 64;
+
+#[expect(
+    clippy::print_stderr,
+    reason = "there are no logs before the configuration is read"
+)]
+fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // Nothing is left to tell anybody when the terminal is gone.
+            let _unprinted = error.print();
+            return if error.use_stderr() {
+                ExitCode::from(USAGE)
+            } else {
+                ExitCode::SUCCESS
+            };
+        }
+    };
+    let config = match Config::try_from(arguments) {
+        Ok(config) => config,
+        Err(error) => {
+            eprintln!("tunnel-proxy: {error}");
+            return ExitCode::from(USAGE);
+        }
+    };
+    if let Err(error) = telemetry::init("tunnel-proxy") {
+        eprintln!("tunnel-proxy: {error}");
+        return ExitCode::from(USAGE);
+    }
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            tracing::error!(%error, "cannot start the runtime");
+            return ExitCode::FAILURE;
+        }
+    };
+    match runtime.block_on(app::run(config)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(error = format!("{error:#}"), "tunnel-proxy ends");
+            ExitCode::FAILURE
+        }
+    }
+}
