@@ -105,6 +105,20 @@ filesystem_known() {
   grep -qw "$1" /proc/filesystems || modprobe -q "$1" 2>/dev/null
 }
 
+# Builds and tests on a full disk fail late and with other words: said here, and never an error, as whoever builds
+# less needs less.
+TESTS_NEED_GIB=10
+warn_of_little_space() {
+  local what dir free
+  while IFS='|' read -r what dir; do
+    while [[ ! -d $dir ]]; do dir=$(dirname "$dir"); done
+    free=$(df -Pk "$dir" | awk 'NR == 2 { printf "%d", $4 / 1024 / 1024 }') || continue
+    ((free >= TESTS_NEED_GIB)) ||
+      echo "setup: warning: the file system of $what ($dir) has $free GiB free; the tests and builds need about $TESTS_NEED_GIB GiB" >&2
+  done <<<"the target directory|$(realpath -m "${CARGO_TARGET_DIR:-$here/../target}")
+TMPDIR|$(realpath -m "${TMPDIR:-/tmp}")"
+}
+
 # --- 2. Debian packages ----------------------------------------------------------------------------------------------
 
 # Of the given packages, those that are not installed.
@@ -277,6 +291,8 @@ if [[ -n $problems ]]; then
   while read -r problem; do echo "setup: error: $problem" >&2; done <<<"$problems"
   exit 1
 fi
+
+! $with_tests || warn_of_little_space
 
 if $check_only; then
   ok=true

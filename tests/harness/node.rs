@@ -90,6 +90,9 @@ impl Node {
             ),
             ("SANDGATE_DNS_UPSTREAM".to_owned(), format!("{RESOLVER}:53")),
             ("MAX_SANDBOXES_PER_ORG".to_owned(), "20".to_owned()),
+            // What is promised must be free: the product's defaults want 2 GiB for every sandbox.
+            ("SANDGATE_DEFAULT_DISK".to_owned(), "512Mi".to_owned()),
+            ("SANDGATE_DISK_RESERVE".to_owned(), "256Mi".to_owned()),
         ];
         for variable in ["PATH", "HOME", "SANDGATE_LOG", "RUST_BACKTRACE"] {
             all.extend(env::var(variable).ok().map(|value| (variable.to_owned(), value)));
