@@ -3,10 +3,14 @@
 //! Every setting is a flag and an environment variable; the flag wins. An empty variable counts as unset.
 //! netd's settings are not read here: `controller up` hands its whole environment down.
 
+mod tunnels;
+
 use std::{net::SocketAddr, path::PathBuf};
 
 use ipnet::Ipv4Net;
 use sandgate_policy::{Platform, PrivateException};
+
+pub use tunnels::{MAX_TUNNELS, Scheme, Tunnels};
 
 use crate::spec::{Cpus, LIFETIME_SECONDS, Size};
 
@@ -86,6 +90,17 @@ settings! {
     /// of it the variable SANDGATE_KEY may hold the text [default: secrets.key in the data directory, made
     /// when it is missing]
     key_file = "SANDGATE_KEY_FILE", "key-file";
+    /// Where tunnel-proxy listens [default: 127.0.0.1:8081]
+    tunnel_addr = "SANDGATE_TUNNEL_ADDR", "tunnel-addr";
+    /// What the host names of tunnels end with; with `localhost` each tunnel also has a port of its own on
+    /// 127.0.0.1 [default: localhost]
+    tunnel_domain = "SANDGATE_TUNNEL_DOMAIN", "tunnel-domain";
+    /// `http` or `https`: how the URLs of tunnels begin [default: http for localhost, else https]
+    tunnel_scheme = "SANDGATE_TUNNEL_SCHEME", "tunnel-scheme";
+    /// The user id that tunnel-proxy runs as; it should belong to nobody else [default: 60742]
+    tunnel_uid = "SANDGATE_TUNNEL_UID", "tunnel-uid";
+    /// Open tunnels of one sandbox [default: 16]
+    max_tunnels = "SANDGATE_MAX_TUNNELS_PER_SANDBOX", "max-tunnels-per-sandbox";
     /// The OCI runtime [default: runc]
     runtime = "SANDGATE_RUNC", "runc";
 }
@@ -144,6 +159,8 @@ pub struct Config {
     pub database: PathBuf,
     /// Where the key-encryption key of secrets is, when it is configured to be in a file.
     pub key_file: Option<PathBuf>,
+    /// How tunnels are served.
+    pub tunnels: Tunnels,
     /// The OCI runtime: a path, or a name to be found in `PATH`.
     pub runtime: PathBuf,
 }
@@ -225,6 +242,7 @@ impl Config {
                 None | Some("") => None,
                 Some(path) => Some(directory("SANDGATE_KEY_FILE", &Some(path.to_owned()), "")?),
             },
+            tunnels: Tunnels::new(settings)?,
             runtime: PathBuf::from(read("SANDGATE_RUNC", &settings.runtime, "runc", |text| {
                 Ok(text.to_owned())
             })?),
@@ -383,6 +401,18 @@ mod tests {
     }
 
     #[test]
+    fn tunnels_have_ports_of_their_own_on_the_local_domain_only() {
+        let tunnels = with("SANDGATE_TUNNEL_DOMAIN", "").expect("unset").tunnels;
+        assert!(tunnels.has_local_ports());
+        assert_eq!((tunnels.scheme, tunnels.user), (Scheme::Http, 60_742));
+        let tunnels = with("SANDGATE_TUNNEL_DOMAIN", "tunnels.example.org")
+            .expect("a domain")
+            .tunnels;
+        assert!(!tunnels.has_local_ports());
+        assert_eq!(tunnels.scheme, Scheme::Https);
+    }
+
+    #[test]
     fn a_bad_value_names_its_variable() {
         for (variable, value) in [
             ("SANDGATE_DATA_DIR", "relative"),
@@ -407,6 +437,16 @@ mod tests {
             ("MAX_SANDBOXES_PER_ORG", "0"),
             ("MAX_SANDBOXES_PER_ORG", "-1"),
             ("SANDGATE_DISK_RESERVE", "none"),
+            ("SANDGATE_TUNNEL_ADDR", "8081"),
+            ("SANDGATE_TUNNEL_ADDR", "127.0.0.1:0"),
+            ("SANDGATE_TUNNEL_DOMAIN", "example.org:8081"),
+            ("SANDGATE_TUNNEL_DOMAIN", "Example.org"),
+            ("SANDGATE_TUNNEL_DOMAIN", "example..org"),
+            ("SANDGATE_TUNNEL_DOMAIN", "192.0.2.1"),
+            ("SANDGATE_TUNNEL_SCHEME", "ftp"),
+            ("SANDGATE_TUNNEL_UID", "0"),
+            ("SANDGATE_TUNNEL_UID", "1000000"),
+            ("SANDGATE_MAX_TUNNELS_PER_SANDBOX", "0"),
             ("DATABASE_URL", "postgres://user:secret@host/db"),
             ("DATABASE_URL", "sqlite://relative.db"),
         ] {

@@ -1,9 +1,9 @@
 //! `controller up`: a small supervisor of everything on one machine.
 //!
-//! Owns what must outlive its children: the socket pair between controller and netd, and the API's listening
-//! socket. So any child can be killed or replaced while the other notices no more than a pause. It serves
-//! nothing itself, and what the kernel enforces does not depend on it: when it ends, its children end with
-//! it, sandboxes stay, and their packets go on being judged or refused.
+//! Owns what must outlive its children: the socket pairs between controller, netd and tunnel-proxy, and the
+//! listening sockets of the API and of tunnel-proxy. So any child can be killed or replaced while the others
+//! notice no more than a pause. It serves nothing itself, and what the kernel enforces does not depend on it:
+//! when it ends, its children end with it, sandboxes stay, and their packets go on being judged or refused.
 
 mod becoming;
 mod child;
@@ -11,15 +11,21 @@ mod lock;
 mod probe;
 
 use std::{
+    fs, io,
     io::Write as _,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
-    os::fd::OwnedFd,
+    os::{fd::OwnedFd, unix::fs::DirBuilderExt as _},
+    path::Path,
     process::ExitCode,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use sandgate_api::control::CONTROL_FD_VARIABLE;
-use sandgate_daemon::{handover, signal};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use sandgate_api::control::{
+    CONTROL_FD_VARIABLE, TUNNEL_CONTROL_FD_VARIABLE, TUNNEL_DIAL_FD_VARIABLE, TUNNEL_KEEP_FD_VARIABLE,
+    TUNNEL_LISTENER_FD_VARIABLE,
+};
+use sandgate_daemon::{handover, keep::DescriptorStore, signal};
 use tokio_util::sync::CancellationToken;
 
 pub use becoming::Become;
@@ -31,6 +37,9 @@ use crate::{
     vault::{KEY_FILE_VARIABLE, KEY_VARIABLE},
 };
 use child::{Child, Verdict};
+
+/// The program, and its directory in the run directory: the only place where its user may write.
+const TUNNEL_PROXY: &str = "tunnel-proxy";
 
 /// The oldest kernel whose traffic control takes our programs at the head of the chain and pins their links
 /// (TCX, since 6.6).
@@ -48,39 +57,69 @@ pub fn run(config: &Config, settings: &Settings) -> Result<ExitCode> {
     check_kernel(&rustix::system::uname().release().to_string_lossy())?;
     let own = std::env::current_exe().context("finding this program's own file")?;
     let netd = app::beside("netd")?;
+    let tunnel_proxy = app::beside(TUNNEL_PROXY)?;
     app::beside("sandboxd")?;
     app::make_directory(&config.run_dir)?;
     app::make_directory(&config.data_dir)?;
     let _locks = InstanceLock::take(config)?;
-    let listener = TcpListener::bind(config.api_addr)
-        .with_context(|| format!("SANDGATE_API_ADDR: listening on {}", config.api_addr))?;
-    let address = listener.local_addr().context("asking for the API's address")?;
-    let listener = OwnedFd::from(listener);
-    let (for_controller, for_netd) = handover::pair().context("making the control channel")?;
-    let children = [
-        Child {
-            name: "controller",
-            supervisor: own.clone(),
-            program: own,
+    give_directory(&config.run_dir.join(TUNNEL_PROXY), config.tunnels.user)
+        .context("making tunnel-proxy's directory")?;
+    raise_open_files().context("raising the limit of open files")?;
+    let (api, address) = listen("SANDGATE_API_ADDR", config.api_addr)?;
+    let (tunnels, _) = listen("SANDGATE_TUNNEL_ADDR", config.tunnels.address)?;
+    let pair = || handover::pair().context("making a control channel");
+    let (controller_to_netd, netd_to_controller) = pair()?;
+    let (controller_to_proxy, proxy_to_controller) = pair()?;
+    let (netd_to_proxy, proxy_to_netd) = pair()?;
+    let child = |name, program, descriptors, inherits| Child {
+        name,
+        supervisor: own.clone(),
+        program,
+        arguments: Vec::new(),
+        descriptors,
+        variables: settings.variables(),
+        inherits,
+        user: None,
+        store: None,
+    };
+    let children = Children {
+        controller: Child {
             arguments: vec!["serve".to_owned()],
-            descriptors: vec![(CONTROL_FD_VARIABLE, for_controller), (API_FD_VARIABLE, listener)],
-            variables: settings.variables(),
-            withheld: &[],
+            ..child(
+                "controller",
+                own.clone(),
+                vec![
+                    (CONTROL_FD_VARIABLE, controller_to_netd),
+                    (TUNNEL_CONTROL_FD_VARIABLE, controller_to_proxy),
+                    (API_FD_VARIABLE, api),
+                ],
+                |_any| true,
+            )
         },
-        Child {
-            name: "netd",
-            supervisor: std::env::current_exe().context("finding this program's own file")?,
-            program: netd,
-            arguments: Vec::new(),
-            descriptors: vec![(CONTROL_FD_VARIABLE, for_netd)],
-            variables: settings
-                .variables()
-                .into_iter()
-                .filter(|(name, _)| !FOR_CONTROLLER.contains(name))
-                .collect(),
-            withheld: &FOR_CONTROLLER,
+        tunnel_proxy: Child {
+            user: Some(config.tunnels.user),
+            store: Some((TUNNEL_KEEP_FD_VARIABLE, DescriptorStore::default())),
+            ..child(
+                TUNNEL_PROXY,
+                tunnel_proxy,
+                vec![
+                    (CONTROL_FD_VARIABLE, proxy_to_controller),
+                    (TUNNEL_DIAL_FD_VARIABLE, proxy_to_netd),
+                    (TUNNEL_LISTENER_FD_VARIABLE, tunnels),
+                ],
+                for_tunnel_proxy,
+            )
         },
-    ];
+        netd: child(
+            "netd",
+            netd,
+            vec![
+                (CONTROL_FD_VARIABLE, netd_to_controller),
+                (TUNNEL_DIAL_FD_VARIABLE, netd_to_proxy),
+            ],
+            for_netd,
+        ),
+    };
     // One thread: a child's death signal is tied to the thread that started it, which must be one that stays.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -89,12 +128,62 @@ pub fn run(config: &Config, settings: &Settings) -> Result<ExitCode> {
     runtime.block_on(supervise(config, address, children))
 }
 
-/// Variables that may hold secrets of the controller; netd faces sandboxes and has no use for them.
+struct Children {
+    controller: Child,
+    tunnel_proxy: Child,
+    netd: Child,
+}
+
+/// Variables that may hold secrets of the controller.
 const FOR_CONTROLLER: [&str; 4] = ["DATABASE_URL", "JWT_SECRET", KEY_VARIABLE, KEY_FILE_VARIABLE];
 
-async fn supervise(config: &Config, address: SocketAddr, children: [Child; 2]) -> Result<ExitCode> {
+/// netd faces sandboxes and has no use for the controller's secrets.
+fn for_netd(variable: &str) -> bool {
+    !FOR_CONTROLLER.contains(&variable)
+}
+
+/// tunnel-proxy faces strangers: it sees only what it is meant to see, whatever else an operator's environment
+/// holds.
+fn for_tunnel_proxy(variable: &str) -> bool {
+    let ours = variable.starts_with("SANDGATE_") && !FOR_CONTROLLER.contains(&variable);
+    ours || matches!(variable, "PATH" | "TZ" | "RUST_BACKTRACE")
+}
+
+/// A socket that listens from now on until the supervisor ends.
+fn listen(variable: &'static str, address: SocketAddr) -> Result<(OwnedFd, SocketAddr)> {
+    let listener =
+        TcpListener::bind(address).with_context(|| format!("{variable}: listening on {address}"))?;
+    let address = listener
+        .local_addr()
+        .with_context(|| format!("{variable}: asking for the address"))?;
+    Ok((listener.into(), address))
+}
+
+/// A directory for one user alone; what is in it stays.
+fn give_directory(path: &Path, user: u32) -> io::Result<()> {
+    match fs::DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    // The directory itself, never what a link in its place leads to: its user changes with the configuration.
+    std::os::unix::fs::lchown(path, Some(user), Some(user))
+}
+
+/// As many open files as this process and its children may have: the usual soft limit is meant for programs
+/// that call select(2).
+fn raise_open_files() -> rustix::io::Result<()> {
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: limit.maximum,
+            maximum: limit.maximum,
+        },
+    )
+}
+
+async fn supervise(config: &Config, address: SocketAddr, children: Children) -> Result<ExitCode> {
     let shutdown = signal::shutdown().context("installing signal handlers")?;
-    let [controller, netd] = children;
     say(&format!("API       http://{}", reachable(address)))?;
     say(&registration_line(config.registration, reachable(address)))?;
     let stop_netd = CancellationToken::new();
@@ -104,32 +193,42 @@ async fn supervise(config: &Config, address: SocketAddr, children: [Child; 2]) -
             () = probe::until_ready(reachable(address)) => say("ready     sandboxes can be created"),
         }
     };
-    // The controller ends first, so that what it takes down is still enforced and acknowledged.
-    let controller = async {
-        let verdict = controller.supervise(&shutdown).await;
-        shutdown.cancel();
+    // netd ends last, so that what the controller takes down is still enforced and acknowledged, and what
+    // tunnel-proxy still carries is not cut.
+    let facing_clients = async {
+        let controller = async {
+            let verdict = children.controller.supervise(&shutdown).await;
+            shutdown.cancel();
+            verdict
+        };
+        let tunnel_proxy = async {
+            let verdict = children.tunnel_proxy.supervise(&shutdown).await;
+            shutdown.cancel();
+            verdict
+        };
+        let verdicts = tokio::join!(controller, tunnel_proxy);
         stop_netd.cancel();
-        verdict
+        verdicts
     };
     let netd = async {
-        let verdict = netd.supervise(&stop_netd).await;
+        let verdict = children.netd.supervise(&stop_netd).await;
         shutdown.cancel();
         verdict
     };
-    let (controller, netd, announced) = tokio::join!(controller, netd, announced);
+    let ((controller, tunnel_proxy), netd, announced) = tokio::join!(facing_clients, netd, announced);
     announced?;
-    match (controller, netd) {
-        (Verdict::Stopped, Verdict::Stopped) => Ok(ExitCode::SUCCESS),
-        (Verdict::Misconfigured, _) | (_, Verdict::Misconfigured) => Ok(ExitCode::from(EXIT_USAGE)),
+    if [controller, tunnel_proxy, netd].contains(&Verdict::Misconfigured) {
+        return Ok(ExitCode::from(EXIT_USAGE));
     }
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Standard output is what people and scripts read; logs go elsewhere.
 fn say(line: &str) -> Result<()> {
-    let mut output = std::io::stdout().lock();
+    let mut output = io::stdout().lock();
     match writeln!(output, "{line}").and_then(|()| output.flush()) {
         // Nobody reads (any more): that is no reason to stop.
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         other => other.context("writing to standard output"),
     }
 }
@@ -189,6 +288,18 @@ mod tests {
             message.contains("6.1.0-18-amd64") && message.contains("6.6"),
             "{message}"
         );
+    }
+
+    #[test]
+    fn secrets_of_the_controller_go_to_nobody_else() {
+        for secret in FOR_CONTROLLER {
+            assert!(!for_netd(secret) && !for_tunnel_proxy(secret), "{secret}");
+        }
+        assert!(for_netd("SANDGATE_DNS_UPSTREAM") && for_netd("AWS_PROFILE"));
+        assert!(for_tunnel_proxy("SANDGATE_TUNNEL_DOMAIN") && for_tunnel_proxy("SANDGATE_LOG"));
+        for foreign in ["AWS_SECRET_ACCESS_KEY", "LD_PRELOAD", "HOME", "SSH_AUTH_SOCK"] {
+            assert!(!for_tunnel_proxy(foreign), "{foreign}");
+        }
     }
 
     #[test]

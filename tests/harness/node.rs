@@ -364,13 +364,13 @@ fn binaries() -> PathBuf {
         None => vec![target.join("release"), target.join("debug")],
     };
     let complete = |directory: &&PathBuf| {
-        ["controller", "netd", "sandboxd"]
+        ["controller", "netd", "tunnel-proxy", "sandboxd"]
             .iter()
             .all(|name| directory.join(name).is_file())
     };
     let found = candidates.iter().find(complete).cloned();
     let found = found.unwrap_or_else(|| {
-        panic!("controller, netd and sandboxd are not in {candidates:?}: run `make build`")
+        panic!("controller, netd, tunnel-proxy and sandboxd are not in {candidates:?}: run `make build`")
     });
     fs::canonicalize(&found).unwrap_or(found)
 }

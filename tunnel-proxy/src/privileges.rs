@@ -65,7 +65,7 @@ fn require(status: &str, field: &'static str, holds: impl Fn(&str) -> bool) -> R
 mod tests {
     use super::*;
 
-    const STATUS: &str = "Name:\ttunnel-proxy\nUid:\t64742\t64742\t64742\t64742\nGid:\t64742\t64742\t64742\t64742\n\
+    const STATUS: &str = "Name:\ttunnel-proxy\nUid:\t60742\t60742\t60742\t60742\nGid:\t60742\t60742\t60742\t60742\n\
         Groups:\t \nNoNewPrivs:\t1\nCapInh:\t0000000000000000\nCapPrm:\t0000000000000000\n\
         CapEff:\t0000000000000000\nCapBnd:\t0000000000000000\nCapAmb:\t0000000000000000\n";
 
@@ -77,8 +77,8 @@ mod tests {
     #[test]
     fn whoever_may_anything_is_refused_and_told_why() {
         for (field, from, to) in [
-            ("Uid", "Uid:\t64742\t64742", "Uid:\t64742\t0"),
-            ("Gid", "Gid:\t64742", "Gid:\t0"),
+            ("Uid", "Uid:\t60742\t60742", "Uid:\t60742\t0"),
+            ("Gid", "Gid:\t60742", "Gid:\t0"),
             ("Groups", "Groups:\t ", "Groups:\t0 27"),
             ("CapPrm", "CapPrm:\t0000000000000000", "CapPrm:\t0000000000000400"),
             ("CapEff", "CapEff:\t0000000000000000", "CapEff:\t000001ffffffffff"),

@@ -4,12 +4,20 @@ use std::{
     io,
     os::fd::{AsRawFd as _, OwnedFd},
     path::PathBuf,
+    pin::{Pin, pin},
     process::{ExitStatus, Stdio},
     time::{Duration, Instant},
 };
 
-use rustix::process::{Pid, Signal, kill_process};
-use tokio::process::Command;
+use rustix::{
+    io::FdFlags,
+    process::{Pid, Signal, kill_process},
+};
+use sandgate_daemon::{
+    handover::{self, Channel},
+    keep::DescriptorStore,
+};
+use tokio::process::{Child as Process, Command};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::EXIT_USAGE;
@@ -26,6 +34,9 @@ const WELL_AFTER: Duration = Duration::from_secs(30);
 /// How long a child may take to end after SIGTERM.
 const STOP_TIMEOUT: Duration = Duration::from_secs(12);
 
+/// How long after a child's end its last packets may take to be read.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
 /// A program to be kept running.
 pub(super) struct Child {
     pub(super) name: &'static str,
@@ -36,8 +47,12 @@ pub(super) struct Child {
     /// Passed down, named by environment variables. Kept open here, for the next start.
     pub(super) descriptors: Vec<(&'static str, OwnedFd)>,
     pub(super) variables: Vec<(&'static str, String)>,
-    /// Variables that it does not get to see.
-    pub(super) withheld: &'static [&'static str],
+    /// Which variables of the supervisor it gets to see.
+    pub(super) inherits: fn(&str) -> bool,
+    /// The user that it becomes, with no capability left; else it stays what the supervisor is.
+    pub(super) user: Option<u32>,
+    /// Keeps its listening sockets from one start to the next; with the variable that names its end.
+    pub(super) store: Option<(&'static str, DescriptorStore)>,
 }
 
 /// Why a child is not kept running any more.
@@ -56,16 +71,18 @@ impl Child {
         loop {
             let began = Instant::now();
             match self.start() {
-                Ok(mut process) => {
-                    tracing::debug!(child = self.name, pid = process.id(), "started");
+                Ok((process, channel)) => {
+                    let pid = process.id();
+                    tracing::debug!(child = self.name, pid, "started");
+                    let mut running = pin!(self.run(process, channel));
                     let ended = tokio::select! {
                         biased;
                         () = stop.cancelled() => None,
-                        ended = process.wait() => Some(ended),
+                        ended = &mut running => Some(ended),
                     };
                     match ended {
                         None => {
-                            self.stop(process).await;
+                            self.stop(pid, running).await;
                             return Verdict::Stopped;
                         }
                         Some(Ok(status)) if status.code() == Some(i32::from(EXIT_USAGE)) => {
@@ -88,25 +105,35 @@ impl Child {
         }
     }
 
-    fn start(&self) -> io::Result<tokio::process::Child> {
+    fn start(&self) -> io::Result<(Process, Option<Channel>)> {
         let mut command = Command::new(&self.supervisor);
         command
             .arg("become")
             .arg("--parent")
-            .arg(std::process::id().to_string())
-            .arg("--");
-        command.arg(&self.program).args(&self.arguments);
-        for name in self.withheld {
-            command.env_remove(name);
+            .arg(std::process::id().to_string());
+        if let Some(user) = self.user {
+            command.arg("--user").arg(user.to_string());
         }
-        command.envs(self.variables.iter().map(|(name, value)| (*name, value)));
+        command.arg("--").arg(&self.program).args(&self.arguments);
+        let seen = std::env::vars_os().filter(|(name, _)| name.to_str().is_some_and(self.inherits));
+        command.env_clear().envs(seen);
+        let given = self.variables.iter().filter(|(name, _)| (self.inherits)(name));
+        command.envs(given.map(|(name, value)| (*name, value)));
         // Copies that are not closed on exec exist only until the child is there. Nothing else is started
         // meanwhile: this is the only thread.
-        let mut copies = Vec::with_capacity(self.descriptors.len());
+        let mut copies = Vec::with_capacity(self.descriptors.len() + 1);
         for (variable, descriptor) in &self.descriptors {
             let copy = rustix::io::dup(descriptor)?;
             command.env(variable, copy.as_raw_fd().to_string());
             copies.push(copy);
+        }
+        let mut channel = None;
+        if let Some((variable, _)) = &self.store {
+            let (ours, theirs) = handover::pair()?;
+            rustix::io::fcntl_setfd(&theirs, FdFlags::empty())?;
+            command.env(variable, theirs.as_raw_fd().to_string());
+            copies.push(theirs);
+            channel = Some(Channel::from_fd(ours)?);
         }
         // A process group of its own: an interrupt from the keyboard reaches the supervisor, which stops its
         // children in order.
@@ -116,27 +143,50 @@ impl Child {
             .kill_on_drop(true)
             .spawn();
         drop(copies);
-        started
+        Ok((started?, channel))
     }
 
-    async fn stop(&self, mut process: tokio::process::Child) {
-        let pid = process
-            .id()
-            .and_then(|id| i32::try_from(id).ok())
-            .and_then(Pid::from_raw);
-        if let Some(pid) = pid
-            && let Err(error) = kill_process(pid, Signal::TERM)
-        {
-            tracing::warn!(child = self.name, %error, "could not be told to stop");
+    /// Until the child has ended, and what it last sent to the descriptor store is done.
+    async fn run(&self, mut process: Process, channel: Option<Channel>) -> io::Result<ExitStatus> {
+        let (Some(channel), Some((_, store))) = (channel, &self.store) else {
+            return process.wait().await;
+        };
+        let mut kept = pin!(store.serve(&channel));
+        tokio::select! {
+            ended = process.wait() => {
+                // It closed its end by ending; only somebody who inherited it could keep this waiting.
+                drop(tokio::time::timeout(LAST_WORDS, kept).await);
+                ended
+            }
+            () = &mut kept => process.wait().await,
         }
-        match tokio::time::timeout(STOP_TIMEOUT, process.wait()).await {
+    }
+
+    async fn stop(
+        &self,
+        pid: Option<u32>,
+        mut running: Pin<&mut impl Future<Output = io::Result<ExitStatus>>>,
+    ) {
+        let pid = pid.and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
+        self.signal(pid, Signal::TERM);
+        match tokio::time::timeout(STOP_TIMEOUT, &mut running).await {
             Ok(_ended) => tracing::debug!(child = self.name, "stopped"),
             Err(_elapsed) => {
                 tracing::warn!(child = self.name, "did not stop in time and is killed");
-                if let Err(error) = process.kill().await {
-                    tracing::error!(child = self.name, %error, "could not be killed");
+                self.signal(pid, Signal::KILL);
+                if let Err(error) = running.await {
+                    tracing::error!(child = self.name, %error, "was lost");
                 }
             }
+        }
+    }
+
+    /// The process is not reaped before the future of [`Self::run`] has ended, so the id is still its own.
+    fn signal(&self, pid: Option<Pid>, signal: Signal) {
+        if let Some(pid) = pid
+            && let Err(error) = kill_process(pid, signal)
+        {
+            tracing::warn!(child = self.name, ?signal, %error, "could not be signalled");
         }
     }
 

@@ -70,12 +70,12 @@ impl DescriptorStore {
     }
 
     async fn replay(&self, channel: &Channel) -> io::Result<()> {
-        let copies = self
-            .held()
-            .iter()
-            .map(|(name, socket)| Ok((name.clone(), socket.try_clone()?)))
-            .collect::<io::Result<Vec<_>>>()?;
-        for (name, socket) in copies {
+        let names: Vec<String> = self.held().keys().cloned().collect();
+        for name in names {
+            // One copy at a time: a full store is half of what a process may have open by default.
+            let Some(socket) = self.held().get(&name).map(OwnedFd::try_clone).transpose()? else {
+                continue;
+            };
             let packet = format!("{KEEP} {name}");
             channel.send(packet.as_bytes(), Some(socket.as_fd())).await?;
         }

@@ -17,8 +17,13 @@ fn child(directory: &Path, line: &str) -> Child {
         program: PathBuf::from("/bin/sh"),
         arguments: vec!["-c".to_owned(), line.to_owned()],
         descriptors: Vec::new(),
-        variables: vec![("SANDGATE_TEST_DIRECTORY", directory.display().to_string())],
-        withheld: &["HOME"],
+        variables: vec![
+            ("SANDGATE_TEST_DIRECTORY", directory.display().to_string()),
+            ("SANDGATE_TEST_SECRET", "secret".to_owned()),
+        ],
+        inherits: |name| name != "HOME" && name != "SANDGATE_TEST_SECRET",
+        user: None,
+        store: None,
     }
 }
 
@@ -83,7 +88,7 @@ async fn a_child_is_told_to_stop_and_awaited() {
 #[tokio::test]
 async fn a_child_inherits_what_it_is_given_and_not_what_is_kept() {
     let directory = tempfile::tempdir().expect("a directory");
-    let (ours, theirs) = sandgate_daemon::handover::pair().expect("a pair");
+    let (ours, theirs) = handover::pair().expect("a pair");
     let link = |descriptor: &OwnedFd| {
         let path = format!("/proc/self/fd/{}", descriptor.as_raw_fd());
         fs::read_link(path).expect("a descriptor").display().to_string()
@@ -91,7 +96,7 @@ async fn a_child_inherits_what_it_is_given_and_not_what_is_kept() {
     let (kept, given) = (link(&ours), link(&theirs));
     let line = "readlink /proc/self/fd/$SANDGATE_TEST_FD > \"$SANDGATE_TEST_DIRECTORY/fd\"; \
                 ls -l /proc/$$/fd > \"$SANDGATE_TEST_DIRECTORY/all\"; \
-                echo \"[$HOME]\" > \"$SANDGATE_TEST_DIRECTORY/home\"; exit 64";
+                echo \"[$HOME$SANDGATE_TEST_SECRET]\" > \"$SANDGATE_TEST_DIRECTORY/home\"; exit 64";
     let mut child = child(directory.path(), line);
     child.descriptors.push(("SANDGATE_TEST_FD", theirs));
     child.supervise(&CancellationToken::new()).await;
@@ -104,4 +109,22 @@ async fn a_child_inherits_what_it_is_given_and_not_what_is_kept() {
     assert_eq!(read("fd"), given);
     assert!(!read("all").contains(&kept), "{}", read("all"));
     assert_eq!(read("home"), "[]");
+}
+
+#[tokio::test]
+async fn every_start_has_a_fresh_end_of_the_descriptor_store() {
+    let directory = tempfile::tempdir().expect("a directory");
+    // The end's number is named, the end is a socket, and each start has a fresh one.
+    let line = "readlink /proc/self/fd/$SANDGATE_TEST_KEEP >> \"$SANDGATE_TEST_DIRECTORY/starts\"";
+    let mut child = child(directory.path(), line);
+    child.store = Some(("SANDGATE_TEST_KEEP", DescriptorStore::default()));
+    let stop = CancellationToken::new();
+    tokio::join!(child.supervise(&stop), async {
+        until("three starts", || lines(directory.path()) >= 3).await;
+        stop.cancel();
+    });
+    let starts = fs::read_to_string(directory.path().join("starts")).expect("starts");
+    let ends: std::collections::BTreeSet<&str> = starts.lines().collect();
+    assert_eq!(ends.len(), lines(directory.path()), "{starts}");
+    assert!(ends.iter().all(|end| end.starts_with("socket:")), "{starts}");
 }

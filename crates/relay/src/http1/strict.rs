@@ -351,8 +351,7 @@ mod tests {
     async fn a_head_has_its_time_and_silence_before_it_has_none() {
         let notes = Arc::new(Notes::default());
         let (mut client, inside) = tokio::io::duplex(1 << 16);
-        let mut strict =
-            Strict::new(inside, Arc::clone(&notes)).with_head_time(Duration::from_secs(10));
+        let mut strict = Strict::new(inside, Arc::clone(&notes)).with_head_time(Duration::from_secs(10));
         let request = b"GET / HTTP/1.1\r\nHost: a.test\r\n\r\n";
         let writing = async {
             tokio::time::sleep(Duration::from_secs(60)).await;
