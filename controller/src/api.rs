@@ -63,6 +63,7 @@ pub fn router(service: Service) -> Router {
             get(settings::get_egress).put(settings::put_egress),
         )
         .route("/egress/audit", get(audit::list));
+    let metrics = service.metrics().clone();
     Router::new()
         .nest("/api/v1", v1)
         .route("/health", get(health::health))
@@ -70,7 +71,7 @@ pub fn router(service: Service) -> Router {
         .fallback(no_such_route)
         .method_not_allowed_fallback(no_such_method)
         .with_state(service)
-        .layer(middleware::from_fn(request::around))
+        .layer(middleware::from_fn_with_state(metrics, request::around))
 }
 
 async fn no_such_route() -> ApiError {

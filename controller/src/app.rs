@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use sandgate_api::control::CONTROL_FD_VARIABLE;
-use sandgate_daemon::{handover, signal, tasks::Tasks};
+use sandgate_daemon::{handover, metrics, signal, tasks::Tasks};
 use tokio::net::TcpListener;
 
 use crate::{
@@ -55,12 +55,12 @@ impl Inherited {
     }
 }
 
-/// Runs until a signal.
+/// Runs until a signal; shows its metrics on the listener, if there is one.
 ///
 /// # Errors
 /// When the database, the key or the listener cannot be used. A backend that cannot be used is no error: the
 /// API says so, and it is tried again.
-pub async fn serve(config: Config, inherited: Inherited) -> Result<()> {
+pub async fn serve(config: Config, inherited: Inherited, shown: Option<std::net::TcpListener>) -> Result<()> {
     // Values pass through this process's memory, which must never become a file.
     set_dumpable_behavior(DumpableBehavior::NotDumpable).context("forbidding core dumps")?;
     let tasks = Tasks::new(signal::shutdown().context("installing signal handlers")?);
@@ -90,6 +90,7 @@ pub async fn serve(config: Config, inherited: Inherited) -> Result<()> {
         vault,
         tasks.clone(),
     );
+    show_metrics(shown, &service, &tasks)?;
     tasks.spawn(
         "api",
         api::serve(listener, api::router(service.clone()), tasks.clone()),
@@ -109,6 +110,18 @@ pub async fn serve(config: Config, inherited: Inherited) -> Result<()> {
     }
     store.close().await;
     Ok(())
+}
+
+fn show_metrics(listener: Option<std::net::TcpListener>, service: &Service, tasks: &Tasks) -> Result<()> {
+    let Some(listener) = listener else { return Ok(()) };
+    let mut registry = metrics::registry("controller");
+    service.register_metrics(&mut registry);
+    let service = service.clone();
+    let refresh: metrics::Refresh = Arc::new(move || {
+        let service = service.clone();
+        Box::pin(async move { service.refresh_metrics().await })
+    });
+    metrics::serve(listener, registry, Some(refresh), tasks).context("serving the metrics")
 }
 
 /// The key-encryption key, which must be the one that the stored secrets were sealed with.

@@ -8,11 +8,15 @@ mod tunnels;
 use std::{net::SocketAddr, path::PathBuf};
 
 use ipnet::Ipv4Net;
+use sandgate_daemon::metrics::{InvalidPlace, Place};
 use sandgate_policy::{Platform, PrivateException};
 
 pub use tunnels::{MAX_TUNNELS, Scheme, Tunnels};
 
-use crate::spec::{Cpus, LIFETIME_SECONDS, Size};
+use crate::{
+    metrics::ADDRESS_VARIABLE,
+    spec::{Cpus, LIFETIME_SECONDS, Size},
+};
 
 /// Exit status for a bad configuration (`EX_USAGE` of sysexits.h).
 pub const EXIT_USAGE: u8 = 64;
@@ -62,6 +66,8 @@ settings! {
     run_dir = "SANDGATE_RUN_DIR", "run-dir";
     /// Where the API listens [default: 127.0.0.1:8080]
     api_addr = "SANDGATE_API_ADDR", "api-addr";
+    /// Where the controller shows its metrics, or `off` [default: 127.0.0.1:9464]
+    metrics_addr = "SANDGATE_METRICS_ADDR", "metrics-addr";
     /// `open` or `closed`: whether anybody may register [default: open on loopback, else closed]
     registration = "SANDGATE_REGISTRATION", "registration";
     /// Addresses of local sandboxes [default: 10.213.0.0/16]
@@ -145,6 +151,8 @@ pub struct Config {
     pub run_dir: PathBuf,
     /// Where the API listens.
     pub api_addr: SocketAddr,
+    /// Where its metrics are shown.
+    pub metrics_addr: Place,
     /// Who may register.
     pub registration: Registration,
     /// Addresses of local sandboxes.
@@ -204,6 +212,12 @@ impl Config {
             )?,
             run_dir: directory("SANDGATE_RUN_DIR", &settings.run_dir, "/run/sandgate")?,
             api_addr,
+            metrics_addr: read(
+                ADDRESS_VARIABLE,
+                &settings.metrics_addr,
+                "127.0.0.1:9464",
+                |text| text.parse().map_err(|error: InvalidPlace| error.to_string()),
+            )?,
             registration: read(
                 "SANDGATE_REGISTRATION",
                 &settings.registration,
@@ -421,6 +435,8 @@ mod tests {
             ("SANDGATE_IMAGE_DIR", "x"),
             ("SANDGATE_API_ADDR", "8080"),
             ("SANDGATE_API_ADDR", "localhost:8080"),
+            ("SANDGATE_METRICS_ADDR", "9464"),
+            ("SANDGATE_METRICS_ADDR", "none"),
             ("SANDGATE_REGISTRATION", "maybe"),
             ("SANDGATE_REGISTRATION", "invite"),
             ("SANDGATE_SANDBOX_CIDR", "10.213.0.1/16"),

@@ -30,6 +30,7 @@ pub mod down;
 pub mod installation;
 pub mod keyfile;
 pub mod lifecycle;
+pub mod metrics;
 pub mod node;
 pub mod placeholder;
 pub mod presets;

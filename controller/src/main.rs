@@ -6,9 +6,11 @@ use clap::{Parser, Subcommand};
 use controller::{
     app,
     config::{Config, ConfigError, EXIT_USAGE, Settings},
-    down, up,
+    down,
+    metrics::ADDRESS_VARIABLE,
+    up,
 };
-use sandgate_daemon::telemetry;
+use sandgate_daemon::{metrics, telemetry};
 
 /// API and control plane of Sandgate.
 #[derive(Debug, Parser)]
@@ -47,13 +49,19 @@ fn main() -> ExitCode {
     };
     let ended = match arguments.command {
         Command::Up => up::run(&config, &arguments.settings),
-        Command::Serve => app::Inherited::take().and_then(|inherited| {
-            tokio::runtime::Builder::new_multi_thread()
-                .enable_all()
-                .build()?
-                .block_on(app::serve(config, inherited))
-                .map(|()| ExitCode::SUCCESS)
-        }),
+        Command::Serve => {
+            let shown = match metrics::listen(ADDRESS_VARIABLE, config.metrics_addr) {
+                Ok(shown) => shown,
+                Err(error) => return usage(&error.to_string()),
+            };
+            app::Inherited::take().and_then(|inherited| {
+                tokio::runtime::Builder::new_multi_thread()
+                    .enable_all()
+                    .build()?
+                    .block_on(app::serve(config, inherited, shown))
+                    .map(|()| ExitCode::SUCCESS)
+            })
+        }
         Command::Down => down::run(config).map(|()| ExitCode::SUCCESS),
         Command::Become(program) => return failed(program.run()),
     };

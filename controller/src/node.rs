@@ -10,7 +10,10 @@ mod feed;
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -73,6 +76,8 @@ struct Shared {
     /// By sandbox: the last revision at which the node reported an error about it, and the error.
     refusals: Mutex<HashMap<SandboxId, (Revision, String)>>,
     dialer: Dialer,
+    /// Audit records that were stored.
+    records: AtomicU64,
 }
 
 impl NodeLink {
@@ -83,6 +88,7 @@ impl NodeLink {
             state: watch::channel(NodeState::default()).0,
             refusals: Mutex::default(),
             dialer: Dialer::new(Arc::clone(&channel), tasks.clone()),
+            records: AtomicU64::new(0),
         });
         let link = Self { shared };
         tasks.spawn(
@@ -151,6 +157,11 @@ impl NodeLink {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .remove(id);
+    }
+
+    /// How many audit records the node delivered and the store took, those it has delivered twice included.
+    pub fn records_stored(&self) -> u64 {
+        self.shared.records.load(Ordering::Relaxed)
     }
 
     fn follow(&self) {

@@ -20,6 +20,7 @@ use std::{
 };
 
 use jiff::Timestamp;
+use prometheus_client::registry::Registry;
 use sandgate_api::{
     id::SandboxId,
     rest::{Health, NodeHealth},
@@ -41,6 +42,7 @@ use crate::{
     config::Config,
     installation::InstallationKey,
     lifecycle::Cause,
+    metrics::{Metrics, Present, StatusLabels},
     node::{DialFailure, LOCAL_NODE, NodeLink},
     store::{Conflict, Store, StoreError},
     vault::Vault,
@@ -61,6 +63,7 @@ struct Shared {
     tasks: Tasks,
     backend: watch::Sender<BackendState>,
     keepers: Mutex<HashMap<SandboxId, keeper::Keeper>>,
+    metrics: Metrics,
 }
 
 /// Whether sandboxes can be made.
@@ -209,9 +212,45 @@ impl Service {
             tasks,
             backend,
             keepers: Mutex::new(HashMap::new()),
+            metrics: Metrics::default(),
         };
         Self {
             shared: Arc::new(shared),
+        }
+    }
+
+    /// What is counted.
+    pub fn metrics(&self) -> &Metrics {
+        &self.shared.metrics
+    }
+
+    /// Shows what is counted, and what stands in the store and with the node.
+    pub fn register_metrics(&self, registry: &mut Registry) {
+        self.shared.metrics.register(registry);
+        registry.register_collector(Box::new(Present {
+            node: self.shared.node.clone(),
+            revision: self.shared.store.watch_revision(),
+        }));
+    }
+
+    /// Counts the sandboxes anew. When the store fails, the last counts stay.
+    pub async fn refresh_metrics(&self) {
+        match self.shared.store.count_sandboxes().await {
+            Ok(counts) => {
+                for (status, count) in counts {
+                    let status = status.as_str();
+                    let gauge = self
+                        .shared
+                        .metrics
+                        .sandboxes
+                        .get_or_create_owned(&StatusLabels { status });
+                    gauge.set(count);
+                }
+            }
+            Err(error) => tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "the sandboxes cannot be counted"
+            ),
         }
     }
 

@@ -33,6 +33,7 @@ use crate::{
     feed::{Controller, Feed, Ready, StateFile, acknowledge, enforce::Enforcer},
     intercept::{leases::Broker, upstream::UpstreamTls},
     kernel::{Datapath, DatapathConfig},
+    metrics::{Counted, Metrics, Present},
     nodeaddr::NodeAddresses,
     sandbox::Sandboxes,
     sockets::Listeners,
@@ -49,11 +50,11 @@ const PIN_SWEEP: Duration = Duration::from_secs(30);
 /// Time for a predecessor to be gone.
 const LOCK_TIME: Duration = Duration::from_secs(5);
 
-/// Runs netd until it is told to end.
+/// Runs netd until it is told to end; shows its metrics on the listener, if there is one.
 ///
 /// # Errors
 /// When it cannot begin. What is in the kernel stays as it is.
-pub async fn run(config: Config) -> Result<()> {
+pub async fn run(config: Config, shown: Option<std::net::TcpListener>) -> Result<()> {
     let end = signal::shutdown().context("cannot listen for signals")?;
     // Flows and loops end at once; what brings their records away ends after them.
     let tasks = Tasks::new(end.clone());
@@ -77,7 +78,8 @@ pub async fn run(config: Config) -> Result<()> {
         .await
         .context("cannot learn the node's addresses")?;
     let sandboxes = Arc::new(Sandboxes::default());
-    let audit = Arc::new(Audit::default());
+    let metrics = Metrics::default();
+    let audit = Arc::new(Audit::new(metrics.clone()));
 
     let mut enforcer = Enforcer::new(
         Arc::clone(&datapath),
@@ -98,7 +100,11 @@ pub async fn run(config: Config) -> Result<()> {
         sandboxes: Arc::clone(&sandboxes),
         audit: Arc::clone(&audit),
         dialer,
-        broker: Arc::clone(&controller) as Arc<dyn Broker>,
+        broker: Arc::new(Counted {
+            broker: Arc::clone(&controller) as Arc<dyn Broker>,
+            metrics: metrics.clone(),
+        }),
+        metrics: metrics.clone(),
         upstream: Arc::new(upstream),
         greeting: Arc::clone(&greeting),
         tasks: tasks.clone(),
@@ -106,6 +112,7 @@ pub async fn run(config: Config) -> Result<()> {
     let resolver = Arc::new(Resolver {
         sandboxes: Arc::clone(&sandboxes),
         audit: Arc::clone(&audit),
+        metrics: metrics.clone(),
         servers: Servers::new(config.dns_upstream.clone()),
         platform,
         node,
@@ -119,6 +126,7 @@ pub async fn run(config: Config) -> Result<()> {
             .context("cannot read the kernel's denials")?,
         Arc::clone(&sandboxes),
         Arc::clone(&audit),
+        metrics.clone(),
         end.clone(),
     )
     .context("cannot start a thread")?;
@@ -134,6 +142,16 @@ pub async fn run(config: Config) -> Result<()> {
 
     let (ready, readiness) = watch::channel::<Ready>(Err("the canaries have not returned yet".to_owned()));
     let (enforced, news) = watch::channel(None);
+    if let Some(listener) = shown {
+        let present = Present {
+            sandboxes,
+            audit: Arc::clone(&audit),
+            datapath: Arc::clone(&datapath),
+            enforced: news.clone(),
+            ready: readiness.clone(),
+        };
+        show_metrics(listener, &metrics, present, &tasks)?;
+    }
     fly_canaries(&tasks, &config, datapath, greeting, ready);
     let feed = Feed {
         controller: Arc::clone(&controller),
@@ -164,6 +182,18 @@ pub async fn run(config: Config) -> Result<()> {
     // They never end by themselves.
     let _stopped = late.drain(Duration::ZERO).await;
     ended
+}
+
+fn show_metrics(
+    listener: std::net::TcpListener,
+    metrics: &Metrics,
+    present: Present,
+    tasks: &Tasks,
+) -> Result<()> {
+    let mut registry = sandgate_daemon::metrics::registry("netd");
+    metrics.register(&mut registry);
+    registry.register_collector(Box::new(present));
+    sandgate_daemon::metrics::serve(listener, registry, None, tasks).context("cannot serve the metrics")
 }
 
 async fn open_datapath(config: &Config, platform: &Arc<Platform>) -> Result<Arc<Datapath>> {

@@ -22,7 +22,10 @@ use sandgate_policy::{FailureMode, Reason};
 use tokio::{sync::Notify, time::MissedTickBehavior};
 
 use self::{gather::Gatherer, queue::Queue};
-use crate::sandbox::{Decision, Sandbox};
+use crate::{
+    metrics::Metrics,
+    sandbox::{Decision, Sandbox},
+};
 
 /// How long equal denials are put together before they become a record.
 pub const GATHER_TIME: Duration = Duration::from_secs(1);
@@ -30,6 +33,7 @@ pub const GATHER_TIME: Duration = Duration::from_secs(1);
 /// Where records wait for the controller.
 #[derive(Default)]
 pub struct Audit {
+    metrics: Metrics,
     state: Mutex<State>,
     /// Told when there is something to deliver.
     filled: Notify,
@@ -98,6 +102,24 @@ pub struct Passed {
 }
 
 impl Audit {
+    /// Counts what it records in `metrics`.
+    pub fn new(metrics: Metrics) -> Self {
+        Self {
+            metrics,
+            ..Self::default()
+        }
+    }
+
+    /// Records that wait to be delivered.
+    pub fn waiting(&self) -> usize {
+        self.lock().queue.len()
+    }
+
+    /// Records that a full queue gave up since netd began.
+    pub fn lost(&self) -> u64 {
+        self.lock().queue.lost()
+    }
+
     /// Whether a new flow of this sandbox could be recorded, or need not be.
     pub fn has_room(&self, owner: &Owner) -> bool {
         match owner.mode {
@@ -108,6 +130,8 @@ impl Audit {
 
     /// Records a denial, put together with equal ones of the same second.
     pub fn deny(&self, owner: &Owner, decision: &Decision, attempt: Attempt, repeated: u64) {
+        self.metrics
+            .decided(attempt.protocol, decision.is_allowed(), decision.reason, repeated);
         self.lock().gatherer.add(
             owner.clone(),
             decision.clone(),
@@ -119,6 +143,14 @@ impl Audit {
 
     /// Records a flow that was admitted, however it ended, or a request inside it. Returns the record's id.
     pub fn flow(&self, owner: &Owner, decision: &Decision, attempt: Attempt, passed: Passed) -> String {
+        self.metrics
+            .decided(attempt.protocol, decision.is_allowed(), decision.reason, 1);
+        self.begun(owner, decision, attempt, passed)
+    }
+
+    /// Records that a flow was admitted which will be recorded again when it ends, and is counted then. Returns
+    /// the record's id.
+    pub fn begun(&self, owner: &Owner, decision: &Decision, attempt: Attempt, passed: Passed) -> String {
         let event = event(owner, decision, attempt, passed, 1);
         let id = event.id.clone();
         self.lock().queue.push(owner.mode, event);

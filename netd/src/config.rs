@@ -2,13 +2,16 @@
 
 use std::{
     fs, io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
 };
 
 use clap::Parser;
 use ipnet::Ipv4Net;
+use sandgate_daemon::metrics::{InvalidPlace, Place};
 use sandgate_policy::PrivateException;
+
+use crate::metrics::ADDRESS_VARIABLE;
 
 /// Enforces the egress of every sandbox on this node. Started by `controller up`.
 #[derive(Debug, Parser)]
@@ -47,6 +50,14 @@ pub struct Arguments {
     /// PEM file of roots that servers are verified against besides the system's, where requests are read
     #[arg(long, env = "SANDGATE_UPSTREAM_CA_FILE", value_name = "FILE")]
     pub upstream_ca_file: Option<PathBuf>,
+    /// Where netd shows its metrics, or `off`
+    #[arg(
+        long,
+        env = "SANDGATE_NETD_METRICS_ADDR",
+        default_value = "127.0.0.1:9465",
+        value_name = "ADDRESS"
+    )]
+    pub metrics_addr: String,
     /// Name under which the controller knows this node
     #[arg(long, default_value = "local", value_name = "NAME")]
     pub node: String,
@@ -67,6 +78,8 @@ pub struct Config {
     pub kernel_pass: KernelPass,
     /// Roots that servers are verified against besides the system's.
     pub upstream_ca_file: Option<PathBuf>,
+    /// Where its metrics are shown.
+    pub metrics_addr: Place,
     /// Name under which the controller knows this node.
     pub node: String,
 }
@@ -92,6 +105,8 @@ pub struct ConfigError {
 
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 const DNS_PORT: u16 = 53;
+/// Also where an empty variable leaves it.
+const DEFAULT_METRICS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9465);
 /// The smallest range in which there is room for a sandbox and the canary.
 const SMALLEST_CIDR: u8 = 29;
 
@@ -138,6 +153,12 @@ impl TryFrom<Arguments> for Config {
             upstream_ca_file: arguments
                 .upstream_ca_file
                 .filter(|path| !path.as_os_str().is_empty()),
+            metrics_addr: match arguments.metrics_addr.trim() {
+                "" => Place::At(DEFAULT_METRICS),
+                text => text
+                    .parse()
+                    .map_err(|error: InvalidPlace| invalid(ADDRESS_VARIABLE, error.to_string()))?,
+            },
             node,
         })
     }
@@ -246,6 +267,7 @@ mod tests {
             sandbox_cidr: "10.213.0.0/16".into(),
             kernel_pass: "auto".into(),
             upstream_ca_file: None,
+            metrics_addr: "off".into(),
             node: "local".into(),
         }
     }
@@ -261,7 +283,7 @@ mod tests {
     #[test]
     fn what_is_wrong_is_named() {
         type Spoil = fn(&mut Arguments);
-        let cases: [(&str, Spoil); 10] = [
+        let cases: [(&str, Spoil); 11] = [
             ("SANDGATE_RUN_DIR", |arguments| arguments.run_dir = "run".into()),
             ("SANDGATE_DNS_UPSTREAM", |arguments| {
                 arguments.dns_upstream = Some("192.0.2.53".into())
@@ -286,6 +308,9 @@ mod tests {
             }),
             ("SANDGATE_KERNEL_PASS", |arguments| {
                 arguments.kernel_pass = "on".into()
+            }),
+            ("SANDGATE_NETD_METRICS_ADDR", |arguments| {
+                arguments.metrics_addr = "9465".into()
             }),
             ("--node", |arguments| arguments.node = "a&b".into()),
         ];

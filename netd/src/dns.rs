@@ -9,6 +9,7 @@ pub mod upstream;
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::Arc,
+    time::Instant,
 };
 
 use hickory_proto::op::ResponseCode;
@@ -22,6 +23,7 @@ use self::{
 };
 use crate::{
     audit::{Attempt, Audit, Owner},
+    metrics::{Metrics, QueryEnd},
     nodeaddr::NodeAddresses,
     sandbox::{Decision, PinError, Sandbox, Sandboxes},
 };
@@ -32,6 +34,8 @@ pub struct Resolver {
     pub sandboxes: Arc<Sandboxes>,
     /// Where refusals are recorded.
     pub audit: Arc<Audit>,
+    /// Where questions are counted.
+    pub metrics: Metrics,
     /// Who knows.
     pub servers: Servers,
     /// What nobody may learn.
@@ -60,6 +64,7 @@ impl Resolver {
         let question = match message::read(packet) {
             Received::Question(question) => question,
             Received::Improper(answer, code) => {
+                self.metrics.asked(QueryEnd::Malformed);
                 self.record(
                     sandbox,
                     None,
@@ -71,16 +76,16 @@ impl Resolver {
             Received::Nothing => return Reply::Silence,
         };
         let payload = question.payload;
-        Reply::Answer {
-            answer: self.answer(sandbox, &question).await,
-            payload,
-        }
+        let (answer, end) = self.answer(sandbox, &question).await;
+        self.metrics.asked(end);
+        Reply::Answer { answer, payload }
     }
 
     /// What a sandbox gets that has too many questions open: an answer that costs nothing.
     fn over_limit(&self, sandbox: &Sandbox, packet: &[u8]) -> Reply {
         match message::read(packet) {
             Received::Question(question) => {
+                self.metrics.asked(QueryEnd::Limited);
                 let detail = Some("too many questions at once".to_owned());
                 self.record(sandbox, None, Decision::of(Reason::Quota), detail);
                 Reply::Answer {
@@ -88,39 +93,53 @@ impl Resolver {
                     payload: question.payload,
                 }
             }
-            Received::Improper(answer, _) => Reply::Plain(answer),
+            Received::Improper(answer, _) => {
+                self.metrics.asked(QueryEnd::Malformed);
+                Reply::Plain(answer)
+            }
             Received::Nothing => Reply::Silence,
         }
     }
 
-    async fn answer(&self, sandbox: &Sandbox, question: &Question) -> Answer {
+    async fn answer(&self, sandbox: &Sandbox, question: &Question) -> (Answer, QueryEnd) {
         let refuse = |decision: Decision, detail: Option<String>| {
             self.record(sandbox, Some(question.display_name()), decision, detail);
             question.answer(ResponseCode::Refused)
         };
         if let Asked::Other(kind) = question.asked() {
-            return refuse(Decision::of(Reason::DnsType), Some(format!("type {kind}")));
+            let refused = refuse(Decision::of(Reason::DnsType), Some(format!("type {kind}")));
+            return (refused, QueryEnd::Type);
         }
         let Some(name) = question.name() else {
-            return refuse(
+            let refused = refuse(
                 Decision::of(Reason::DnsRefused),
                 Some("not a host name".to_owned()),
             );
+            return (refused, QueryEnd::Refused);
         };
         let decision = sandbox.judge_name(&name);
         if !decision.is_allowed() {
-            return refuse(decision.because(Reason::DnsRefused), None);
+            return (
+                refuse(decision.because(Reason::DnsRefused), None),
+                QueryEnd::Refused,
+            );
         }
         if question.asked() == Asked::Withheld {
-            return question.answer(ResponseCode::NoError);
+            return (question.answer(ResponseCode::NoError), QueryEnd::Empty);
         }
-        let resolved = match self.servers.resolve(&name).await {
+        let clock = Instant::now();
+        let upstream = self.servers.resolve(&name).await;
+        self.metrics.resolved(clock.elapsed());
+        let failed = || (question.answer(ResponseCode::ServFail), QueryEnd::Failed);
+        let resolved = match upstream {
             Ok(Upstream::Exists(resolved)) => resolved,
-            Ok(Upstream::NoSuchName(_)) => return question.answer(ResponseCode::NXDomain),
-            Ok(Upstream::Truncated) => return question.answer(ResponseCode::ServFail),
+            Ok(Upstream::NoSuchName(_)) => {
+                return (question.answer(ResponseCode::NXDomain), QueryEnd::NoSuchName);
+            }
+            Ok(Upstream::Truncated) => return failed(),
             Err(error) => {
                 tracing::warn!(sandbox_id = %sandbox.id, %error, "cannot resolve a name");
-                return question.answer(ResponseCode::ServFail);
+                return failed();
             }
         };
         let kept: Vec<Ipv4Addr> = self.public(&resolved);
@@ -133,14 +152,18 @@ impl Resolver {
                 Decision::of(Reason::DnsRebinding),
                 detail,
             );
-            return question.answer(ResponseCode::NXDomain);
+            return (question.answer(ResponseCode::NXDomain), QueryEnd::Rebinding);
         }
         match sandbox.pin(&name, &kept) {
-            Ok(()) => question.resolved(&resolved, &kept),
-            Err(PinError::NotAllowed(decision)) => refuse(decision.because(Reason::DnsRefused), None),
+            Ok(()) if kept.is_empty() => (question.resolved(&resolved, &kept), QueryEnd::Empty),
+            Ok(()) => (question.resolved(&resolved, &kept), QueryEnd::Answered),
+            Err(PinError::NotAllowed(decision)) => (
+                refuse(decision.because(Reason::DnsRefused), None),
+                QueryEnd::Refused,
+            ),
             Err(error @ (PinError::Kernel(_) | PinError::Log(_))) => {
                 tracing::error!(sandbox_id = %sandbox.id, %error, "cannot pin an answer");
-                question.answer(ResponseCode::ServFail)
+                failed()
             }
         }
     }

@@ -24,6 +24,7 @@ use crate::{
     audit::Audit,
     canary::Greeting,
     intercept::{leases::Broker, upstream::UpstreamTls},
+    metrics::Metrics,
     sandbox::Sandboxes,
 };
 
@@ -36,6 +37,8 @@ pub struct Egress {
     pub sandboxes: Arc<Sandboxes>,
     /// Where it is recorded.
     pub audit: Arc<Audit>,
+    /// Where it is counted.
+    pub metrics: Metrics,
     /// How it goes on.
     pub dialer: Dialer,
     /// Who gives values and authorities for the flows that are read.

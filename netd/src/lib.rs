@@ -18,6 +18,7 @@ pub mod egress;
 pub mod feed;
 pub mod intercept;
 pub mod kernel;
+pub mod metrics;
 pub mod node;
 pub mod nodeaddr;
 pub mod pins;

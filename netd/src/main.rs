@@ -6,8 +6,9 @@ use clap::Parser as _;
 use netd::{
     app,
     config::{Arguments, Config},
+    metrics::ADDRESS_VARIABLE,
 };
-use sandgate_daemon::telemetry;
+use sandgate_daemon::{metrics, telemetry};
 
 /// `EX_USAGE` of sysexits.h: the configuration is wrong, and starting again will not help.
 const USAGE: u8 = 64;
@@ -36,6 +37,13 @@ fn main() -> ExitCode {
             return ExitCode::from(USAGE);
         }
     };
+    let shown = match metrics::listen(ADDRESS_VARIABLE, config.metrics_addr) {
+        Ok(shown) => shown,
+        Err(error) => {
+            eprintln!("netd: {error}");
+            return ExitCode::from(USAGE);
+        }
+    };
     if let Err(error) = telemetry::init("netd") {
         eprintln!("netd: {error}");
         return ExitCode::from(USAGE);
@@ -47,7 +55,7 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match runtime.block_on(app::run(config)) {
+    match runtime.block_on(app::run(config, shown)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(error = format!("{error:#}"), "netd ends");

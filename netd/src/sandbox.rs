@@ -121,6 +121,13 @@ pub enum PinError {
     Log(#[source] io::Error),
 }
 
+impl Limits {
+    /// How many connections are open.
+    pub fn open_flows(&self) -> usize {
+        FLOWS_MAX - self.flows.available_permits()
+    }
+}
+
 impl Sandbox {
     /// A sandbox that is attached in the kernel. Its pins of an earlier netd are read back from `pin_file`;
     /// the kernel is told of those whose names `rules` allow.
@@ -164,6 +171,11 @@ impl Sandbox {
             flow_ended: Notify::new(),
             datapath,
         })
+    }
+
+    /// How many addresses it holds under a name.
+    pub fn pins(&self) -> usize {
+        self.lock().enforced.pins().len()
     }
 
     /// Whether flows go on when they cannot be recorded.

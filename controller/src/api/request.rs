@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use axum::{
-    extract::{MatchedPath, Request},
+    extract::{MatchedPath, Request, State},
     middleware::Next,
     response::Response,
 };
@@ -11,6 +11,7 @@ use http::{HeaderName, HeaderValue, Method};
 use tracing::Instrument as _;
 
 use super::error::ApiError;
+use crate::metrics::{Metrics, Requested};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -22,13 +23,14 @@ const PROBES: [&str; 2] = ["/health", "/ready"];
 
 /// Names the request in the log, in the answer's header and in an error's body. The log line holds the
 /// route and never the query, which may hold a token.
-pub(super) async fn around(request: Request, next: Next) -> Response {
+pub(super) async fn around(State(metrics): State<Metrics>, request: Request, next: Next) -> Response {
     let id = given_id(&request).unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
     let route = request
         .extensions()
         .get::<MatchedPath>()
         .map(|path| path.as_str().to_owned());
     let method: Method = request.method().clone();
+    let watched = Requested::new(metrics, route.as_deref(), &method);
     let span = tracing::info_span!("request", request_id = %id);
     async move {
         let began = Instant::now();
@@ -41,6 +43,7 @@ pub(super) async fn around(request: Request, next: Next) -> Response {
         if let Ok(value) = HeaderValue::from_str(&id) {
             response.headers_mut().insert(REQUEST_ID, value);
         }
+        watched.answered(response.status());
         let status = response.status().as_u16();
         let took_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
         let route = route.as_deref().unwrap_or("-");

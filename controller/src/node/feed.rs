@@ -1,6 +1,6 @@
 //! The feed server: HTTP/1.1 on sockets that netd passed in.
 
-use std::{convert::Infallible, io, time::Duration};
+use std::{convert::Infallible, io, sync::atomic::Ordering, time::Duration};
 
 use axum::{
     Router,
@@ -195,7 +195,11 @@ async fn audit(State(context): State<Context>, body: Bytes) -> Response {
         Err(error) => return refused(&error),
     };
     match context.store.insert_audit(&batch.events).await {
-        Ok(()) => done(),
+        Ok(()) => {
+            let count = u64::try_from(batch.events.len()).unwrap_or(u64::MAX);
+            context.link.shared.records.fetch_add(count, Ordering::Relaxed);
+            done()
+        }
         Err(error) => failed(&error),
     }
 }

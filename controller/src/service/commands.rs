@@ -9,7 +9,10 @@ use sandgate_api::{
 pub use sandgate_api::agent::Command;
 
 use super::{Service, ServiceError};
-use crate::agent::{Agent, AgentError, ExecEvent, ExecStream};
+use crate::{
+    agent::{Agent, AgentError, ExecEvent, ExecStream},
+    metrics::{CommandEnd, Watched},
+};
 
 /// Most bytes of each of the two outputs in a buffered answer. The rest is read and thrown away, so that the
 /// command is not held up.
@@ -33,12 +36,28 @@ pub struct Output {
 }
 
 /// A command that runs. Dropping it ends the command.
-pub struct Running(ExecStream);
+pub struct Running {
+    stream: ExecStream,
+    watched: Watched,
+}
 
 impl Running {
     /// The next event; none after the last.
     pub async fn next(&mut self) -> Option<Result<ExecEvent, AgentError>> {
-        self.0.next().await
+        let event = self.stream.next().await;
+        match &event {
+            Some(Ok(ExecEvent::Exited {
+                exit_code, timed_out, ..
+            })) => self.watched.ended(match (timed_out, exit_code) {
+                (true, _) => CommandEnd::TimedOut,
+                (false, 0) => CommandEnd::Success,
+                (false, _) => CommandEnd::Failure,
+            }),
+            Some(Err(_)) => self.watched.ended(CommandEnd::Lost),
+            Some(Ok(ExecEvent::Stdout(_) | ExecEvent::Stderr(_))) => {}
+            None => self.watched.lost(),
+        }
+        event
     }
 }
 
@@ -56,7 +75,11 @@ impl Service {
     ) -> Result<Running, ServiceError> {
         let record = self.running(org_id, id).await?;
         let exec = self.with_secrets(&record, exec).await?;
-        Ok(Running(self.dial_agent(id).await?.exec(exec).await?))
+        let stream = self.dial_agent(id).await?.exec(exec).await?;
+        Ok(Running {
+            stream,
+            watched: Watched::new(self.shared.metrics.clone()),
+        })
     }
 
     /// Runs a command to its end. Dropping the future ends the command.

@@ -1,6 +1,6 @@
 //! Egress policies: checked, committed with a revision, and applied by the node before the answer.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sandgate_api::{
     feed::{Revision, TierName},
@@ -15,6 +15,7 @@ use super::{
     secrets::{clash, unbound, unbound_rule},
 };
 use crate::{
+    metrics::Applied,
     node::Enforcement,
     store::{PolicyChange, SandboxRecord, SecretChoice, StoredPolicy},
 };
@@ -222,21 +223,27 @@ impl Service {
     }
 
     async fn applied(&self, change: &PolicyChange) -> bool {
-        if change.concerns.is_empty() {
-            return true;
-        }
-        match self
-            .shared
-            .node
-            .enforced(change.stored.revision, &change.concerns, APPLY_TIMEOUT)
-            .await
-        {
-            Enforcement::Applied => true,
-            Enforcement::Refused(message) => {
-                tracing::error!(message, "the node cannot enforce a policy that was accepted");
-                false
+        let began = Instant::now();
+        let outcome = if change.concerns.is_empty() {
+            Applied::Unused
+        } else {
+            let node = &self.shared.node;
+            match node
+                .enforced(change.stored.revision, &change.concerns, APPLY_TIMEOUT)
+                .await
+            {
+                Enforcement::Applied => Applied::InForce,
+                Enforcement::Refused(message) => {
+                    tracing::error!(message, "the node cannot enforce a policy that was accepted");
+                    Applied::Refused
+                }
+                Enforcement::Pending => Applied::Pending,
             }
-            Enforcement::Pending => false,
+        };
+        self.shared.metrics.policy_change(outcome, began.elapsed());
+        match outcome {
+            Applied::InForce | Applied::Unused => true,
+            Applied::Refused | Applied::Pending => false,
         }
     }
 }

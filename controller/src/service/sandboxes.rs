@@ -19,6 +19,7 @@ use crate::{
     authority::{Authority, FIRST_GENERATION},
     config::SandboxDefaults,
     lifecycle::{Cause, State},
+    metrics::{Creating, Creation},
     spec::{LIFETIME_SECONDS, SandboxSpec},
     store::{AuthorityRecord, Conflict, NewSandbox, SandboxRecord, SecretChoice, StoreError},
 };
@@ -87,6 +88,27 @@ impl Service {
         request: SandboxRequest,
     ) -> Result<Started, ServiceError> {
         let asked = Instant::now();
+        let watched = Creating::new(self.shared.metrics.clone());
+        let (record, settled) = match self.make_sandbox(org_id, request).await {
+            Ok(made) => made,
+            Err(error) => {
+                watched.ended(refused(&error));
+                return Err(error);
+            }
+        };
+        watched.ended(settled.as_ref().map_or(Creation::Unavailable, outcome));
+        let started = started(record, settled, asked)?;
+        if let Some(metrics) = &started.sandbox.startup_metrics {
+            self.shared.metrics.started(&metrics.breakdown, metrics.total_ms);
+        }
+        Ok(started)
+    }
+
+    async fn make_sandbox(
+        &self,
+        org_id: &OrgId,
+        request: SandboxRequest,
+    ) -> Result<(SandboxRecord, Option<Progress>), ServiceError> {
         let backend = self.backend()?;
         if !self.shared.node.state().ready {
             return Err(ServiceError::Unavailable(
@@ -128,8 +150,7 @@ impl Service {
         unwanted.id = Some(new.id.clone());
         let settled = keeper::settled(progress).await;
         unwanted.id = None;
-        let record = self.record(org_id, &new.id).await?;
-        started(record, settled, asked)
+        Ok((self.record(org_id, &new.id).await?, settled))
     }
 
     fn new_authority(&self, id: &SandboxId, now: Timestamp) -> Result<AuthorityRecord, ServiceError> {
@@ -288,6 +309,39 @@ impl Service {
                 record.status.as_str()
             ))),
         }
+    }
+}
+
+/// What a creation that never began is counted as.
+fn refused(error: &ServiceError) -> Creation {
+    match error {
+        ServiceError::Invalid { .. }
+        | ServiceError::Unauthorized(_)
+        | ServiceError::Forbidden(_)
+        | ServiceError::SandboxNotFound(_)
+        | ServiceError::FileNotFound(_)
+        | ServiceError::NotFound(_)
+        | ServiceError::Conflict(_)
+        | ServiceError::Stale { .. }
+        | ServiceError::TooLarge(_) => Creation::Invalid,
+        ServiceError::Quota(_) => Creation::Quota,
+        ServiceError::Unavailable(_) => Creation::Unavailable,
+        ServiceError::Store(_) | ServiceError::Internal(_) => Creation::Failed,
+    }
+}
+
+/// What one that began is counted as.
+fn outcome(progress: &Progress) -> Creation {
+    if progress.state == State::Running {
+        return Creation::Created;
+    }
+    match &progress.failure {
+        Some(Failure::NoCapacity(_)) => Creation::NoCapacity,
+        Some(Failure::Invalid { .. }) => Creation::Invalid,
+        Some(Failure::NotEnforceable(_)) => Creation::NotEnforceable,
+        Some(Failure::NodeSilent) => Creation::NodeSilent,
+        Some(Failure::Internal) => Creation::Failed,
+        None => Creation::Stopped,
     }
 }
 

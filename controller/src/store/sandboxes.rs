@@ -84,6 +84,30 @@ pub struct SandboxRecord {
 }
 
 impl Store {
+    /// How many sandboxes stand where, of all organisations, without those that were deleted. Every status is
+    /// there, also with 0.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn count_sandboxes(&self) -> Result<Vec<(SandboxStatus, i64)>, StoreError> {
+        let rows = sqlx::query(
+            "SELECT status, count(*) AS count FROM sandboxes WHERE deleted_at IS NULL GROUP BY status",
+        )
+        .fetch_all(&self.readers)
+        .await?;
+        let mut counts: Vec<(SandboxStatus, i64)> =
+            SandboxStatus::ALL.iter().map(|status| (*status, 0)).collect();
+        for row in rows {
+            let stored: String = row.try_get("status")?;
+            for (status, count) in &mut counts {
+                if status.as_str() == stored {
+                    *count = row.try_get("count")?;
+                }
+            }
+        }
+        Ok(counts)
+    }
+
     /// Stores a new sandbox as `creating`.
     ///
     /// # Errors

@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Attempt, Audit, Owner};
 use crate::{
     kernel::{DenyEvent, EventReader},
+    metrics::Metrics,
     sandbox::{Decision, Sandbox, Sandboxes},
 };
 
@@ -36,6 +37,7 @@ pub fn follow(
     mut reader: EventReader,
     sandboxes: Arc<Sandboxes>,
     audit: Arc<Audit>,
+    metrics: Metrics,
     end: CancellationToken,
 ) -> std::io::Result<thread::JoinHandle<()>> {
     thread::Builder::new().name("denials".to_owned()).spawn(move || {
@@ -43,6 +45,7 @@ pub fn follow(
             match reader.next_batch(WAIT) {
                 Ok(events) => {
                     for event in events {
+                        metrics.denied_in_kernel(event.reason, event.repeated.max(1));
                         // Nobody's: an interface that is no sandbox's, or the canary.
                         if let Some(sandbox) = sandboxes.by_ordinal(event.ordinal) {
                             record(&audit, &sandbox, &event);

@@ -22,6 +22,7 @@ pub(super) struct Queue {
     /// Lanes with something in them, the one whose turn it is first.
     turns: VecDeque<SandboxId>,
     length: usize,
+    lost: u64,
     in_flight: Vec<AuditEvent>,
 }
 
@@ -55,13 +56,25 @@ impl Queue {
         if full {
             let Some(oldest) = lane.records.pop_front() else {
                 lane.lost = lane.lost.saturating_add(event.repeated);
+                self.lost = self.lost.saturating_add(event.repeated);
                 return;
             };
             lane.lost = lane.lost.saturating_add(oldest.repeated);
+            self.lost = self.lost.saturating_add(oldest.repeated);
             self.length -= 1;
         }
         lane.records.push_back(event);
         self.length += 1;
+    }
+
+    /// Records that are not delivered yet.
+    pub(super) fn len(&self) -> usize {
+        self.length + self.in_flight.len()
+    }
+
+    /// Records that were given up, ever.
+    pub(super) fn lost(&self) -> u64 {
+        self.lost
     }
 
     /// The next records to deliver, at most `limit`: the same again until [`Self::delivered`].

@@ -195,6 +195,7 @@ impl Egress {
             up: traffic.up(),
             down: traffic.down(),
         };
+        self.metrics.carried(passed.up, passed.down);
         self.audit
             .flow(&entry.owner, &decision, said.attempt(entry.to), passed);
         // Closed before the flow leaves the books: who waits for that may rely on it.

@@ -24,6 +24,7 @@ use crate::{
         leases::{Lease, Unavailable},
         near::{Meter, Near},
     },
+    metrics::InterceptionEnd,
     sandbox::{Admitted, CutReason, Decision, RequestFacts, Sandbox},
 };
 
@@ -126,6 +127,7 @@ impl Egress {
         let sandbox = Arc::clone(admitted.sandbox());
         let Ok(_slot) = Arc::clone(&sandbox.limits.intercepted).try_acquire_owned() else {
             refuse(&near);
+            self.metrics.intercepted(InterceptionEnd::Limited);
             let attempt = Attempt {
                 detail: Some("too many connections at once whose requests are read".to_owned()),
                 ..said(&target, "tls")
@@ -141,7 +143,7 @@ impl Egress {
             ..said(&target, "tls")
         };
         self.audit
-            .flow(&entry.owner, &decision, opened, Passed::nothing(entry.began));
+            .begun(&entry.owner, &decision, opened, Passed::nothing(entry.began));
         let meter = Arc::new(Meter::default());
         let world = Arc::new(Surroundings {
             egress: Arc::clone(self),
@@ -164,6 +166,13 @@ impl Egress {
             meter.reset();
         }
         drop(work);
+        self.metrics.intercepted(match ended {
+            Ended::Well => InterceptionEnd::Closed,
+            Ended::Stopped(_) => InterceptionEnd::Stopped,
+            Ended::Client(_) => InterceptionEnd::Client,
+            Ended::Cut(_) => InterceptionEnd::Cut,
+            Ended::Failed(..) => InterceptionEnd::Failed,
+        });
         let (decision, ended) = ended.settle(decision);
         detail = ended.or(detail);
         let attempt = Attempt {
@@ -176,6 +185,7 @@ impl Egress {
             up: meter.traffic.up(),
             down: meter.traffic.down(),
         };
+        self.metrics.carried(passed.up, passed.down);
         self.audit.flow(&entry.owner, &decision, attempt, passed);
     }
 

@@ -22,6 +22,15 @@ pub enum SandboxStatus {
 }
 
 impl SandboxStatus {
+    /// Every status, in the order of a sandbox's life.
+    pub const ALL: &'static [Self] = &[
+        Self::Creating,
+        Self::Running,
+        Self::Terminating,
+        Self::Terminated,
+        Self::Error,
+    ];
+
     /// The word on the wire and in the store.
     pub fn as_str(self) -> &'static str {
         match self {

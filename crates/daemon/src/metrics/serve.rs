@@ -113,7 +113,7 @@ async fn connection(stream: TcpStream, shown: Arc<Shown>) {
     }
 }
 
-async fn answer(request: &Request<Incoming>, shown: &Shown) -> Response<Full<Bytes>> {
+async fn answer(request: &Request<Incoming>, shown: &Arc<Shown>) -> Response<Full<Bytes>> {
     let path = request.uri().path();
     if !matches!(path, "/metrics" | "/healthz") {
         return plain(StatusCode::NOT_FOUND, "there are /metrics and /healthz\n");
@@ -133,14 +133,21 @@ async fn answer(request: &Request<Incoming>, shown: &Shown) -> Response<Full<Byt
     {
         tracing::warn!("some metrics could not be brought up to date in time");
     }
-    let mut body = String::with_capacity(16 * 1024);
-    if text::encode(&mut body, &shown.registry).is_err() {
-        return plain(
+    // Collectors read files and ask the kernel: not on a thread that serves others.
+    let written = tokio::task::spawn_blocking({
+        let shown = Arc::clone(shown);
+        move || {
+            let mut body = String::with_capacity(16 * 1024);
+            text::encode(&mut body, &shown.registry).map(|()| body)
+        }
+    });
+    match written.await {
+        Ok(Ok(body)) => typed(StatusCode::OK, OPENMETRICS, body),
+        Ok(Err(_)) | Err(_) => plain(
             StatusCode::INTERNAL_SERVER_ERROR,
             "the metrics cannot be written\n",
-        );
+        ),
     }
-    typed(StatusCode::OK, OPENMETRICS, body)
 }
 
 fn plain(status: StatusCode, text: &'static str) -> Response<Full<Bytes>> {
