@@ -72,6 +72,12 @@ impl Activity {
         self.last.store(passed, Ordering::Relaxed);
     }
 
+    /// How long nothing has moved.
+    pub fn since(&self) -> Duration {
+        let last = self.began + Duration::from_millis(self.last.load(Ordering::Relaxed));
+        Instant::now().saturating_duration_since(last)
+    }
+
     /// Waits until nothing has moved for `limit`.
     pub async fn silence(&self, limit: Duration) {
         loop {
