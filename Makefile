@@ -1,7 +1,7 @@
 # Sandgate's verbs. Each is a few lines: the work is in deploy/setup.sh, deploy/build.sh and cargo.
 #
 # Variables: CARGO_TARGET_DIR (default target), CARGO_FLAGS (default --locked when CI is set),
-# SANDGATE_TOOLCHAIN_DIR and SANDGATE_IMAGE_DIR (see deploy/setup.sh), ARGS (passed on by run and test).
+# SANDGATE_TOOLCHAIN_DIR and SANDGATE_IMAGE_DIR (see deploy/setup.sh), ARGS (passed on by run, test and bench).
 
 TARGET_DIR  := $(abspath $(or $(CARGO_TARGET_DIR),target))
 BIN_DIR     := $(TARGET_DIR)/release
@@ -18,7 +18,7 @@ WORKSPACE := --workspace --exclude netd-ebpf
 
 # One verb after the other, also under `make -j`: build needs what setup installs.
 .NOTPARALLEL:
-.PHONY: help setup build run test lint fmt clean
+.PHONY: help setup build run test bench lint fmt clean
 
 help: ## list these verbs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,11 @@ test: ## set up, build, run every test (as root: none is skipped)
 	@deploy/setup.sh --tests
 	@deploy/build.sh
 	REQUIRE_ROOT=1 SANDGATE_BIN_DIR=$(BIN_DIR) cargo test $(CARGO_FLAGS) $(WORKSPACE) --no-fail-fast $(ARGS)
+
+bench: ## measure, beside peers, and write tests/bench/RESULTS.md (ARGS="exec splice": only these)
+	@deploy/setup.sh --bench
+	@deploy/build.sh
+	SANDGATE_BIN_DIR=$(BIN_DIR) cargo bench $(CARGO_FLAGS) -p sandgate-tests --bench bench -- $(ARGS)
 
 lint: ## formatting and clippy, warnings are errors; cargo-deny where it is installed
 	cargo fmt --all --check

@@ -4,6 +4,7 @@
 #
 #   deploy/setup.sh            install what building and running need
 #   deploy/setup.sh --tests    the same, and what the tests need
+#   deploy/setup.sh --bench    the same, and what the benchmarks need: nginx, which is not started
 #   deploy/setup.sh --check    change nothing: list what is missing; exit 1 if anything is
 #
 # What it makes, and where (each may be moved by the variable in front):
@@ -28,15 +29,18 @@ BPF_LINKER_LLVM="21 22 23" # LLVM majors that this bpf-linker can be built with
 PACKAGES=(ca-certificates debian-archive-keyring e2fsprogs gcc iproute2 kmod libc6-dev make mmdebstrap mount nftables
   python3 runc util-linux)
 TEST_PACKAGES=(curl jq openssl tcpdump)
+BENCH_PACKAGES=(nginx libnginx-mod-stream)
 
 check_only=false
 with_tests=false
+with_bench=false
 for arg in "$@"; do
   case $arg in
     --check) check_only=true ;;
     --tests) with_tests=true ;;
+    --bench) with_bench=true ;;
     -h | --help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
-    *) echo "setup: unknown argument '$arg' (known: --tests, --check, --help)" >&2; exit 64 ;;
+    *) echo "setup: unknown argument '$arg' (known: --tests, --bench, --check, --help)" >&2; exit 64 ;;
   esac
 done
 
@@ -143,6 +147,15 @@ apt_install() {
   say "installing packages: $*"
   DEBIAN_FRONTEND=noninteractive quietly apt-get -o DPkg::Lock::Timeout=300 install -y --no-install-recommends "$@" ||
     fail "apt-get install failed; see above"
+}
+
+# Installs services without starting them: their programs are all that is wanted (invoke-rc.d asks policy-rc.d).
+apt_install_stopped() {
+  local policy=/usr/sbin/policy-rc.d status=0
+  [[ -e $policy ]] || { printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod 755 "$policy"; local ours=true; }
+  (apt_install "$@") || status=$?
+  [[ -z ${ours:-} ]] || rm -f "$policy"
+  ((status == 0)) || exit "$status"
 }
 
 apt_has() { apt-cache show --no-all-versions "$1" >/dev/null 2>&1; }
@@ -285,6 +298,7 @@ ARCH=$(uname -m)
 CODENAME=$(. /etc/os-release && [[ ${ID:-} == debian ]] && echo "${VERSION_CODENAME:-}") || CODENAME=
 wanted=("${PACKAGES[@]}")
 ! $with_tests || wanted+=("${TEST_PACKAGES[@]}")
+! $with_bench || wanted+=("${BENCH_PACKAGES[@]}")
 
 problems=$(machine_problems)
 if [[ -n $problems ]]; then
@@ -314,7 +328,9 @@ exec 9>/run/lock/sandgate-setup.lock
 flock -n 9 || { say "waiting for another set-up to end"; flock 9; }
 
 mapfile -t missing < <(packages_missing "${wanted[@]}")
-[[ ${#missing[@]} == 0 ]] || apt_install "${missing[@]}"
+if [[ ${#missing[@]} != 0 ]]; then
+  if $with_bench; then apt_install_stopped "${missing[@]}"; else apt_install "${missing[@]}"; fi
+fi
 ebpf_rustc >/dev/null || get_ebpf_rustc
 linker_ok || get_linker
 musl_settled || get_musl

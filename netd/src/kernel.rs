@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use aya::{TestRun as _, TestRunOptions};
+use aya::{TestRun as _, TestRunOptions, TestRunResult};
 use ipnet::{IpNet, Ipv4Net};
 use netd_common::{PortSpan, listener, wire};
 use sandgate_api::feed::Endpoint;
@@ -286,13 +286,17 @@ impl Datapath {
         self.state().tables.counters()
     }
 
-    /// Runs a program (`from_sandbox` or `to_sandbox`) on a crafted packet, without sending anything. For tests.
-    pub fn test_run(&self, program: &'static str, run: TestRunOptions<'_>) -> Result<u32, DatapathError> {
+    /// Runs a program (`from_sandbox` or `to_sandbox`) on a crafted packet, without sending anything. For tests and
+    /// benchmarks: the kernel's answer has the program's verdict and the mean time of a run.
+    pub fn test_run(
+        &self,
+        program: &'static str,
+        run: TestRunOptions<'_>,
+    ) -> Result<TestRunResult, DatapathError> {
         let mut state = self.state();
         let program_of = state.programs.program(program)?;
         self.router
             .run(|| program_of.test_run(run))?
-            .map(|result| result.return_value)
             .map_err(error::on_program("run", program))
     }
 

@@ -42,7 +42,8 @@ fn run(datapath: &Datapath, program: &'static str, ifindex: u32, set_mark: u32, 
     };
     let returned = datapath
         .test_run(program, options)
-        .unwrap_or_else(|error| panic!("{error}: {frame:x?}"));
+        .unwrap_or_else(|error| panic!("{error}: {frame:x?}"))
+        .return_value;
     let marked = u32::from_ne_bytes(after[MARK..MARK + 4].try_into().expect("four bytes"));
     (returned, marked)
 }

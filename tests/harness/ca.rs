@@ -8,7 +8,7 @@ use rcgen::{
 };
 use rustls::{
     ServerConfig,
-    pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer},
+    pki_types::{CertificateDer, PrivatePkcs8KeyDer},
 };
 
 /// When a certificate is valid.
@@ -69,6 +69,28 @@ impl CertificateAuthority {
         protocols: &[&str],
         validity: Validity,
     ) -> Result<Arc<ServerConfig>> {
+        let (certificate, key) = self.issue(names, validity)?;
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let mut config = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()?
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate], key.into())?;
+        config.alpn_protocols = protocols
+            .iter()
+            .map(|protocol| protocol.as_bytes().to_vec())
+            .collect();
+        Ok(Arc::new(config))
+    }
+
+    /// A certificate for `names` and its key.
+    ///
+    /// # Errors
+    /// When one of `names` is not a DNS name.
+    pub fn issue(
+        &self,
+        names: &[&str],
+        validity: Validity,
+    ) -> Result<(CertificateDer<'static>, PrivatePkcs8KeyDer<'static>)> {
         let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
         let mut params = CertificateParams::new(names.clone())?;
         if validity == Validity::Over {
@@ -81,16 +103,9 @@ impl CertificateAuthority {
         params.use_authority_key_identifier_extension = true;
         let key = KeyPair::generate()?;
         let certificate = params.signed_by(&key, &self.issuer)?;
-        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let mut config = ServerConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()?
-            .with_no_client_auth()
-            .with_single_cert(vec![certificate.der().clone()], key)?;
-        config.alpn_protocols = protocols
-            .iter()
-            .map(|protocol| protocol.as_bytes().to_vec())
-            .collect();
-        Ok(Arc::new(config))
+        Ok((
+            certificate.der().clone(),
+            PrivatePkcs8KeyDer::from(key.serialize_der()),
+        ))
     }
 }

@@ -72,6 +72,7 @@ pub struct Builder {
     mirrors: Vec<(IpAddr, Vec<&'static str>, Front)>,
     tcp: Vec<(SocketAddr, &'static str)>,
     udp: Vec<SocketAddr>,
+    unwatched: bool,
 }
 
 /// What a mirror shows by TLS.
@@ -97,7 +98,7 @@ pub struct World {
     pub mirror: Mirror,
     /// Signs the web servers' certificates.
     pub ca: CertificateAuthority,
-    capture: Capture,
+    capture: Option<Capture>,
     tcp: Vec<Collector>,
     udp: Vec<Collector>,
     // Dropped in this order: processes, then the namespaces they live in, then their files.
@@ -169,8 +170,11 @@ impl World {
     }
 
     /// Every packet between node and internet.
+    ///
+    /// # Panics
+    /// In a world that was built to be unwatched.
     pub fn capture(&self) -> &Capture {
-        &self.capture
+        self.capture.as_ref().expect("a watched world")
     }
 
     /// The TCP collector on an address of the internet.
@@ -280,6 +284,13 @@ impl Builder {
         self
     }
 
+    /// Without capture: for measurements, which a copy of every packet would be part of.
+    #[must_use]
+    pub fn unwatched(mut self) -> Self {
+        self.unwatched = true;
+        self
+    }
+
     /// Makes the world.
     ///
     /// # Errors
@@ -293,7 +304,11 @@ impl Builder {
         assert_no_uplink(&node, &internet)?;
         use_resolver(&node, directory.path())?;
         let init = Init::start(&node)?;
-        let capture = Capture::start(&internet, interface, Arc::clone(&node), GATEWAY)?;
+        let capture = if self.unwatched {
+            None
+        } else {
+            Some(Capture::start(&internet, interface, Arc::clone(&node), GATEWAY)?)
+        };
 
         let dns = Dns::default();
         for (name, answer) in self.names {

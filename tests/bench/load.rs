@@ -1,0 +1,161 @@
+//! Load: a process of its own in some network namespace, told what to do by one JSON argument, answering
+//! with one line of JSON. Owns the way between the benchmark and these processes. What they measure is
+//! measured in them, so that nothing of the harness is part of a figure.
+
+use std::{
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    net::SocketAddrV4,
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use harness::namespace::Namespace;
+use nix::{
+    sched::{CpuSet, sched_setaffinity},
+    unistd::Pid,
+};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+pub(crate) mod api;
+mod connects;
+mod lifetime;
+mod origin;
+mod policy;
+mod requests;
+pub(crate) mod stream;
+
+pub(crate) use connects::Connects;
+pub(crate) use lifetime::{Create, Execute, Lives};
+pub(crate) use origin::{BULK, Origin};
+pub(crate) use policy::{Change, Changes};
+pub(crate) use requests::{Rate, Requests};
+pub(crate) use stream::{Bulk, Target};
+
+/// The first argument of such a process.
+pub(crate) const WORD: &str = "load";
+/// The processors: client and server have one each, what is measured between them may use both.
+pub(crate) const CLIENT: usize = 0;
+/// See [`CLIENT`].
+pub(crate) const SERVER: usize = 1;
+
+/// What a process shall do.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) enum Task {
+    /// Serve HTTP until standard input ends.
+    Serve(Origin),
+    /// Read an endless answer. Gives bits a second.
+    Bulk(Bulk),
+    /// Connect, ask, close. Gives connections a second.
+    Connects(Connects),
+    /// Requests on connections that are kept. Gives [`Rate`].
+    Requests(Requests),
+    /// Create, run a command, stop. Gives [`Lives`].
+    Create(Create),
+    /// Run `true` in a sandbox. Gives milliseconds.
+    Execute(Execute),
+    /// Run `true` here, as the bound of what running it can cost. Gives milliseconds.
+    Spawn(usize),
+    /// Change a policy and watch for it. Gives [`Change`]s.
+    Policy(Changes),
+}
+
+/// A server that ends with this value.
+pub(crate) struct Server(Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.0.kill().ok();
+        self.0.wait().ok();
+    }
+}
+
+/// Starts a server and waits until it listens.
+pub(crate) fn serve(namespace: &Namespace, origin: Origin) -> Result<Server> {
+    let mut server = Server(start(namespace, SERVER, &Task::Serve(origin))?);
+    let mut line = String::new();
+    BufReader::new(server.0.stdout.as_mut().context("a pipe")?).read_line(&mut line)?;
+    ensure!(line == "ready\n", "the server did not start");
+    Ok(server)
+}
+
+/// Has a load made and gives what was measured.
+pub(crate) fn run<T: DeserializeOwned>(namespace: &Namespace, task: &Task) -> Result<T> {
+    let output = start(namespace, CLIENT, task)?.wait_with_output()?;
+    ensure!(output.status.success(), "{task:?} ended with {}", output.status);
+    serde_json::from_slice(&output.stdout)
+        .with_context(|| format!("{task:?} wrote {:?}", String::from_utf8_lossy(&output.stdout)))
+}
+
+fn start(namespace: &Namespace, processor: usize, task: &Task) -> Result<Child> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command
+        .args([WORD, &processor.to_string(), &serde_json::to_string(task)?])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped());
+    namespace.run(move || command.spawn()).context("starting a load")
+}
+
+/// The life of such a process.
+pub(crate) fn main(mut arguments: impl Iterator<Item = String>) -> Result<()> {
+    let processor: usize = arguments.next().context("a processor")?.parse()?;
+    let task: Task = serde_json::from_str(&arguments.next().context("a task")?)?;
+    let available = std::thread::available_parallelism()?.get();
+    let mut set = CpuSet::new();
+    set.set(processor % available)?;
+    match task {
+        Task::Serve(origin) => {
+            sched_setaffinity(Pid::from_raw(0), &set)?;
+            origin.start()?;
+            say("ready")?;
+            // Until the benchmark ends or is killed.
+            std::io::stdin().read_to_end(&mut Vec::new())?;
+            Ok(())
+        }
+        Task::Bulk(bulk) => {
+            sched_setaffinity(Pid::from_raw(0), &set)?;
+            tell(&bulk.measure()?)
+        }
+        Task::Connects(connects) => {
+            sched_setaffinity(Pid::from_raw(0), &set)?;
+            tell(&connects.measure()?)
+        }
+        Task::Requests(requests) => {
+            sched_setaffinity(Pid::from_raw(0), &set)?;
+            tell(&requests.measure()?)
+        }
+        // These wait more than they work, so the scheduler may place them.
+        Task::Create(create) => tell(&create.measure()?),
+        Task::Execute(execute) => tell(&execute.measure()?),
+        Task::Spawn(count) => tell(&lifetime::spawn(count)?),
+        Task::Policy(changes) => tell(&changes.measure()?),
+    }
+}
+
+fn tell(measured: &impl Serialize) -> Result<()> {
+    say(&serde_json::to_string(measured)?)
+}
+
+fn say(line: &str) -> Result<()> {
+    let mut out = std::io::stdout();
+    writeln!(out, "{line}")?;
+    Ok(out.flush()?)
+}
+
+/// A server's certificate and key, as files.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Identity {
+    /// The certificate, DER.
+    pub(crate) certificate: PathBuf,
+    /// The key, PKCS #8 DER.
+    pub(crate) key: PathBuf,
+}
+
+/// The API and a key for it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Access {
+    /// Where it listens, seen from the process' namespace.
+    pub(crate) api: SocketAddrV4,
+    /// The key.
+    pub(crate) key: String,
+}

@@ -1,0 +1,99 @@
+//! From nothing to the first command's result, cold and from the warm pool.
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::Result;
+use harness::{node::Node, sandbox::Organization, wait, world::World};
+use serde_json::{Value, json};
+
+use super::Effort;
+use crate::{
+    load::{self, Create, Lives, Task},
+    place::{Guarded, access, start_node},
+    result::{Kind, Table},
+};
+
+/// Sandboxes in a round, one after the other.
+const SINGLE: usize = 10;
+/// Sandboxes in a round, all at once.
+const MANY: usize = 20;
+/// How many wait in the pool.
+const POOL: usize = 24;
+/// Longest wait for the pool to be full.
+const FILL: Duration = Duration::from_secs(60);
+
+const COLD: &str = "cold";
+const WARM: &str = "warm";
+
+/// Runs it: a node without pool and another with one.
+pub(crate) fn create(guarded: &Guarded, effort: Effort) -> Result<Vec<Table>> {
+    let world = World::builder().unwatched().build()?;
+    let warm = Warm::start(&world)?;
+    let rows: &[(&str, Option<&str>)] = match warm {
+        Some(_) => &[(COLD, None), (WARM, Some(COLD))],
+        None => &[(COLD, None)],
+    };
+    let mut tables = Vec::new();
+    for (ways, times) in [(1, effort.times(SINGLE)), (effort.times(MANY), 1)] {
+        let mut first = Table::new(
+            &format!("Create to the first command's result, {ways} at once"),
+            "ms",
+            Kind::Latency,
+            rows,
+        );
+        let mut alone = Table::new(
+            &format!("Create alone, {ways} at once"),
+            "ms",
+            Kind::Latency,
+            rows,
+        );
+        for _ in 0..effort.rounds {
+            let create = |organization: &Organization| {
+                Task::Create(Create {
+                    access: access(organization),
+                    ways,
+                    times,
+                    body: json!({ "timeout_seconds": 600 }),
+                })
+            };
+            let lives: Lives = load::run(guarded.node.world().node(), &create(&guarded.organization))?;
+            first.add(COLD, lives.first_command);
+            alone.add(COLD, lives.created);
+            let Some(warm) = &warm else { continue };
+            warm.wait_full();
+            let lives: Lives = load::run(world.node(), &create(&warm.organization))?;
+            first.add(WARM, lives.first_command);
+            alone.add(WARM, lives.created);
+        }
+        tables.extend([first, alone]);
+    }
+    Ok(tables)
+}
+
+/// A node with a warm pool.
+struct Warm {
+    organization: Organization,
+    // Stopped before its world goes.
+    _node: Node,
+}
+
+impl Warm {
+    /// `None` from a controller that has no pool.
+    fn start(world: &Arc<World>) -> Result<Option<Self>> {
+        let size = POOL.to_string();
+        let node = start_node(world, &[("WARM_POOL_ENABLED", "true"), ("WARM_POOL_SIZE", &size)])?;
+        let organization = node.register("warm");
+        let answer = organization.client.get("/pool/stats").send();
+        Ok(answer.status.is_success().then_some(Self {
+            organization,
+            _node: node,
+        }))
+    }
+
+    fn wait_full(&self) {
+        wait::until("the pool is full", FILL, || {
+            let stats: Value = self.organization.client.get("/pool/stats").send().ok();
+            (stats["ready"].as_u64()? >= POOL as u64).then_some(())
+        });
+    }
+}
