@@ -55,6 +55,7 @@ pub fn router(service: Service) -> Router {
             "/sandbox/{id}/network",
             get(network::get).put(network::put).patch(network::patch),
         )
+        .route("/sandbox/{id}/network/doctor", get(network::doctor))
         .route("/sandbox/{id}/secrets/inject", post(secrets::inject))
         .route("/secrets", get(secrets::list).post(secrets::create))
         .route("/secrets/{name}", put(secrets::update).delete(secrets::delete))

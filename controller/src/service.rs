@@ -6,6 +6,7 @@
 mod accounts;
 mod audit;
 mod commands;
+mod doctor;
 mod files;
 mod keeper;
 mod keys;

@@ -7,8 +7,8 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use netd_common::{
-    BoundKey, Endpoint, GATEWAY_MAC, InboundKey, POLICY_BITS, PolicyKey, action, counter, limit, listener,
-    mark, reason,
+    BoundKey, Endpoint, GATEWAY, GATEWAY_MAC, InboundKey, POLICY_BITS, PolicyKey, SELF_TEST_PORT, action,
+    counter, limit, listener, mark, reason, wire,
 };
 
 use crate::{
@@ -159,6 +159,10 @@ fn judge(packet: &Packet, endpoint: &Endpoint) -> Verdict {
     }
     if packet.destination_port == DNS {
         return Verdict::Dns;
+    }
+    // netd's own host, where a sandbox checks what it trusts: no policy is asked, and nothing is dialled for it.
+    if tcp && packet.destination == wire(GATEWAY) && packet.destination_port == SELF_TEST_PORT {
+        return Verdict::Proxy { bound: false };
     }
     if platform_denies(packet) {
         return Verdict::Refuse(reason::PLATFORM_DENIED);

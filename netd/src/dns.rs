@@ -14,8 +14,9 @@ use std::{
 
 use hickory_proto::op::ResponseCode;
 use ipnet::Ipv4Net;
+use sandgate_api::rest::DOCTOR_HOST;
 use sandgate_daemon::tasks::Tasks;
-use sandgate_policy::{Platform, Reason};
+use sandgate_policy::{DomainName, Platform, Reason};
 
 use self::{
     message::{Answer, Asked, Question, Received, Resolved, Upstream},
@@ -25,8 +26,12 @@ use crate::{
     audit::{Attempt, Audit, Owner},
     metrics::{Metrics, QueryEnd},
     nodeaddr::NodeAddresses,
+    router::GATEWAY,
     sandbox::{Decision, PinError, Sandbox, Sandboxes},
 };
+
+/// How long the self-test host's address may be kept, in seconds.
+const SELF_TEST_TTL: u32 = 5;
 
 /// Everything an answer needs.
 pub struct Resolver {
@@ -117,6 +122,14 @@ impl Resolver {
             );
             return (refused, QueryEnd::Refused);
         };
+        if is_ours(&name) {
+            let end = if question.asked() == Asked::Withheld {
+                QueryEnd::Empty
+            } else {
+                QueryEnd::Answered
+            };
+            return (answer_ours(question), end);
+        }
         let decision = sandbox.judge_name(&name);
         if !decision.is_allowed() {
             return (
@@ -194,6 +207,19 @@ impl Resolver {
     }
 }
 
+/// Whether it is the name of the self-test host ([`crate::egress`] has it), which is netd's alone: no policy is
+/// asked, no pin is needed, and no upstream ever hears of it.
+fn is_ours(name: &DomainName) -> bool {
+    name.as_str() == DOCTOR_HOST
+}
+
+fn answer_ours(question: &Question) -> Answer {
+    if question.asked() == Asked::Withheld {
+        return question.answer(ResponseCode::NoError);
+    }
+    question.resolved(&Resolved::address(GATEWAY, SELF_TEST_TTL), &[GATEWAY])
+}
+
 /// Whether some port of the address may be reached as far as the platform is concerned.
 fn opens_any_port(platform: &Platform, address: Ipv4Addr) -> bool {
     let address = IpAddr::V4(address);
@@ -208,9 +234,57 @@ fn opens_any_port(platform: &Platform, address: Ipv4Addr) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use hickory_proto::{
+        op::{Message, MessageType, OpCode, Query},
+        rr::{Name, RData, RecordType},
+    };
     use sandgate_policy::PrivateException;
 
     use super::*;
+
+    fn asked(name: &str, kind: RecordType) -> Question {
+        let mut message = Message::new(7, MessageType::Query, OpCode::Query);
+        message.add_query(Query::query(Name::from_ascii(name).expect("a name"), kind));
+        match message::read(&message.to_vec().expect("written")) {
+            Received::Question(question) => question,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_self_test_host_is_the_gateway_and_nothing_else_is() {
+        for (name, ours) in [
+            ("doctor.sandgate.internal.", true),
+            ("DOCTOR.Sandgate.internal.", true),
+            ("x.doctor.sandgate.internal.", false),
+            ("sandgate.internal.", false),
+            ("doctor.sandgate.internal.evil.test.", false),
+        ] {
+            let name = asked(name, RecordType::A).name().expect("a name");
+            assert_eq!(is_ours(&name), ours, "{name:?}");
+        }
+        for (kind, addresses) in [
+            (RecordType::A, &[GATEWAY][..]),
+            (RecordType::AAAA, &[]),
+            (RecordType::HTTPS, &[]),
+        ] {
+            let bytes = answer_ours(&asked("doctor.sandgate.internal.", kind)).encode(512);
+            let answer = Message::from_vec(&bytes.expect("written")).expect("an answer");
+            assert_eq!(answer.metadata.response_code, ResponseCode::NoError);
+            let given: Vec<Ipv4Addr> = answer
+                .answers
+                .iter()
+                .map(|record| {
+                    assert_eq!(record.ttl, SELF_TEST_TTL);
+                    match &record.data {
+                        RData::A(address) => address.0,
+                        other => panic!("{other:?}"),
+                    }
+                })
+                .collect();
+            assert_eq!(given, addresses, "{kind}");
+        }
+    }
 
     #[test]
     fn a_private_address_may_be_learnt_only_where_the_operator_opened_it() {

@@ -4,6 +4,7 @@
 
 pub mod clear;
 pub mod dial;
+mod doctor;
 mod flow;
 pub mod hello;
 mod intercepted;
@@ -85,6 +86,12 @@ impl Egress {
             refuse(&stream);
             return;
         };
+        if doctor::is_for(to) {
+            let egress = Arc::clone(self);
+            self.tasks
+                .spawn("self-test", async move { egress.examine(&sandbox, stream).await });
+            return;
+        }
         let Some(entry) = self.enter(&sandbox, to) else {
             refuse(&stream);
             return;

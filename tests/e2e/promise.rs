@@ -24,6 +24,7 @@ use uuid::Uuid;
 pub(crate) mod calls;
 pub(crate) mod canary;
 pub(crate) mod clients;
+pub(crate) mod doctor;
 pub(crate) mod leaks;
 pub(crate) mod refusals;
 pub(crate) mod rotation;

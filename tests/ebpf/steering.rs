@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use sandgate_policy::KernelAction;
+use sandgate_policy::{KernelAction, Reason};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
@@ -48,6 +48,37 @@ fn redirected_connections_keep_their_destination() {
         (0, 0, 0),
         "{counters:?}"
     );
+}
+
+#[test]
+fn netds_own_host_is_reached_whatever_the_policy_says() {
+    if !privileged() {
+        return;
+    }
+    let world = World::with_sandboxes(1);
+    let (sandbox, handle) = world.first();
+    let datapath = &world.datapath;
+    let _listeners = Listeners::serve(datapath);
+    let denying = KernelAction::Deny(Reason::DeniedByRule);
+    for policy in [
+        table(&[]),
+        table(&[("0.0.0.0/0", &[(0, u16::MAX, denying)])]),
+        open_table(),
+    ] {
+        datapath.set_policy(handle, &policy).expect("a policy");
+        sandbox.run(|| {
+            let host = at([169, 254, 1, 1], 443);
+            assert_eq!(ask(host).expect("an answer"), format!("tcp {host}"));
+            for (last, port) in [(1, 80), (1, 442), (1, 444), (1, 8443), (1, 15_001), (2, 443)] {
+                let (result, _) = connect(at([169, 254, 1, last], port));
+                assert_eq!(
+                    result.expect_err("refused").kind(),
+                    ErrorKind::ConnectionRefused,
+                    "{last}:{port}"
+                );
+            }
+        });
+    }
 }
 
 #[test]

@@ -6,7 +6,7 @@ use axum::{
     response::{IntoResponse as _, Response},
 };
 use http::{HeaderMap, header};
-use sandgate_api::feed::Revision;
+use sandgate_api::{feed::Revision, rest::NetworkDoctor};
 use serde_json::Value;
 
 use super::{
@@ -60,6 +60,16 @@ pub(super) async fn patch(
         .merge_sandbox_policy(caller.org_id(), &id, &changes, revision)
         .await;
     stored.map(shown).map_err(|error| precondition(error, by_header))
+}
+
+/// Runs what is installed inside against netd's self-test host.
+pub(super) async fn doctor(
+    State(service): State<Service>,
+    Authenticated(caller): Authenticated,
+    SandboxPath(id): SandboxPath,
+) -> Result<Json<NetworkDoctor>, ApiError> {
+    caller.may(Scope::SandboxExecute)?;
+    Ok(Json(service.network_doctor(caller.org_id(), &id).await?))
 }
 
 fn shown(view: NetworkView) -> Response {

@@ -59,6 +59,35 @@ impl Running {
         }
         event
     }
+
+    /// What the command leaves, of each output at most `room` bytes; none when the sandbox ended before it did.
+    ///
+    /// # Errors
+    /// A sandbox that does not answer, or says no.
+    pub(super) async fn finish(mut self, room: usize) -> Result<Option<Output>, AgentError> {
+        let (mut stdout, mut stderr) = (Kept::of(room), Kept::of(room));
+        while let Some(event) = self.next().await {
+            match event? {
+                ExecEvent::Stdout(bytes) => stdout.push(&bytes),
+                ExecEvent::Stderr(bytes) => stderr.push(&bytes),
+                ExecEvent::Exited {
+                    exit_code,
+                    timed_out,
+                    duration_ms,
+                } => {
+                    return Ok(Some(Output {
+                        exit_code,
+                        truncated: stdout.cut || stderr.cut,
+                        stdout: stdout.into_text(),
+                        stderr: stderr.into_text(),
+                        timed_out,
+                        duration_ms,
+                    }));
+                }
+            }
+        }
+        Ok(None)
+    }
 }
 
 impl Service {
@@ -92,31 +121,11 @@ impl Service {
         id: &SandboxId,
         exec: Exec,
     ) -> Result<Output, ServiceError> {
-        let mut running = self.start_command(org_id, id, exec).await?;
-        let (mut stdout, mut stderr) = (Kept::default(), Kept::default());
-        while let Some(event) = running.next().await {
-            match event? {
-                ExecEvent::Stdout(bytes) => stdout.push(&bytes),
-                ExecEvent::Stderr(bytes) => stderr.push(&bytes),
-                ExecEvent::Exited {
-                    exit_code,
-                    timed_out,
-                    duration_ms,
-                } => {
-                    return Ok(Output {
-                        exit_code,
-                        truncated: stdout.cut || stderr.cut,
-                        stdout: stdout.into_text(),
-                        stderr: stderr.into_text(),
-                        timed_out,
-                        duration_ms,
-                    });
-                }
-            }
-        }
-        Err(ServiceError::Conflict(
-            "the sandbox ended before the command did".to_owned(),
-        ))
+        let running = self.start_command(org_id, id, exec).await?;
+        running
+            .finish(MAX_OUTPUT)
+            .await?
+            .ok_or_else(|| ServiceError::Conflict("the sandbox ended before the command did".to_owned()))
     }
 
     /// A fresh connection to the agent of a sandbox that runs.
@@ -132,15 +141,23 @@ impl Service {
 }
 
 /// An output as far as it is kept.
-#[derive(Default)]
 struct Kept {
     bytes: BytesMut,
+    most: usize,
     cut: bool,
 }
 
 impl Kept {
+    fn of(most: usize) -> Self {
+        Self {
+            bytes: BytesMut::new(),
+            most,
+            cut: false,
+        }
+    }
+
     fn push(&mut self, bytes: &[u8]) {
-        let room = MAX_OUTPUT - self.bytes.len();
+        let room = self.most - self.bytes.len();
         self.cut |= bytes.len() > room;
         self.bytes.extend_from_slice(&bytes[..bytes.len().min(room)]);
     }
@@ -165,7 +182,7 @@ mod tests {
 
     #[test]
     fn an_output_is_cut_between_characters() {
-        let mut kept = Kept::default();
+        let mut kept = Kept::of(MAX_OUTPUT);
         kept.push(&vec![b'x'; MAX_OUTPUT - 1]);
         assert!(!kept.cut);
         kept.push("é".as_bytes());
@@ -176,7 +193,7 @@ mod tests {
 
     #[test]
     fn what_is_no_text_is_replaced() {
-        let mut kept = Kept::default();
+        let mut kept = Kept::of(MAX_OUTPUT);
         kept.push(b"a\xff\xc3");
         kept.push(b"\xa9");
         assert_eq!(kept.into_text(), "a\u{fffd}é");

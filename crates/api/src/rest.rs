@@ -7,6 +7,7 @@
 //! otherwise.
 
 mod account;
+mod doctor;
 mod egress;
 mod execute;
 mod file;
@@ -14,6 +15,7 @@ mod sandbox;
 mod secret;
 
 pub use account::{ApiKey, ApiKeyCreated, ApiKeyList, FirstKey, Organization, RegisterResponse, User};
+pub use doctor::{DOCTOR, DOCTOR_HOST, DoctorClient, DoctorFinding, NetworkDoctor, SelfTest};
 pub use egress::{AuditDecision, AuditPage, AuditRecord, OrganizationEgress, SandboxNetwork, TierPolicy};
 pub use execute::{ExecuteResponse, StreamEvent};
 pub use file::{FileEntry, FileKind, FileList, FileRead, FilesWritten, WrittenFile};

@@ -76,6 +76,16 @@ pub struct Resolved {
     pub addresses: Vec<(Ipv4Addr, u32)>,
 }
 
+impl Resolved {
+    /// One address without aliases; `ttl` in seconds.
+    pub fn address(address: Ipv4Addr, ttl: u32) -> Self {
+        Self {
+            aliases: Vec::new(),
+            addresses: vec![(address, ttl)],
+        }
+    }
+}
+
 /// The upstream's packet is not an answer to what was asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Unusable {

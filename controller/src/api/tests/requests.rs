@@ -143,6 +143,7 @@ async fn every_route_but_registration_and_health_wants_a_key() {
         ("GET", "/sandbox/sandbox-1/network"),
         ("PUT", "/sandbox/sandbox-1/network"),
         ("PATCH", "/sandbox/sandbox-1/network"),
+        ("GET", "/sandbox/sandbox-1/network/doctor"),
         ("GET", "/settings/egress"),
         ("PUT", "/settings/egress"),
         ("GET", "/egress/audit"),

@@ -149,6 +149,7 @@ async fn a_foreign_sandbox_does_not_exist() {
         ("GET", "/network", Value::Null),
         ("PUT", "/network", policy.clone()),
         ("PATCH", "/network", policy.clone()),
+        ("GET", "/network/doctor", Value::Null),
     ] {
         for id in [
             id.as_str(),
@@ -208,6 +209,9 @@ async fn an_ended_sandbox_can_be_stopped_and_deleted_again_and_runs_nothing() {
             .await;
         assert_eq!(answer.refusal(), (409, "CONFLICT", None), "{path}");
     }
+    let path = format!("/sandbox/{id}/network/doctor");
+    let examined = world.call(&tenant, "GET", &path, &Value::Null).await;
+    assert_eq!(examined.refusal(), (409, "CONFLICT", None));
     for _ in 0..2 {
         let deleted = world
             .call(&tenant, "DELETE", &format!("/sandbox/{id}"), &Value::Null)
