@@ -110,12 +110,19 @@ impl Resets {
 }
 
 /// A request under way on a connection.
-pub struct UnderWay(Arc<Connection>);
+pub struct UnderWay {
+    connection: Arc<Connection>,
+    /// Of HTTP/1.1.
+    notes: Option<Arc<Notes>>,
+}
 
 impl Drop for UnderWay {
     fn drop(&mut self) {
-        self.0.requests.touch();
-        self.0.under_way.fetch_sub(1, Ordering::Relaxed);
+        self.connection.requests.touch();
+        self.connection.under_way.fetch_sub(1, Ordering::Relaxed);
+        if let Some(notes) = &self.notes {
+            notes.answer_ended();
+        }
     }
 }
 
@@ -149,10 +156,13 @@ impl Connection {
     }
 
     /// Counts a request until the guard is dropped.
-    pub fn begin(self: &Arc<Self>) -> UnderWay {
+    pub fn begin(self: &Arc<Self>, notes: Option<Arc<Notes>>) -> UnderWay {
         self.under_way.fetch_add(1, Ordering::Relaxed);
         self.requests.touch();
-        UnderWay(Arc::clone(self))
+        UnderWay {
+            connection: Arc::clone(self),
+            notes,
+        }
     }
 
     /// Serves it to its end.
@@ -205,12 +215,12 @@ impl Connection {
         });
         let strict = Strict::new(near, notes)
             .with_upgrades(Upgrades::Any)
+            .with_half_close()
             .with_head_time(self.proxy.limits.header_timeout);
         let mut builder = http1::Builder::new();
         builder
             // The filter in front keeps that time; between requests it is kept here.
             .header_read_timeout(None)
-            .half_close(true)
             .max_headers(HEADERS_MAX + 1)
             .max_buf_size(HTTP1_BUFFER);
         let serving = builder
@@ -294,7 +304,8 @@ impl Connection {
             let Some(left) = limit.checked_sub(silent).filter(|left| !left.is_zero()) else {
                 return;
             };
-            tokio::time::sleep(left.min(LOOK)).await;
+            let look = LOOK.min(self.proxy.limits.idle_timeout);
+            tokio::time::sleep(left.min(look)).await;
         }
     }
 }

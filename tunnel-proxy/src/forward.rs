@@ -51,7 +51,7 @@ pub async fn answer(
         Spoken::Http2
     };
     let account = Arc::new(Account::open(request_id, spoken, request.method().as_str()));
-    account.hold(connection.begin());
+    account.hold(connection.begin(http1.as_ref().map(|http1| Arc::clone(&http1.notes))));
     let page = answer::wants_page(request.headers());
     let upgrades = http1.is_some() && upgrade::asked(request.headers()).is_some();
     let mut response = match exchange(&connection, &account, request, http1.as_ref()).await {

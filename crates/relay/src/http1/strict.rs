@@ -45,6 +45,7 @@ pub struct Strict<S> {
     heads: u64,
     ended: bool,
     upgrades: Upgrades,
+    hides_end: bool,
     head_time: Option<Duration>,
     /// Runs while a head has begun and not ended.
     deadline: Option<Pin<Box<Sleep>>>,
@@ -75,6 +76,13 @@ enum State {
 pub struct Notes {
     broken: OnceLock<(u64, &'static str)>,
     upgrade: Mutex<Upgrade>,
+    answers: Mutex<Answers>,
+}
+
+#[derive(Debug, Default)]
+struct Answers {
+    ended: u64,
+    waker: Option<Waker>,
 }
 
 #[derive(Debug, Default)]
@@ -97,6 +105,25 @@ impl Notes {
         if let Some(waker) = upgrade.waker.take() {
             waker.wake();
         }
+    }
+
+    /// One more answer has ended, for [`Strict::with_half_close`].
+    pub fn answer_ended(&self) {
+        let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
+        answers.ended += 1;
+        if let Some(waker) = answers.waker.take() {
+            waker.wake();
+        }
+    }
+
+    /// Whether so many answers have ended; else remembers whom to wake.
+    fn poll_answers(&self, expected: u64, cx: &Context<'_>) -> bool {
+        let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
+        let ended = answers.ended >= expected;
+        if !ended {
+            answers.waker = Some(cx.waker().clone());
+        }
+        ended
     }
 
     /// Takes the answer, or remembers whom to wake.
@@ -124,6 +151,7 @@ impl<S> Strict<S> {
             heads: 0,
             ended: false,
             upgrades: Upgrades::WebSocket,
+            hides_end: false,
             head_time: None,
             deadline: None,
         }
@@ -134,6 +162,16 @@ impl<S> Strict<S> {
     #[must_use]
     pub fn with_upgrades(self, upgrades: Upgrades) -> Self {
         Self { upgrades, ..self }
+    }
+
+    /// The same for clients that close their half after the last request: what is behind learns of it only when every
+    /// answer has ended, as [`Notes::answer_ended`] says. It can go on reading, and so sees a client that is gone.
+    #[must_use]
+    pub fn with_half_close(self) -> Self {
+        Self {
+            hides_end: true,
+            ..self
+        }
     }
 
     /// The same with a limit on the time from a head's first byte to its last.
@@ -272,7 +310,16 @@ impl<S: AsyncRead + Unpin> AsyncRead for Strict<S> {
                 State::Head | State::Body(_) | State::Undecided => {}
             }
             if this.ended {
-                return Poll::Ready(Ok(()));
+                let hidden = match this.state {
+                    State::Head => this.hides_end && !this.notes.poll_answers(this.heads, cx),
+                    State::Undecided => this.hides_end,
+                    State::Body(_) | State::Raw | State::Broken => false,
+                };
+                return if hidden {
+                    Poll::Pending
+                } else {
+                    Poll::Ready(Ok(()))
+                };
             }
             let mut chunk = [0; CHUNK];
             let mut read = ReadBuf::new(&mut chunk);
@@ -386,6 +433,27 @@ mod tests {
         }
         assert_eq!(out, [request, STAND_IN].concat());
         assert_eq!(notes.broken(1), Some(TOO_SLOW));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_closed_half_is_seen_when_the_answers_have_ended() {
+        let notes = Arc::new(Notes::default());
+        let (mut client, inside) = tokio::io::duplex(1 << 16);
+        let mut strict = Strict::new(inside, Arc::clone(&notes)).with_half_close();
+        let request = b"GET / HTTP/1.1\r\nHost: a.test\r\n\r\n";
+        client
+            .write_all(&[&request[..], request].concat())
+            .await
+            .expect("written");
+        client.shutdown().await.expect("closed");
+        let mut out = vec![0; 2 * request.len()];
+        strict.read_exact(&mut out).await.expect("both");
+        for _ in 0..2 {
+            let reading = tokio::time::timeout(Duration::from_secs(5), strict.read(&mut out));
+            assert!(reading.await.is_err(), "the end was seen");
+            notes.answer_ended();
+        }
+        assert_eq!(strict.read(&mut out).await.expect("the end"), 0);
     }
 
     #[tokio::test(start_paused = true)]
