@@ -4,7 +4,7 @@
 use std::{
     fmt,
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU16, Ordering},
     },
     time::Instant,
@@ -15,6 +15,7 @@ use sandgate_relay::copy::Traffic;
 
 use crate::{
     answer::Problem,
+    metrics::{Metrics, Open},
     tunnel::{Place, Tunnel},
 };
 
@@ -83,6 +84,8 @@ pub struct Account {
     status: AtomicU16,
     ended: AtomicBool,
     details: Mutex<Details>,
+    metrics: Arc<Metrics>,
+    _open: Open,
 }
 
 #[derive(Default)]
@@ -97,7 +100,7 @@ struct Details {
 
 impl Account {
     /// Begins one.
-    pub fn open(request_id: String, spoken: Spoken, method: &str) -> Self {
+    pub fn open(metrics: &Arc<Metrics>, request_id: String, spoken: Spoken, method: &str) -> Self {
         Self {
             request_id,
             traffic: Traffic::default(),
@@ -107,6 +110,8 @@ impl Account {
             status: AtomicU16::new(0),
             ended: AtomicBool::new(false),
             details: Mutex::default(),
+            metrics: Arc::clone(metrics),
+            _open: metrics.request(),
         }
     }
 
@@ -178,6 +183,8 @@ impl Drop for Account {
         let outcome = details.outcome.unwrap_or(Outcome::Abandoned);
         let took_ms = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
         let status = Some(self.status.load(Ordering::Relaxed)).filter(|status| *status != 0);
+        let (up, down) = (self.traffic.up(), self.traffic.down());
+        self.metrics.ended(self.spoken, outcome, status, (up, down));
         tracing::info!(
             target: "access",
             request_id = self.request_id,
@@ -188,8 +195,8 @@ impl Drop for Account {
             status,
             outcome = outcome.as_str(),
             took_ms,
-            bytes_in = self.traffic.up(),
-            bytes_out = self.traffic.down(),
+            bytes_in = up,
+            bytes_out = down,
         );
     }
 }

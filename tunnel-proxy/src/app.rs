@@ -22,6 +22,7 @@ use crate::{
     config::{Config, Limits, Scheme},
     feed::{self, Controller, Feed, StateFile},
     listeners::{OwnPorts, Room, serve_shared},
+    metrics::Metrics,
     privileges,
     routes::Table,
     upstream::{IDLE_TIME, Upstream},
@@ -48,13 +49,15 @@ pub struct Proxy {
     pub upstream: Upstream,
     /// Everything that clients began.
     pub tasks: Tasks,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
 }
 
-/// Runs until it is told to end.
+/// Runs until it is told to end; shows its metrics on the listener, if there is one.
 ///
 /// # Errors
 /// When it cannot begin, or holds privileges.
-pub async fn run(config: Config) -> Result<()> {
+pub async fn run(config: Config, shown: Option<std::net::TcpListener>) -> Result<()> {
     // Before any descriptor of ours could take an inherited one's number.
     let control = required(CONTROL_FD_VARIABLE)?;
     let dial = required(TUNNEL_DIAL_FD_VARIABLE)?;
@@ -70,13 +73,20 @@ pub async fn run(config: Config) -> Result<()> {
     let dial = Channel::from_fd(dial).context("cannot use the channel to netd")?;
     let dialer = Dialer::new(Arc::new(dial), late.clone());
     let room = Room::new(limits.connections);
+    let metrics = Arc::new(Metrics::default());
+    if let Some(shown) = shown {
+        let mut registry = sandgate_daemon::metrics::registry("tunnel-proxy");
+        metrics.register(&mut registry);
+        sandgate_daemon::metrics::serve(shown, registry, None, &late).context("cannot serve the metrics")?;
+    }
     let proxy = Arc::new(Proxy {
         table: Table::new(limits.connections_each),
         domain: config.domain.clone(),
         scheme: config.scheme,
         limits,
-        upstream: Upstream::new(Arc::new(dialer), late.clone()),
+        upstream: Upstream::new(Arc::new(dialer), late.clone(), Arc::clone(&metrics)),
         tasks: tasks.clone(),
+        metrics,
     });
     let keep = Channel::from_fd(keep).context("cannot use the descriptor store")?;
     let (store, kept) = StoreClient::open(keep)

@@ -1,9 +1,16 @@
 //! tunnel-proxy's configuration: flags and environment in, checked values out. Nothing else of it reads either,
 //! but for the inherited descriptors. An empty variable counts as unset.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
 
 use clap::Parser;
+use sandgate_daemon::metrics::{InvalidPlace, Place};
+
+use crate::metrics::ADDRESS_VARIABLE;
 
 /// Serves the URLs of sandboxes' ports. Started by `controller up`.
 #[derive(Debug, Clone, Parser)]
@@ -32,6 +39,9 @@ pub struct Arguments {
     /// Seconds without a byte either way after which a connection is closed [default: 3600]
     #[arg(long, env = "SANDGATE_TUNNEL_IDLE_TIMEOUT", value_name = "SECONDS")]
     pub idle_timeout: Option<String>,
+    /// Where tunnel-proxy shows its metrics, or `off` [default: 127.0.0.1:9466]
+    #[arg(long, env = ADDRESS_VARIABLE, value_name = "ADDRESS")]
+    pub metrics_addr: Option<String>,
 }
 
 /// What tunnel-proxy runs with.
@@ -45,6 +55,8 @@ pub struct Config {
     pub scheme: Scheme,
     /// Limits.
     pub limits: Limits,
+    /// Where its metrics are shown.
+    pub metrics_addr: Place,
 }
 
 /// What clients speak to reach us.
@@ -81,6 +93,8 @@ pub struct Limits {
 
 /// The domain with which tunnels have loopback ports.
 pub const LOCAL_DOMAIN: &str = "localhost";
+
+const DEFAULT_METRICS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9466);
 
 /// A value that tunnel-proxy cannot run with.
 #[derive(Debug, thiserror::Error)]
@@ -148,11 +162,18 @@ impl TryFrom<Arguments> for Config {
                 86_400,
             )?,
         };
+        let metrics_addr = match given(&arguments.metrics_addr) {
+            None => Place::At(DEFAULT_METRICS),
+            Some(text) => text
+                .parse()
+                .map_err(|error: InvalidPlace| invalid(ADDRESS_VARIABLE, error.to_string()))?,
+        };
         Ok(Self {
             run_dir,
             domain,
             scheme,
             limits,
+            metrics_addr,
         })
     }
 }
@@ -241,6 +262,7 @@ mod tests {
             connections_each: None,
             header_timeout: None,
             idle_timeout: None,
+            metrics_addr: None,
         }
     }
 
@@ -278,7 +300,7 @@ mod tests {
     #[test]
     fn what_is_wrong_is_named() {
         type Spoil = fn(&mut Arguments, String);
-        let cases: [(&str, &[&str], Spoil); 6] = [
+        let cases: [(&str, &[&str], Spoil); 7] = [
             (
                 "SANDGATE_TUNNEL_DOMAIN",
                 &[
@@ -309,6 +331,9 @@ mod tests {
             ),
             ("SANDGATE_TUNNEL_IDLE_TIMEOUT", &["86401"], |arguments, value| {
                 arguments.idle_timeout = Some(value)
+            }),
+            (ADDRESS_VARIABLE, &["9466", "on"], |arguments, value| {
+                arguments.metrics_addr = Some(value)
             }),
         ];
         for (variable, values, spoil) in cases {

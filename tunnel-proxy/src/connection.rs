@@ -36,6 +36,7 @@ use crate::{
     answer::Problem,
     app::Proxy,
     forward::{self, Http1},
+    metrics::Open,
     raw,
     tunnel::Tunnel,
     upstream::{CONNECTION_WINDOW, HEADER_LIST_MAX, SEND_BUFFER, STREAM_WINDOW},
@@ -91,6 +92,7 @@ pub struct Connection {
     was_over: bool,
     /// Its place among all connections.
     _place: Box<dyn Send + Sync>,
+    _open: Open,
 }
 
 /// Makes closing a connection a reset: the client learns that this was no ordinary end.
@@ -140,6 +142,7 @@ impl Connection {
             Entrance::Shared => false,
         };
         Arc::new(Self {
+            _open: proxy.metrics.connection(),
             proxy,
             entrance,
             peer,

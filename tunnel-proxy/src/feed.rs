@@ -50,6 +50,7 @@ impl Feed {
                 if let Some(ports) = &mut self.ports {
                     ports.follow(false).await;
                 }
+                self.proxy.metrics.serves(self.proxy.table.all().len());
                 tracing::info!(revision = saved.revision, "the last routes are served again");
             }
             Ok(None) => {}
@@ -125,6 +126,7 @@ impl Feed {
             revision,
             routes: self.proxy.table.routes(),
         };
+        self.proxy.metrics.serves(saved.routes.len());
         if let Err(error) = self.state.save(&saved) {
             tracing::warn!(%error, "the routes cannot be saved: a restart will wait for the controller");
         }

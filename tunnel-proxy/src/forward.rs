@@ -50,7 +50,13 @@ pub async fn answer(
     } else {
         Spoken::Http2
     };
-    let account = Arc::new(Account::open(request_id, spoken, request.method().as_str()));
+    let metrics = &connection.proxy.metrics;
+    let account = Arc::new(Account::open(
+        metrics,
+        request_id,
+        spoken,
+        request.method().as_str(),
+    ));
     account.hold(connection.begin(http1.as_ref().map(|http1| Arc::clone(&http1.notes))));
     let page = answer::wants_page(request.headers());
     let upgrades = http1.is_some() && upgrade::asked(request.headers()).is_some();

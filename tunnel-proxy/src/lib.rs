@@ -14,7 +14,7 @@
 //! | [`mod@host`], [`access`] | whose a request is, and whether it may |
 //! | [`forward`], [`raw`] | requests and bytes on their way |
 //! | [`upstream`] | connections into sandboxes |
-//! | [`answer`], [`account`] | what is answered in a program's place, and what is recorded |
+//! | [`answer`], [`account`], [`metrics`] | what is answered in a program's place, what is recorded and counted |
 
 pub mod access;
 pub mod account;
@@ -26,6 +26,7 @@ pub mod feed;
 pub mod forward;
 pub mod host;
 pub mod listeners;
+pub mod metrics;
 pub mod privileges;
 pub mod raw;
 pub mod routes;

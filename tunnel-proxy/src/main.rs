@@ -3,10 +3,11 @@
 use std::process::ExitCode;
 
 use clap::Parser as _;
-use sandgate_daemon::telemetry;
+use sandgate_daemon::{metrics, telemetry};
 use tunnel_proxy::{
     app,
     config::{Arguments, Config},
+    metrics::ADDRESS_VARIABLE,
 };
 
 /// `EX_USAGE` of sysexits.h: the configuration is wrong, and starting again will not help.
@@ -36,6 +37,13 @@ fn main() -> ExitCode {
             return ExitCode::from(USAGE);
         }
     };
+    let shown = match metrics::listen(ADDRESS_VARIABLE, config.metrics_addr) {
+        Ok(shown) => shown,
+        Err(error) => {
+            eprintln!("tunnel-proxy: {error}");
+            return ExitCode::from(USAGE);
+        }
+    };
     if let Err(error) = telemetry::init("tunnel-proxy") {
         eprintln!("tunnel-proxy: {error}");
         return ExitCode::from(USAGE);
@@ -47,7 +55,7 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match runtime.block_on(app::run(config)) {
+    match runtime.block_on(app::run(config, shown)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(error = format!("{error:#}"), "tunnel-proxy ends");

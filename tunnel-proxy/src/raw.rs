@@ -34,7 +34,7 @@ pub async fn serve(connection: Arc<Connection>, mut near: TcpStream, tunnel: Arc
     let request_id = uuid::Uuid::new_v4().to_string();
     let is_private = tunnel.access != Access::Public;
     let method = if is_private { "CONNECT" } else { "-" };
-    let account = Account::open(request_id, Spoken::Tcp, method);
+    let account = Account::open(&connection.proxy.metrics, request_id, Spoken::Tcp, method);
     account.concerns(&tunnel);
     let relaying = relay(&connection, &account, &mut near, &tunnel, is_private);
     let relayed = tokio::select! {

@@ -27,7 +27,7 @@ use sandgate_relay::inward::{DialFailure, Dialer};
 use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
-use crate::{forward::body::Body, tunnel::Tunnel};
+use crate::{forward::body::Body, metrics::Metrics, tunnel::Tunnel};
 
 /// Connections of one tunnel that wait for another request.
 const IDLE_MAX: usize = 32;
@@ -151,12 +151,13 @@ impl Home {
 pub struct Upstream {
     dial: Arc<dyn Dial>,
     tasks: Tasks,
+    metrics: Arc<Metrics>,
 }
 
 impl Upstream {
-    /// Connects through `dial`; connections live among the tasks.
-    pub fn new(dial: Arc<dyn Dial>, tasks: Tasks) -> Self {
-        Self { dial, tasks }
+    /// Connects through `dial`, which is counted; connections live among the tasks.
+    pub fn new(dial: Arc<dyn Dial>, tasks: Tasks, metrics: Arc<Metrics>) -> Self {
+        Self { dial, tasks, metrics }
     }
 
     /// A connection by itself, for bytes.
@@ -164,7 +165,10 @@ impl Upstream {
     /// # Errors
     /// What netd says.
     pub async fn connect(&self, tunnel: &Tunnel) -> Result<TcpStream, DialFailure> {
-        let stream = self.dial.dial(&tunnel.sandbox_id, tunnel.port).await?;
+        let began = Instant::now();
+        let dialled = self.dial.dial(&tunnel.sandbox_id, tunnel.port).await;
+        self.metrics.dialled(&dialled, began.elapsed());
+        let stream = dialled?;
         // A missing TCP_NODELAY costs latency, nothing else.
         drop(stream.set_nodelay(true));
         Ok(stream)

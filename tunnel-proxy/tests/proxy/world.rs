@@ -35,6 +35,7 @@ use tunnel_proxy::{
     config::{Limits, Scheme},
     feed::close,
     listeners::{OwnPorts, Room, serve_shared},
+    metrics::Metrics,
     routes::Table,
     upstream::{Dial, Upstream},
 };
@@ -100,13 +101,15 @@ impl World {
         let late = Tasks::new(CancellationToken::new());
         let limits = self.proxy.limits;
         let dial = Arc::clone(&self.programs) as Arc<dyn Dial>;
+        let metrics = Arc::new(Metrics::default());
         let proxy = Arc::new(Proxy {
             table: Table::new(limits.connections_each),
             domain: "localhost".to_owned(),
             scheme: Scheme::Http,
             limits,
-            upstream: Upstream::new(dial, late.clone()),
+            upstream: Upstream::new(dial, late.clone(), Arc::clone(&metrics)),
             tasks: tasks.clone(),
+            metrics,
         });
         Self {
             proxy,
@@ -124,13 +127,19 @@ impl World {
         let tasks = Tasks::new(CancellationToken::new());
         let late = Tasks::new(CancellationToken::new());
         let programs = Arc::new(Programs::default());
+        let metrics = Arc::new(Metrics::default());
         let proxy = Arc::new(Proxy {
             table: Table::new(limits.connections_each),
             domain: "localhost".to_owned(),
             scheme: Scheme::Http,
             limits,
-            upstream: Upstream::new(Arc::clone(&programs) as Arc<dyn Dial>, late.clone()),
+            upstream: Upstream::new(
+                Arc::clone(&programs) as Arc<dyn Dial>,
+                late.clone(),
+                Arc::clone(&metrics),
+            ),
             tasks: tasks.clone(),
+            metrics,
         });
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
         let address = listener.local_addr().expect("an address");
