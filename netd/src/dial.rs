@@ -101,7 +101,8 @@ impl Inward {
                 }
             };
             let (inward, channel) = (Arc::clone(&self), Arc::clone(&channel));
-            tasks.spawn("dial", async move {
+            let span = tracing::info_span!(parent: None, "sandbox", sandbox_id = %request.sandbox_id);
+            tasks.spawn_within("dial", &span, async move {
                 let _slot = slot;
                 let stream = inward.open(&request.sandbox_id, request.port).await;
                 let (error, stream) = match stream {

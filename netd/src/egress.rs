@@ -97,8 +97,9 @@ impl Egress {
             return;
         };
         let egress = Arc::clone(self);
+        let span = sandbox.span();
         self.tasks
-            .spawn("flow", async move { egress.run(entry, stream).await });
+            .spawn_within("flow", &span, async move { egress.run(entry, stream).await });
     }
 }
 

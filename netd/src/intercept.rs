@@ -294,7 +294,7 @@ impl FlowTasks {
         F: Future + Send + 'static,
     {
         let end = self.end.clone();
-        self.tasks.spawn(name, async move {
+        self.tasks.spawn_within(name, &tracing::Span::current(), async move {
             tokio::select! {
                 _output = task => {}
                 () = end.cancelled() => {}

@@ -20,6 +20,7 @@ use sandgate_api::{
 };
 use sandgate_policy::{DomainName, FailureMode, KernelTable};
 use tokio::sync::{Notify, Semaphore};
+use tracing::Span;
 
 use self::enforced::Enforced;
 pub use self::{
@@ -176,6 +177,11 @@ impl Sandbox {
     /// How many addresses it holds under a name.
     pub fn pins(&self) -> usize {
         self.lock().enforced.pins().len()
+    }
+
+    /// Around everything that is done for it, so that what is logged names it.
+    pub fn span(&self) -> Span {
+        tracing::info_span!(parent: None, "sandbox", sandbox_id = %self.id)
     }
 
     /// Whether flows go on when they cannot be recorded.

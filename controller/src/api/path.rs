@@ -7,7 +7,7 @@ use sandgate_api::{
     id::{ApiKeyId, SandboxId},
 };
 
-use super::error::ApiError;
+use super::{error::ApiError, request};
 use crate::service::ServiceError;
 
 /// Longest path inside a sandbox, in bytes (`PATH_MAX` of Linux, without the NUL).
@@ -36,9 +36,11 @@ impl<S: Send + Sync> FromRequestParts<S> for SandboxPath {
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
         let id = id(parts, state).await?;
         let shown = id.chars().take(80).collect();
-        id.parse()
-            .map(Self)
-            .map_err(|_other| ServiceError::SandboxNotFound(shown).into())
+        let id = id
+            .parse()
+            .map_err(|_other| ServiceError::SandboxNotFound(shown))?;
+        request::concerns(&id);
+        Ok(Self(id))
     }
 }
 

@@ -8,7 +8,8 @@ use axum::{
     response::Response,
 };
 use http::{HeaderName, HeaderValue, Method};
-use tracing::Instrument as _;
+use sandgate_api::id::SandboxId;
+use tracing::{Instrument as _, Span, field::Empty};
 
 use super::error::ApiError;
 use crate::metrics::{Metrics, Requested};
@@ -31,7 +32,7 @@ pub(super) async fn around(State(metrics): State<Metrics>, request: Request, nex
         .map(|path| path.as_str().to_owned());
     let method: Method = request.method().clone();
     let watched = Requested::new(metrics, route.as_deref(), &method);
-    let span = tracing::info_span!("request", request_id = %id);
+    let span = tracing::info_span!("request", request_id = %id, sandbox_id = Empty);
     async move {
         let began = Instant::now();
         let mut response = next.run(request).await;
@@ -56,6 +57,11 @@ pub(super) async fn around(State(metrics): State<Metrics>, request: Request, nex
     }
     .instrument(span)
     .await
+}
+
+/// Names the sandbox that the present request is about, in everything it logs from here on.
+pub(crate) fn concerns(id: &SandboxId) {
+    Span::current().record("sandbox_id", tracing::field::display(id));
 }
 
 fn given_id(request: &Request) -> Option<String> {

@@ -27,6 +27,7 @@ use tokio::{
     time::timeout,
 };
 use tokio_util::sync::CancellationToken;
+use tracing::Span;
 
 use self::{
     bundle::Plan,
@@ -247,7 +248,7 @@ impl LocalBackend {
         let work = step(Arc::clone(&shared));
         let id = id.clone();
         let (sender, result) = oneshot::channel();
-        self.shared.tasks.spawn(name, async move {
+        self.shared.tasks.spawn_within(name, &Span::current(), async move {
             let result = work.await;
             drop(turn);
             shared.forget_turn(&id);

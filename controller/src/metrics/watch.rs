@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use http::{Method, StatusCode};
 use sandgate_daemon::metrics::prometheus_client::encoding::{EncodeLabelValue, LabelValueEncoder};
+use tracing::Span;
 
 use super::{Creation, Metrics, StatusClass, Verb, words};
 
@@ -63,15 +64,17 @@ pub struct Watched {
     metrics: Metrics,
     end: CommandEnd,
     began: Instant,
+    span: Span,
 }
 
 impl Watched {
-    /// Begins to watch a command that was started.
+    /// Begins to watch a command that was started; what is logged about it belongs to the present span.
     pub(crate) fn new(metrics: Metrics) -> Self {
         Self {
             metrics,
             end: CommandEnd::Abandoned,
             began: Instant::now(),
+            span: Span::current(),
         }
     }
 
@@ -90,7 +93,12 @@ impl Watched {
 
 impl Drop for Watched {
     fn drop(&mut self) {
-        self.metrics.command(self.end, self.began.elapsed().as_secs_f64());
+        let took = self.began.elapsed();
+        self.metrics.command(self.end, took.as_secs_f64());
+        let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+        // A stream outlives the call of its request.
+        self.span
+            .in_scope(|| tracing::info!(outcome = self.end.as_str(), took_ms, "a command ended"));
     }
 }
 

@@ -129,7 +129,9 @@ impl Service {
             record,
         };
         let shared = Arc::clone(&self.shared);
-        self.shared.tasks.spawn("sandbox", async move {
+        // Of its own: its life is longer than the request that began it.
+        let span = tracing::info_span!(parent: None, "sandbox", sandbox_id = %id);
+        self.shared.tasks.spawn_within("keeper", &span, async move {
             Box::pin(run(Arc::new(work), state, ending, sender)).await;
             shared
                 .keepers

@@ -9,6 +9,7 @@ use sandgate_api::{
 };
 use sandgate_policy::Policy;
 use tokio::sync::watch;
+use tracing::Span;
 
 use super::{
     Service, ServiceError,
@@ -128,6 +129,7 @@ impl Service {
             }
         }
         let id = SandboxId::random();
+        Span::current().record("sandbox_id", tracing::field::display(&id));
         let now = super::now();
         let lifetime = SignedDuration::try_from(Duration::from_secs(request.spec.timeout_seconds))
             .map_err(|error| ServiceError::Internal(error.to_string()))?;
@@ -171,7 +173,8 @@ impl Service {
     ) -> Result<watch::Receiver<Progress>, ServiceError> {
         let (sender, receiver) = tokio::sync::oneshot::channel();
         let service = self.clone();
-        self.shared.tasks.spawn("insert sandbox", async move {
+        let span = Span::current();
+        self.shared.tasks.spawn_within("insert sandbox", &span, async move {
             let limit = service.shared.config.sandbox.max_per_organization;
             let inserted = service.shared.store.insert_sandbox(&new, limit).await;
             let kept = inserted.map(|record| {

@@ -4,7 +4,7 @@ use std::{future::Future, time::Duration};
 
 use tokio::task::JoinHandle;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tracing::Instrument as _;
+use tracing::{Instrument as _, Span};
 
 /// Where a program's tasks live. Clones share the same set.
 #[derive(Debug, Clone)]
@@ -37,8 +37,16 @@ impl Tasks {
     }
 
     /// Runs a task until it ends or the drain's deadline passes. A panic is logged with the task's name.
-    #[expect(clippy::disallowed_methods, reason = "this is the one place that spawns")]
     pub fn spawn<F>(&self, name: &'static str, task: F) -> JoinHandle<()>
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        self.spawn_within(name, &Span::none(), task)
+    }
+
+    /// The same as a part of `span`: what the task logs carries the span's fields.
+    #[expect(clippy::disallowed_methods, reason = "this is the one place that spawns")]
+    pub fn spawn_within<F>(&self, name: &'static str, span: &Span, task: F) -> JoinHandle<()>
     where
         F: Future<Output = ()> + Send + 'static,
     {
@@ -53,7 +61,7 @@ impl Tasks {
         };
         tokio::spawn(
             self.tracker
-                .track_future(watched.instrument(tracing::info_span!(parent: None, "task", name))),
+                .track_future(watched.instrument(tracing::info_span!(parent: span, "task", name))),
         )
     }
 

@@ -79,7 +79,7 @@ impl Resolver {
             return;
         };
         let (resolver, answers) = (Arc::clone(self), Arc::clone(answers));
-        self.tasks.spawn("dns question", async move {
+        self.tasks.spawn_within("dns question", &sandbox.span(), async move {
             let _permit = permit;
             let reply = resolver.reply(&sandbox, &datagram.packet).await;
             let Some(bytes) = reply.into_bytes(None) else {
@@ -120,7 +120,7 @@ impl Resolver {
                 continue;
             };
             let (resolver, end) = (Arc::clone(&self), end.clone());
-            self.tasks.spawn("dns connection", async move {
+            self.tasks.spawn_within("dns connection", &sandbox.span(), async move {
                 let _permit = permit;
                 tokio::select! {
                     served = resolver.converse(&sandbox, stream) => {
