@@ -18,7 +18,7 @@ WORKSPACE := --workspace --exclude netd-ebpf
 
 # One verb after the other, also under `make -j`: build needs what setup installs.
 .NOTPARALLEL:
-.PHONY: help setup build run test bench lint fmt clean
+.PHONY: help setup build run test bench lint fmt openapi clean
 
 help: ## list these verbs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ lint: ## formatting and clippy, warnings are errors; cargo-deny where it is inst
 
 fmt: ## format the code
 	cargo fmt --all
+
+openapi: ## write controller/openapi.json anew from the handlers
+	UPDATE_OPENAPI=1 cargo test $(CARGO_FLAGS) -p controller --lib the_checked_in_description_is_the_present_one
 
 clean: ## remove what was built (not what setup installed)
 	cargo clean

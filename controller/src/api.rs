@@ -8,6 +8,7 @@
 mod accounts;
 mod audit;
 mod auth;
+mod bodies;
 mod commands;
 mod document;
 mod error;
@@ -15,8 +16,10 @@ mod files;
 mod health;
 mod keys;
 mod network;
+mod openapi;
 mod path;
 mod query;
+mod reference;
 mod request;
 mod sandboxes;
 mod secrets;
@@ -24,55 +27,61 @@ mod serve;
 mod settings;
 mod sse;
 
-use axum::{
-    Router, middleware,
-    routing::{delete, get, post, put},
-};
+use axum::{Extension, Router, middleware};
 use sandgate_api::error::ErrorCode;
+use utoipa_axum::routes;
 
 pub use serve::serve;
 
 use crate::service::Service;
 use error::ApiError;
+use openapi::Routes;
+use reference::Description;
 
 /// Every route.
 pub fn router(service: Service) -> Router {
-    let v1 = Router::new()
-        .route("/register", post(accounts::register))
-        .route("/api-keys", get(keys::list).post(keys::create))
-        .route("/api-keys/{id}", delete(keys::revoke))
-        .route("/sandboxes", get(sandboxes::list))
-        .route("/sandbox", post(sandboxes::create))
-        .route("/sandbox/create", post(sandboxes::create))
-        .route("/sandbox/{id}", get(sandboxes::get).delete(sandboxes::delete))
-        .route("/sandbox/{id}/status", get(sandboxes::status))
-        .route("/sandbox/{id}/stop", post(sandboxes::stop))
-        .route("/sandbox/{id}/execute", post(commands::execute))
-        .route("/sandbox/{id}/files", get(files::read).post(files::write))
-        .route("/sandbox/{id}/files/list", get(files::list))
-        .route("/sandbox/{id}/files/download", get(files::download))
-        .route(
-            "/sandbox/{id}/network",
-            get(network::get).put(network::put).patch(network::patch),
-        )
-        .route("/sandbox/{id}/network/doctor", get(network::doctor))
-        .route("/sandbox/{id}/secrets/inject", post(secrets::inject))
-        .route("/secrets", get(secrets::list).post(secrets::create))
-        .route("/secrets/{name}", put(secrets::update).delete(secrets::delete))
-        .route(
-            "/settings/egress",
-            get(settings::get_egress).put(settings::put_egress),
-        )
-        .route("/egress/audit", get(audit::list));
     let metrics = service.metrics().clone();
-    Router::new()
-        .nest("/api/v1", v1)
-        .route("/health", get(health::health))
-        .route("/ready", get(health::ready))
+    let (routes, description) = described().split();
+    // A value that was built from maps and texts can be written.
+    let description = serde_json::to_vec(&description).unwrap_or_default();
+    routes
         .fallback(no_such_route)
         .method_not_allowed_fallback(no_such_method)
         .with_state(service)
+        .layer(Extension(Description(description.into())))
         .layer(middleware::from_fn_with_state(metrics, request::around))
+}
+
+fn described() -> Routes {
+    let v1 = Routes::new()
+        .add(routes!(accounts::register))
+        .add(routes!(keys::list, keys::create))
+        .add(routes!(keys::revoke))
+        .add(routes!(sandboxes::list))
+        .add(routes!(sandboxes::create_short))
+        .add(routes!(sandboxes::create))
+        .add(routes!(sandboxes::get, sandboxes::delete))
+        .add(routes!(sandboxes::status))
+        .add(routes!(sandboxes::stop))
+        .add(routes!(commands::execute))
+        .add(routes!(files::read, files::write))
+        .add(routes!(files::list))
+        .add(routes!(files::download))
+        .add(routes!(network::get, network::put, network::patch))
+        .add(routes!(network::doctor))
+        .add(routes!(secrets::inject))
+        .add(routes!(secrets::list, secrets::create))
+        .add(routes!(secrets::update, secrets::delete))
+        .add(routes!(settings::get_egress, settings::put_egress))
+        .add(routes!(audit::list));
+    Routes::new()
+        .below("/api/v1", v1)
+        .add(routes!(health::health))
+        .add(routes!(health::ready))
+        .add(routes!(reference::openapi))
+        .add(routes!(reference::page))
+        .add(routes!(reference::script))
+        .add(routes!(reference::style))
 }
 
 async fn no_such_route() -> ApiError {

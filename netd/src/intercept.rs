@@ -294,12 +294,13 @@ impl FlowTasks {
         F: Future + Send + 'static,
     {
         let end = self.end.clone();
-        self.tasks.spawn_within(name, &tracing::Span::current(), async move {
-            tokio::select! {
-                _output = task => {}
-                () = end.cancelled() => {}
-            }
-        });
+        self.tasks
+            .spawn_within(name, &tracing::Span::current(), async move {
+                tokio::select! {
+                    _output = task => {}
+                    () = end.cancelled() => {}
+                }
+            });
     }
 
     pub(crate) fn spawn_upgrade<F>(&self, task: F)

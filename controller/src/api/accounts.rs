@@ -4,9 +4,14 @@ use axum::{Json, extract::State};
 use http::StatusCode;
 use sandgate_api::rest::RegisterResponse;
 
-use super::{document::Document, error::ApiError};
+use super::{bodies::RegisterBody, document::Document, error::ApiError};
 use crate::service::{Registration, Service};
 
+/// Registers an organisation and its first user, where the installation lets strangers do so.
+#[utoipa::path(
+    post, path = "/register", operation_id = "register", tag = "accounts", security(()),
+    request_body = RegisterBody, responses((status = 201, description = "The organisation, its first user and its first key", body = RegisterResponse))
+)]
 pub(super) async fn register(
     State(service): State<Service>,
     document: Document,

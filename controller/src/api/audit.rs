@@ -9,6 +9,21 @@ use crate::{
     store::AuditFilter,
 };
 
+/// Lists what sandboxes tried to reach, and what was decided.
+#[utoipa::path(
+    get, path = "/egress/audit", operation_id = "list_egress_audit", tag = "network",
+    params(
+        ("sandbox_id" = Option<String>, Query, description = "Of one sandbox"),
+        ("host" = Option<String>, Query, description = "For one name"),
+        ("decision" = Option<String>, Query, description = "`allow` or `deny`"),
+        ("since" = Option<String>, Query, description = "Not before: RFC 3339, or seconds since 1970"),
+        ("until" = Option<String>, Query, description = "Before"),
+        ("offset" = Option<u32>, Query, description = "How many to skip"),
+        ("limit" = Option<u32>, Query, description = "At most so many, 1 to 1000"),
+        ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before")
+    ),
+    responses((status = 200, description = "A page, newest first", body = AuditPage))
+)]
 pub(super) async fn list(
     State(service): State<Service>,
     Authenticated(caller): Authenticated,

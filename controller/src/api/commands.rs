@@ -5,11 +5,15 @@ use axum::{
     extract::State,
     response::{IntoResponse as _, Response},
 };
-use sandgate_api::{agent::Exec, rest::ExecuteResponse};
+use sandgate_api::{
+    agent::Exec,
+    rest::{ExecuteResponse, StreamEvent},
+};
 use serde_json::Value;
 
 use super::{
     auth::Authenticated,
+    bodies::ExecuteBody,
     document::Document,
     error::ApiError,
     path::{self, SandboxPath},
@@ -26,6 +30,14 @@ const MAX_COMMAND: usize = 128 * 1024;
 /// Longest timeout of a command: the longest life of a sandbox, in milliseconds.
 const MAX_TIMEOUT_MS: u64 = 86_400_000;
 
+/// Runs a command. A client that goes away takes it with it.
+#[utoipa::path(
+    post, path = "/sandbox/{id}/execute", operation_id = "execute", tag = "commands",
+    request_body = ExecuteBody,
+    responses((status = 200, description = "The command has ended, or its events with `stream`", content(
+        (ExecuteResponse = "application/json"), (StreamEvent = "text/event-stream")
+    )))
+)]
 pub(super) async fn execute(
     State(service): State<Service>,
     Authenticated(caller): Authenticated,

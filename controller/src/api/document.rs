@@ -168,6 +168,8 @@ impl Document {
 
     /// Takes a field whatever it is.
     pub(super) fn value(&mut self, field: &str) -> Option<Value> {
+        #[cfg(test)]
+        asked::note(&self.path(field));
         self.fields.remove(field)
     }
 
@@ -332,6 +334,36 @@ fn kind(value: &Value) -> &'static str {
         Value::String(_) => "a string",
         Value::Array(_) => "a list",
         Value::Object(_) => "an object",
+    }
+}
+
+/// Which fields handlers ask for, so that a test can hold the description of the API against it.
+#[cfg(test)]
+pub(super) mod asked {
+    use std::{cell::RefCell, collections::BTreeSet};
+
+    thread_local! {
+        static FIELDS: RefCell<BTreeSet<String>> = const { RefCell::new(BTreeSet::new()) };
+    }
+
+    /// Positions in lists are left out: `a[3].b` is `a.b`.
+    pub(super) fn note(path: &str) {
+        let mut plain = String::with_capacity(path.len());
+        let mut depth = 0_u32;
+        for character in path.chars() {
+            match character {
+                '[' => depth += 1,
+                ']' => depth -= 1,
+                _ if depth == 0 => plain.push(character),
+                _ => {}
+            }
+        }
+        FIELDS.with_borrow_mut(|fields| fields.insert(plain));
+    }
+
+    /// Those that were asked for on this thread since the last call.
+    pub(in crate::api) fn take() -> BTreeSet<String> {
+        FIELDS.with_borrow_mut(std::mem::take)
     }
 }
 

@@ -17,6 +17,7 @@ use sandgate_api::rest::{FileList, FileRead, FilesWritten};
 
 use super::{
     auth::Authenticated,
+    bodies::FilesBody,
     document::{Document, LargeDocument},
     error::ApiError,
     path::{self, SandboxPath},
@@ -34,6 +35,10 @@ const LENIENT: GeneralPurpose = GeneralPurpose::new(
 );
 
 /// `{"files": [{"path", "content"}]}`, or one file as `{"path", "content"}`.
+#[utoipa::path(
+    post, path = "/sandbox/{id}/files", operation_id = "write_files", tag = "files",
+    request_body = FilesBody, responses((status = 200, description = "What was written", body = FilesWritten))
+)]
 pub(super) async fn write(
     State(service): State<Service>,
     Authenticated(caller): Authenticated,
@@ -84,6 +89,12 @@ fn file(mut document: Document) -> Result<(String, Bytes), ApiError> {
     }
 }
 
+/// Reads a file.
+#[utoipa::path(
+    get, path = "/sandbox/{id}/files", operation_id = "read_file", tag = "files",
+    params(("path" = String, Query, description = "Absolute")),
+    responses((status = 200, description = "The file, base64", body = FileRead))
+)]
 pub(super) async fn read(
     State(service): State<Service>,
     Authenticated(caller): Authenticated,
@@ -100,6 +111,15 @@ pub(super) async fn read(
     }))
 }
 
+/// Lists a directory.
+#[utoipa::path(
+    get, path = "/sandbox/{id}/files/list", operation_id = "list_files", tag = "files",
+    params(
+        ("path" = Option<String>, Query, description = "Absolute; `/workspace` when left out"),
+        ("recursive" = Option<bool>, Query, description = "Also what is below")
+    ),
+    responses((status = 200, description = "Entries, sorted by path", body = FileList))
+)]
 pub(super) async fn list(
     State(service): State<Service>,
     Authenticated(caller): Authenticated,
@@ -118,6 +138,11 @@ pub(super) async fn list(
 }
 
 /// The file's bytes as they are. A file that breaks off breaks the connection off.
+#[utoipa::path(
+    get, path = "/sandbox/{id}/files/download", operation_id = "download_file", tag = "files",
+    params(("path" = String, Query, description = "Absolute")),
+    responses((status = 200, description = "The bytes", body = Vec<u8>, content_type = "application/octet-stream"))
+)]
 pub(super) async fn download(
     State(service): State<Service>,
     Authenticated(caller): Authenticated,

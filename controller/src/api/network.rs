@@ -6,7 +6,7 @@ use axum::{
     response::{IntoResponse as _, Response},
 };
 use http::{HeaderMap, header};
-use sandgate_api::{feed::Revision, rest::NetworkDoctor};
+use sandgate_api::{feed::Revision, openapi::PolicyDocument, rest::NetworkDoctor};
 use serde_json::Value;
 
 use super::{
@@ -17,6 +17,11 @@ use super::{
 };
 use crate::service::{NetworkView, Scope, Service};
 
+/// Shows a sandbox's egress policy, and every tier that governs it.
+#[utoipa::path(
+    get, path = "/sandbox/{id}/network", operation_id = "get_network", tag = "network",
+    responses((status = 200, description = "Its own policy and every tier", body = sandgate_api::rest::SandboxNetwork))
+)]
 pub(super) async fn get(
     State(service): State<Service>,
     Authenticated(caller): Authenticated,
@@ -27,6 +32,11 @@ pub(super) async fn get(
 }
 
 /// Replaces the whole policy. The answer comes when the node has applied it, or says that it has not.
+#[utoipa::path(
+    put, path = "/sandbox/{id}/network", operation_id = "put_network", tag = "network",
+    params(("If-Match" = Option<String>, Header, description = "The revision that is to be changed, in quotes; another one is a 412")),
+    request_body = PolicyDocument, responses((status = 200, description = "The policy as stored", body = sandgate_api::rest::SandboxNetwork))
+)]
 pub(super) async fn put(
     State(service): State<Service>,
     Authenticated(caller): Authenticated,
@@ -45,6 +55,12 @@ pub(super) async fn put(
 }
 
 /// Changes only the given fields.
+#[utoipa::path(
+    patch, path = "/sandbox/{id}/network", operation_id = "patch_network", tag = "network",
+    params(("If-Match" = Option<String>, Header, description = "The revision that is to be changed, in quotes; another one is a 412")),
+    request_body(content = PolicyDocument, description = "Only fields that change; `null` brings a default back (RFC 7396)"),
+    responses((status = 200, description = "The policy as stored", body = sandgate_api::rest::SandboxNetwork))
+)]
 pub(super) async fn patch(
     State(service): State<Service>,
     Authenticated(caller): Authenticated,
@@ -63,6 +79,10 @@ pub(super) async fn patch(
 }
 
 /// Runs what is installed inside against netd's self-test host.
+#[utoipa::path(
+    get, path = "/sandbox/{id}/network/doctor", operation_id = "network_doctor", tag = "network",
+    responses((status = 200, description = "What was found", body = NetworkDoctor))
+)]
 pub(super) async fn doctor(
     State(service): State<Service>,
     Authenticated(caller): Authenticated,

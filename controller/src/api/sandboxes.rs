@@ -9,7 +9,8 @@ use sandgate_api::{
 use serde_json::Value;
 
 use super::{
-    auth::Authenticated, document::Document, error::ApiError, path::SandboxPath, query::Parameters, secrets,
+    auth::Authenticated, bodies::SandboxBody, document::Document, error::ApiError, path::SandboxPath,
+    query::Parameters, secrets,
 };
 use crate::{
     config::SandboxDefaults,
@@ -18,7 +19,7 @@ use crate::{
 };
 
 /// Documented fields that this version does not have. Accepting them silently would promise what is not kept.
-const UNSUPPORTED: [(&str, &str); 14] = [
+pub(super) const UNSUPPORTED: [(&str, &str); 14] = [
     ("gpu", "GPUs"),
     ("gpu.count", "GPUs"),
     ("gpu.type", "GPUs"),
@@ -35,6 +36,11 @@ const UNSUPPORTED: [(&str, &str); 14] = [
     ("metadata", "metadata"),
 ];
 
+/// Creates a sandbox; the answer comes when it can be used.
+#[utoipa::path(
+    post, path = "/sandbox/create", operation_id = "create_sandbox", tag = "sandboxes",
+    request_body = SandboxBody, responses((status = 201, description = "It runs", body = Sandbox))
+)]
 pub(super) async fn create(
     State(service): State<Service>,
     Authenticated(caller): Authenticated,
@@ -61,6 +67,24 @@ pub(super) async fn create(
     Ok((StatusCode::CREATED, Json(started.sandbox)))
 }
 
+/// The same as `POST /sandbox/create`.
+#[utoipa::path(
+    post, path = "/sandbox", operation_id = "create_sandbox_short", tag = "sandboxes",
+    request_body = SandboxBody, responses((status = 201, description = "It runs", body = Sandbox))
+)]
+pub(super) async fn create_short(
+    service: State<Service>,
+    caller: Authenticated,
+    document: Document,
+) -> Result<(StatusCode, Json<Sandbox>), ApiError> {
+    create(service, caller, document).await
+}
+
+/// Shows a sandbox.
+#[utoipa::path(
+    get, path = "/sandbox/{id}", operation_id = "get_sandbox", tag = "sandboxes",
+    responses((status = 200, description = "The sandbox", body = Sandbox))
+)]
 pub(super) async fn get(
     State(service): State<Service>,
     Authenticated(caller): Authenticated,
@@ -70,6 +94,11 @@ pub(super) async fn get(
     Ok(Json(service.sandbox(caller.org_id(), &id).await?))
 }
 
+/// Shows how much of its life a sandbox has used.
+#[utoipa::path(
+    get, path = "/sandbox/{id}/status", operation_id = "sandbox_status", tag = "sandboxes",
+    responses((status = 200, description = "Its lifetime", body = SandboxLifetime))
+)]
 pub(super) async fn status(
     State(service): State<Service>,
     Authenticated(caller): Authenticated,
@@ -80,6 +109,15 @@ pub(super) async fn status(
 }
 
 /// Those that live; with `status=all` also those that have ended and were not deleted.
+#[utoipa::path(
+    get, path = "/sandboxes", operation_id = "list_sandboxes", tag = "sandboxes",
+    params(
+        ("status" = Option<String>, Query, description = "`live` (the default) or `all`"),
+        ("limit" = Option<u32>, Query, description = "At most so many, 1 to 1000"),
+        ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before")
+    ),
+    responses((status = 200, description = "A page, newest first", body = SandboxList))
+)]
 pub(super) async fn list(
     State(service): State<Service>,
     Authenticated(caller): Authenticated,
@@ -102,6 +140,10 @@ pub(super) async fn list(
 }
 
 /// The body, if there is one, says nothing.
+#[utoipa::path(
+    post, path = "/sandbox/{id}/stop", operation_id = "stop_sandbox", tag = "sandboxes",
+    responses((status = 200, description = "It has ended", body = Success))
+)]
 pub(super) async fn stop(
     State(service): State<Service>,
     Authenticated(caller): Authenticated,
@@ -112,6 +154,11 @@ pub(super) async fn stop(
     Ok(Json(Success::OK))
 }
 
+/// Stops a sandbox and forgets it. Doing it again is no error.
+#[utoipa::path(
+    delete, path = "/sandbox/{id}", operation_id = "delete_sandbox", tag = "sandboxes",
+    responses((status = 200, description = "It is gone", body = Success))
+)]
 pub(super) async fn delete(
     State(service): State<Service>,
     Authenticated(caller): Authenticated,

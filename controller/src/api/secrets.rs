@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::{
     auth::Authenticated,
+    bodies::{InjectBody, SecretBody, SecretChangeBody},
     document::{Document, PatchDocument},
     error::ApiError,
     path::{SandboxPath, SecretPath},
@@ -23,7 +24,7 @@ use crate::{
 const HTTPS: u16 = 443;
 
 /// Documented fields that this version does not have.
-const UNSUPPORTED: [(&str, &str); 2] = [
+pub(super) const UNSUPPORTED: [(&str, &str); 2] = [
     ("allowed_sandbox_patterns", "patterns of sandboxes"),
     ("expires_at", "expiry times of secrets"),
 ];
@@ -31,6 +32,11 @@ const UNSUPPORTED: [(&str, &str); 2] = [
 /// Most names in one list.
 const MOST_NAMES: usize = 256;
 
+/// Lists the organisation's secrets.
+#[utoipa::path(
+    get, path = "/secrets", operation_id = "list_secrets", tag = "secrets",
+    responses((status = 200, description = "The secrets, without their values", body = SecretList))
+)]
 pub(super) async fn list(
     State(service): State<Service>,
     Authenticated(caller): Authenticated,
@@ -41,6 +47,11 @@ pub(super) async fn list(
     }))
 }
 
+/// Stores a secret.
+#[utoipa::path(
+    post, path = "/secrets", operation_id = "create_secret", tag = "secrets",
+    request_body = SecretBody, responses((status = 201, description = "The secret, without its value", body = Secret))
+)]
 pub(super) async fn create(
     State(service): State<Service>,
     Authenticated(caller): Authenticated,
@@ -62,6 +73,10 @@ pub(super) async fn create(
 }
 
 /// Changes the value, the binding, or both.
+#[utoipa::path(
+    put, path = "/secrets/{name}", operation_id = "update_secret", tag = "secrets",
+    request_body = SecretChangeBody, responses((status = 200, description = "The secret, without its value", body = Secret))
+)]
 pub(super) async fn update(
     State(service): State<Service>,
     Authenticated(caller): Authenticated,
@@ -88,6 +103,11 @@ pub(super) async fn update(
     ))
 }
 
+/// Deletes a secret; running sandboxes lose it with the next request.
+#[utoipa::path(
+    delete, path = "/secrets/{name}", operation_id = "delete_secret", tag = "secrets",
+    responses((status = 200, description = "It is revoked", body = Success))
+)]
 pub(super) async fn delete(
     State(service): State<Service>,
     Authenticated(caller): Authenticated,
@@ -99,6 +119,10 @@ pub(super) async fn delete(
 }
 
 /// Gives a running sandbox secrets, for the commands that follow.
+#[utoipa::path(
+    post, path = "/sandbox/{id}/secrets/inject", operation_id = "inject_secrets", tag = "secrets",
+    request_body = InjectBody, responses((status = 200, description = "What it has", body = SecretsInjected))
+)]
 pub(super) async fn inject(
     State(service): State<Service>,
     Authenticated(caller): Authenticated,

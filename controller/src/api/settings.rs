@@ -2,6 +2,7 @@
 
 use axum::{Json, extract::State};
 use http::HeaderMap;
+use sandgate_api::openapi::PolicyDocument;
 
 use super::{
     auth::Authenticated,
@@ -11,6 +12,11 @@ use super::{
 };
 use crate::service::{OrganizationView, Scope, Service};
 
+/// Shows the organisation's egress policy.
+#[utoipa::path(
+    get, path = "/settings/egress", operation_id = "get_egress", tag = "network",
+    responses((status = 200, description = "The policy", body = sandgate_api::rest::OrganizationEgress))
+)]
 pub(super) async fn get_egress(
     State(service): State<Service>,
     Authenticated(caller): Authenticated,
@@ -20,6 +26,11 @@ pub(super) async fn get_egress(
 }
 
 /// Replaces the whole policy. The answer comes when the node has applied it, or says that it has not.
+#[utoipa::path(
+    put, path = "/settings/egress", operation_id = "put_egress", tag = "network",
+    params(("If-Match" = Option<String>, Header, description = "The revision that is to be changed, in quotes; another one is a 412")),
+    request_body = PolicyDocument, responses((status = 200, description = "The policy as stored", body = sandgate_api::rest::OrganizationEgress))
+)]
 pub(super) async fn put_egress(
     State(service): State<Service>,
     Authenticated(caller): Authenticated,

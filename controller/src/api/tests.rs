@@ -26,6 +26,7 @@ use crate::{
     vault::Vault,
 };
 
+mod openapi;
 mod policies;
 mod requests;
 mod sandboxes;

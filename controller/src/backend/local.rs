@@ -248,12 +248,14 @@ impl LocalBackend {
         let work = step(Arc::clone(&shared));
         let id = id.clone();
         let (sender, result) = oneshot::channel();
-        self.shared.tasks.spawn_within(name, &Span::current(), async move {
-            let result = work.await;
-            drop(turn);
-            shared.forget_turn(&id);
-            let _gone = sender.send(result);
-        });
+        self.shared
+            .tasks
+            .spawn_within(name, &Span::current(), async move {
+                let result = work.await;
+                drop(turn);
+                shared.forget_turn(&id);
+                let _gone = sender.send(result);
+            });
         result.await.map_err(|_gone| failed(name, "the step panicked"))?
     }
 }

@@ -61,11 +61,9 @@ impl Service {
         for id in found.into_keys() {
             tracing::warn!(sandbox_id = %id, "a sandbox that nobody knows is taken away");
             let span = tracing::info_span!(parent: None, "sandbox", sandbox_id = %id);
-            self.shared.tasks.spawn_within(
-                "stray sandbox",
-                &span,
-                destroy_stray(Arc::clone(&backend), id),
-            );
+            self.shared
+                .tasks
+                .spawn_within("stray sandbox", &span, destroy_stray(Arc::clone(&backend), id));
         }
         self.shared.backend.send_replace(BackendState::Ready(backend));
         Ok(())

@@ -174,20 +174,22 @@ impl Service {
         let (sender, receiver) = tokio::sync::oneshot::channel();
         let service = self.clone();
         let span = Span::current();
-        self.shared.tasks.spawn_within("insert sandbox", &span, async move {
-            let limit = service.shared.config.sandbox.max_per_organization;
-            let inserted = service.shared.store.insert_sandbox(&new, limit).await;
-            let kept = inserted.map(|record| {
-                let id = record.id.clone();
-                (id, service.keep(backend, record, State::NEW))
-            });
-            if let Err(Ok((id, _unheard))) = sender.send(kept) {
-                drop(Unwanted {
-                    service,
-                    id: Some(id),
+        self.shared
+            .tasks
+            .spawn_within("insert sandbox", &span, async move {
+                let limit = service.shared.config.sandbox.max_per_organization;
+                let inserted = service.shared.store.insert_sandbox(&new, limit).await;
+                let kept = inserted.map(|record| {
+                    let id = record.id.clone();
+                    (id, service.keep(backend, record, State::NEW))
                 });
-            }
-        });
+                if let Err(Ok((id, _unheard))) = sender.send(kept) {
+                    drop(Unwanted {
+                        service,
+                        id: Some(id),
+                    });
+                }
+            });
         match receiver.await {
             Ok(Ok((_id, progress))) => Ok(progress),
             Ok(Err(error)) => Err(unknown_secret(error)),

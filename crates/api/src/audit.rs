@@ -12,6 +12,7 @@ use crate::{
 };
 
 /// What was decided.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AuditVerdict {
@@ -22,6 +23,7 @@ pub enum AuditVerdict {
 }
 
 /// One decision. Never holds a query string, a body or a secret's value.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct AuditEvent {
     /// Unique (UUIDv7 as text): delivery may repeat, the store keeps one.
@@ -35,6 +37,7 @@ pub struct AuditEvent {
     /// Allowed or denied.
     pub verdict: AuditVerdict,
     /// Why.
+    #[cfg_attr(feature = "openapi", schema(value_type = crate::openapi::Reason))]
     pub reason: Reason,
     /// The tier that decided.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -49,6 +52,7 @@ pub struct AuditEvent {
     pub host: Option<String>,
     /// The destination's address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub ip: Option<IpAddr>,
     /// The destination's port.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -56,6 +56,7 @@ impl Drop for Sensitive {
 impl ZeroizeOnDrop for Sensitive {}
 
 /// How a value gets into a request.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Inject {
@@ -87,6 +88,7 @@ pub enum Inject {
 }
 
 /// Where a placeholder is replaced by the value.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PlaceholderPlace {

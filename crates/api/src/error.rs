@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 /// What went wrong, as a word clients can compare. Part of the published contract.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum ErrorCode {
@@ -58,6 +59,7 @@ impl ErrorCode {
 }
 
 /// The body of every answer that is not 2xx.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ErrorEnvelope {
     /// The error itself.
@@ -65,6 +67,7 @@ pub struct ErrorEnvelope {
 }
 
 /// The inside of [`ErrorEnvelope`].
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ErrorBody {
     /// Comparable.
@@ -76,5 +79,6 @@ pub struct ErrorBody {
     pub request_id: Option<String>,
     /// Always an object when present: published clients crash on anything else.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<Object>))]
     pub details: Option<serde_json::Map<String, serde_json::Value>>,
 }

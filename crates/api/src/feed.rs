@@ -93,6 +93,7 @@ pub struct Endpoint {
 }
 
 /// Who wrote a policy. The order is the order of precedence.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TierName {

@@ -20,5 +20,7 @@ pub mod credential;
 pub mod error;
 pub mod feed;
 pub mod id;
+#[cfg(feature = "openapi")]
+pub mod openapi;
 pub mod rest;
 pub mod tunnel;

@@ -27,6 +27,7 @@ pub use secret::{EgressBinding, Secret, SecretList, SecretsInjected};
 use serde::{Deserialize, Serialize};
 
 /// The answer of calls that have nothing else to say. `success` is always the boolean `true`.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Success {
     /// Always true: failures have another status and the error envelope.
@@ -39,6 +40,7 @@ impl Success {
 }
 
 /// `GET /health` and `GET /ready`.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Health {
     /// `ok`, or `degraded` when something below is not.
@@ -57,6 +59,7 @@ pub struct Health {
 }
 
 /// One node in [`Health`].
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeHealth {
     /// Its name.

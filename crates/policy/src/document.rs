@@ -136,6 +136,12 @@ impl Inside {
 }
 
 impl Rule {
+    /// Every field that a rule may have.
+    pub const FIELDS: &'static [&'static str] = &parse::KNOWN_IN_RULE;
+
+    /// Every field that an element of a rule's `http` may have.
+    pub const REQUEST_FIELDS: &'static [&'static str] = &parse::KNOWN_IN_REQUESTS;
+
     /// The name that its author gave it.
     pub fn name(&self) -> Option<&str> {
         self.name.as_deref()
@@ -211,6 +217,11 @@ impl Default for Policy {
 }
 
 impl Policy {
+    /// Every field that a document may have, but for those that answers add.
+    pub const FIELDS: &'static [&'static str] = parse::KNOWN
+        .split_at(parse::KNOWN.len() - parse::FROM_ANSWERS.len())
+        .0;
+
     /// Reads a document. Names and ranges come out in canonical form.
     ///
     /// `org_id`, `updated_at`, `revision`, `applied` and `effective` are not looked at: answers of the API add them,

@@ -79,19 +79,20 @@ impl Resolver {
             return;
         };
         let (resolver, answers) = (Arc::clone(self), Arc::clone(answers));
-        self.tasks.spawn_within("dns question", &sandbox.span(), async move {
-            let _permit = permit;
-            let reply = resolver.reply(&sandbox, &datagram.packet).await;
-            let Some(bytes) = reply.into_bytes(None) else {
-                return;
-            };
-            let sent = answers
-                .async_io(Interest::WRITABLE, || send(&answers, &bytes, &datagram))
-                .await;
-            if let Err(error) = sent {
-                tracing::debug!(%error, "cannot send a DNS answer");
-            }
-        });
+        self.tasks
+            .spawn_within("dns question", &sandbox.span(), async move {
+                let _permit = permit;
+                let reply = resolver.reply(&sandbox, &datagram.packet).await;
+                let Some(bytes) = reply.into_bytes(None) else {
+                    return;
+                };
+                let sent = answers
+                    .async_io(Interest::WRITABLE, || send(&answers, &bytes, &datagram))
+                    .await;
+                if let Err(error) = sent {
+                    tracing::debug!(%error, "cannot send a DNS answer");
+                }
+            });
     }
 
     /// Answers questions over TCP until the program ends.
@@ -120,17 +121,18 @@ impl Resolver {
                 continue;
             };
             let (resolver, end) = (Arc::clone(&self), end.clone());
-            self.tasks.spawn_within("dns connection", &sandbox.span(), async move {
-                let _permit = permit;
-                tokio::select! {
-                    served = resolver.converse(&sandbox, stream) => {
-                        if let Err(error) = served {
-                            tracing::debug!(sandbox_id = %sandbox.id, %error, "a DNS connection ended");
+            self.tasks
+                .spawn_within("dns connection", &sandbox.span(), async move {
+                    let _permit = permit;
+                    tokio::select! {
+                        served = resolver.converse(&sandbox, stream) => {
+                            if let Err(error) = served {
+                                tracing::debug!(sandbox_id = %sandbox.id, %error, "a DNS connection ended");
+                            }
                         }
+                        () = end.cancelled() => {}
                     }
-                    () = end.cancelled() => {}
-                }
-            });
+                });
         }
     }
 

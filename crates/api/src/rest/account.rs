@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::id::{ApiKeyId, OrgId, UserId};
 
 /// `POST /register`.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RegisterResponse {
     /// Always true.
@@ -23,6 +24,7 @@ pub struct RegisterResponse {
 }
 
 /// An organisation.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Organization {
     /// Its id.
@@ -36,6 +38,7 @@ pub struct Organization {
 }
 
 /// A user.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct User {
     /// Its id.
@@ -47,6 +50,7 @@ pub struct User {
 }
 
 /// A key in the one answer that shows it.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FirstKey {
     /// The secret. Shown once, stored only as a hash.
@@ -58,6 +62,7 @@ pub struct FirstKey {
 }
 
 /// A key without its secret.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ApiKey {
     /// Its id.
@@ -79,6 +84,7 @@ pub struct ApiKey {
 }
 
 /// `GET /api-keys`.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ApiKeyList {
     /// Those that are not revoked, oldest first.
@@ -86,6 +92,7 @@ pub struct ApiKeyList {
 }
 
 /// `POST /api-keys`.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ApiKeyCreated {
     /// The key's record.

@@ -23,6 +23,7 @@ pub struct SelfTest {
 /// Whether the programs inside reach netd and trust the sandbox's authority.
 ///
 /// It is the sandbox that answers: code inside can make it look better or worse than it is.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetworkDoctor {
     /// The examination took place. Always true, whatever it found.
@@ -38,6 +39,7 @@ pub struct NetworkDoctor {
 }
 
 /// One client of [`NetworkDoctor`].
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DoctorClient {
     /// Which one.
@@ -48,6 +50,7 @@ pub struct DoctorClient {
 }
 
 /// What an examination found.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DoctorFinding {
     /// The program is there. One that is not says nothing about the sandbox's health.

@@ -11,10 +11,12 @@ use crate::{
 };
 
 /// `GET` and `PUT /settings/egress`: the policy's own fields at the top level, and these beside them.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct OrganizationEgress {
     /// The document.
     #[serde(flatten)]
+    #[cfg_attr(feature = "openapi", schema(value_type = crate::openapi::PolicyDocument))]
     pub policy: Policy,
     /// Whose policy this is.
     pub org_id: OrgId,
@@ -29,11 +31,13 @@ pub struct OrganizationEgress {
 }
 
 /// `GET`, `PUT` and `PATCH /sandbox/:id/network`.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct SandboxNetwork {
     /// Which sandbox.
     pub sandbox_id: SandboxId,
     /// The sandbox's own policy; the default document while it has none.
+    #[cfg_attr(feature = "openapi", schema(value_type = crate::openapi::PolicyDocument))]
     pub policy: Policy,
     /// The feed revision of the last change of `policy`; 0 before the first.
     pub revision: Revision,
@@ -44,15 +48,18 @@ pub struct SandboxNetwork {
 }
 
 /// One tier of [`SandboxNetwork::effective`].
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct TierPolicy {
     /// Who wrote it.
     pub tier: TierName,
     /// What they wrote.
+    #[cfg_attr(feature = "openapi", schema(value_type = crate::openapi::PolicyDocument))]
     pub policy: Policy,
 }
 
 /// The decision in the word of published clients.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AuditDecision {
@@ -63,6 +70,7 @@ pub enum AuditDecision {
 }
 
 /// `GET /egress/audit`.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct AuditPage {
     /// Newest first.
@@ -73,6 +81,7 @@ pub struct AuditPage {
 }
 
 /// An [`AuditEvent`] with the names published clients expect beside ours.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct AuditRecord {
     /// The record as netd made it.

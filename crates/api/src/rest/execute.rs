@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 /// `POST /sandbox/:id/execute` without `stream`.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExecuteResponse {
     /// The exit status; 128 + signal for a killed command, 124 for one that ran out of time.
@@ -20,6 +21,7 @@ pub struct ExecuteResponse {
 }
 
 /// One `data: ` line of `POST /sandbox/:id/execute` with `stream: true`.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum StreamEvent {

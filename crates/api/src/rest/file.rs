@@ -4,6 +4,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 /// `POST /sandbox/:id/files`.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FilesWritten {
     /// Always true.
@@ -13,6 +14,7 @@ pub struct FilesWritten {
 }
 
 /// One file of [`FilesWritten`].
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WrittenFile {
     /// Absolute path.
@@ -22,6 +24,7 @@ pub struct WrittenFile {
 }
 
 /// `GET /sandbox/:id/files?path=`.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileRead {
     /// Absolute path.
@@ -33,6 +36,7 @@ pub struct FileRead {
 }
 
 /// `GET /sandbox/:id/files/list?path=`.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileList {
     /// The directory.
@@ -44,6 +48,7 @@ pub struct FileList {
 }
 
 /// One entry of [`FileList`].
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileEntry {
     /// Last component of the path.
@@ -62,6 +67,7 @@ pub struct FileEntry {
 }
 
 /// What a [`FileEntry`] is.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FileKind {

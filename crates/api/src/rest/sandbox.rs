@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::id::{OrgId, SandboxId};
 
 /// Where a sandbox stands. Published clients reject any other word.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SandboxStatus {
@@ -52,6 +53,7 @@ impl SandboxStatus {
 }
 
 /// How strongly a sandbox is isolated.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Isolation {
@@ -69,6 +71,7 @@ impl Isolation {
 }
 
 /// `POST /sandbox/create`, `GET /sandbox/:id` and each element of `GET /sandboxes`.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Sandbox {
     /// Its id.
@@ -106,6 +109,7 @@ pub struct Sandbox {
 }
 
 /// How long a start took, in milliseconds.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StartupMetrics {
     /// From the request to a sandbox that answers.
@@ -119,6 +123,7 @@ pub struct StartupMetrics {
 }
 
 /// Parts of [`StartupMetrics`], in milliseconds.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StartupBreakdown {
     /// Writable layer, address, network namespace.
@@ -132,6 +137,7 @@ pub struct StartupBreakdown {
 }
 
 /// `GET /sandboxes`.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SandboxList {
     /// Newest first.
@@ -142,6 +148,7 @@ pub struct SandboxList {
 }
 
 /// `GET /sandbox/:id/status`.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SandboxLifetime {
     /// Its id.

@@ -9,6 +9,7 @@ use crate::{
 };
 
 /// Where a secret may go, and how, as users write it.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EgressBinding {
     /// As in [`Binding::hosts`](crate::credential::Binding::hosts).
@@ -26,6 +27,7 @@ pub struct EgressBinding {
 }
 
 /// Element of `GET /secrets`; the answer to `POST /secrets` and `PUT /secrets/:name`.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Secret {
     /// Its id.
@@ -37,6 +39,7 @@ pub struct Secret {
     /// `null` for a plain environment variable, an object for one binding, a list for several: as it can be
     /// sent back.
     #[serde(serialize_with = "as_sent")]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<crate::openapi::EgressBindings>))]
     pub egress: Option<Vec<EgressBinding>>,
     /// When it was made.
     pub created_at: Timestamp,
@@ -56,6 +59,7 @@ fn as_sent<S: Serializer>(egress: &Option<Vec<EgressBinding>>, serializer: S) ->
 }
 
 /// `GET /secrets`.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct SecretList {
     /// By name.
@@ -63,6 +67,7 @@ pub struct SecretList {
 }
 
 /// `POST /sandbox/:id/secrets/inject`.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SecretsInjected {
     /// The sandbox.

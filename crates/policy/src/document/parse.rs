@@ -2,6 +2,8 @@
 
 mod inside;
 
+pub(super) use inside::KNOWN_IN_REQUESTS;
+
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde_json::{Value, json};
 
@@ -18,8 +20,8 @@ use crate::{
 };
 
 /// Fields that answers of the API add to the document.
-const FROM_ANSWERS: [&str; 5] = ["org_id", "updated_at", "revision", "applied", "effective"];
-const KNOWN: [&str; 16] = [
+pub(super) const FROM_ANSWERS: [&str; 5] = ["org_id", "updated_at", "revision", "applied", "effective"];
+pub(super) const KNOWN: [&str; 16] = [
     "mode",
     "allowed_domains",
     "denied_domains",
@@ -37,7 +39,7 @@ const KNOWN: [&str; 16] = [
     FROM_ANSWERS[3],
     FROM_ANSWERS[4],
 ];
-const KNOWN_IN_RULE: [&str; 9] = [
+pub(super) const KNOWN_IN_RULE: [&str; 9] = [
     "name",
     "action",
     "domains",

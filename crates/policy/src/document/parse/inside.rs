@@ -12,7 +12,7 @@ use crate::{
     request::{self, RequestPattern},
 };
 
-const KNOWN_IN_REQUESTS: [&str; 3] = ["methods", "paths", "upgrade"];
+pub(in crate::document) const KNOWN_IN_REQUESTS: [&str; 3] = ["methods", "paths", "upgrade"];
 
 /// Entries of one rule's list of requests.
 const MAX_HTTP: usize = 32;

@@ -1,0 +1,252 @@
+//! Schemas of request bodies. Nothing here is ever constructed: handlers read bodies field by field
+//! ([`super::document`]), so that a refusal names the field. A test sends every field of every example and holds
+//! the schemas against the fields that handlers really ask for.
+
+#![expect(dead_code, reason = "schemas, not values")]
+
+use std::collections::BTreeMap;
+
+use sandgate_api::{credential::Inject, openapi::PolicyDocument};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+/// Who registers.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({
+    "email": "you@example.org", "organization_name": "Example", "first_name": "Ada", "last_name": "Example",
+    "use_case": "agents"
+}))]
+pub(super) struct RegisterBody {
+    /// Unique in the installation.
+    email: String,
+    /// For people.
+    organization_name: String,
+    #[schema(required = false)]
+    first_name: String,
+    #[schema(required = false)]
+    last_name: String,
+    #[schema(required = false)]
+    use_case: String,
+}
+
+/// A key to be made.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({"name": "ci", "expires_in_days": 30, "scopes": ["sandbox:read", "network:read"]}))]
+pub(super) struct KeyBody {
+    /// What it is for.
+    name: String,
+    /// None: it does not expire.
+    #[schema(required = false, minimum = 1, maximum = 3650)]
+    expires_in_days: u32,
+    /// What it may do, at most what the caller may; none: everything the caller may.
+    #[schema(required = false)]
+    scopes: Vec<String>,
+    /// Must be the caller's own organisation.
+    #[schema(required = false)]
+    org_id: String,
+}
+
+/// A sandbox to be made. Every field may be left out.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({
+    "cpus": "1", "memory": "512Mi", "disk": "1Gi", "pids": 128, "timeout_seconds": 600,
+    "env": {"GREETING": "hello"}, "isolation": "container", "image": "default", "secrets": ["EXAMPLE_TOKEN"],
+    "network": {"mode": "allowlist", "allowed_domains": ["api.example.org"]}
+}))]
+pub(super) struct SandboxBody {
+    /// Processors, for example `2` or `500m`.
+    #[schema(required = false)]
+    cpus: String,
+    /// Memory, for example `2Gi`.
+    #[schema(required = false)]
+    memory: String,
+    /// Size of the writable layer, for example `2Gi`.
+    #[schema(required = false)]
+    disk: String,
+    /// Most processes and threads at once.
+    #[schema(required = false)]
+    pids: u64,
+    /// Its lifetime in seconds.
+    #[schema(required = false, minimum = 60, maximum = 86400)]
+    timeout_seconds: u64,
+    /// Environment variables.
+    #[schema(required = false)]
+    env: BTreeMap<String, String>,
+    /// Only `container` is available here.
+    #[schema(required = false)]
+    isolation: String,
+    /// Only the installation's image is available here.
+    #[schema(required = false)]
+    image: String,
+    /// Which secrets of the organisation it gets.
+    #[schema(required = false)]
+    secrets: SecretsChoice,
+    /// Its own egress policy, one tier among others.
+    #[schema(required = false)]
+    network: PolicyDocument,
+    /// Must be the caller's own organisation.
+    #[schema(required = false)]
+    org_id: String,
+}
+
+/// `all` (the default), `none`, or names.
+#[derive(Serialize, ToSchema)]
+#[serde(untagged)]
+enum SecretsChoice {
+    Word(String),
+    Names(Vec<String>),
+}
+
+/// A command to be run.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({
+    "command": "echo hello", "stream": false, "timeout": 30000, "env": {"GREETING": "hello"},
+    "working_dir": "/workspace", "cwd": "/workspace"
+}))]
+pub(super) struct ExecuteBody {
+    /// A line for the shell, or a program and its arguments.
+    command: CommandLine,
+    /// Answer with server-sent events, each a `StreamEvent`.
+    #[schema(required = false, default = false)]
+    stream: bool,
+    /// In milliseconds; then the command is killed and its exit status is 124.
+    #[schema(required = false, minimum = 1, maximum = 86400000)]
+    timeout: u64,
+    /// Environment variables beside the sandbox's own.
+    #[schema(required = false)]
+    env: BTreeMap<String, String>,
+    /// Absolute.
+    #[schema(required = false, default = "/workspace")]
+    working_dir: String,
+    /// Another name for `working_dir`.
+    #[schema(required = false)]
+    cwd: String,
+    /// Must be the caller's own organisation.
+    #[schema(required = false)]
+    org_id: String,
+}
+
+/// A line for the shell, or a program and its arguments.
+#[derive(Serialize, ToSchema)]
+#[serde(untagged)]
+enum CommandLine {
+    Line(String),
+    Vector(Vec<String>),
+}
+
+/// Files to be written: `files`, or one file as `path` and `content`.
+#[derive(Serialize, ToSchema)]
+#[schema(examples(
+    json!({"files": [{"path": "/workspace/main.py", "content": "cHJpbnQoMSkK"}]}),
+    json!({"path": "/workspace/main.py", "content": "cHJpbnQoMSkK"})
+))]
+pub(super) struct FilesBody {
+    #[schema(required = false)]
+    files: Vec<FileBody>,
+    /// Of one file.
+    #[schema(required = false)]
+    path: String,
+    /// Of one file, base64.
+    #[schema(required = false)]
+    content: String,
+    /// Must be the caller's own organisation.
+    #[schema(required = false)]
+    org_id: String,
+}
+
+/// One file.
+#[derive(Serialize, ToSchema)]
+struct FileBody {
+    /// Absolute; missing directories are made.
+    path: String,
+    /// Base64.
+    content: String,
+}
+
+/// A secret to be stored. Its value is in no answer.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({
+    "name": "EXAMPLE_TOKEN", "value": "a value that is never shown again", "scope": "sandbox",
+    "egress": {
+        "hosts": ["api.example.org"], "ports": [443], "methods": ["GET"], "paths": ["/v1/**"],
+        "inject": [{"kind": "bearer"}], "strip_client_auth": true
+    }
+}))]
+pub(super) struct SecretBody {
+    /// The environment variable it becomes.
+    name: String,
+    value: String,
+    /// Only `sandbox` is supported by this version.
+    #[schema(required = false)]
+    scope: String,
+    /// Where it may go; left out: a preset by its name, if there is one; `null`: a plain environment variable.
+    #[schema(required = false)]
+    egress: Option<BindingsBody>,
+    /// Must be the caller's own organisation.
+    #[schema(required = false)]
+    org_id: String,
+}
+
+/// What changes of a secret. A field that is left out stays as it is.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({
+    "name": "EXAMPLE_TOKEN", "value": "a new value", "scope": "sandbox",
+    "egress": [{"hosts": ["api.example.org"], "inject": [{"kind": "header", "header": "x-api-key", "format": "{value}"}]}]
+}))]
+pub(super) struct SecretChangeBody {
+    /// Its present name: a secret cannot be renamed.
+    #[schema(required = false)]
+    name: String,
+    #[schema(required = false)]
+    value: String,
+    /// Only `sandbox` is supported by this version.
+    #[schema(required = false)]
+    scope: String,
+    /// Where it may go; `null`: it becomes a plain environment variable.
+    #[schema(required = false)]
+    egress: Option<BindingsBody>,
+    /// Must be the caller's own organisation.
+    #[schema(required = false)]
+    org_id: String,
+}
+
+/// One binding, or several.
+#[derive(Serialize, ToSchema)]
+#[serde(untagged)]
+enum BindingsBody {
+    One(BindingBody),
+    Several(Vec<BindingBody>),
+}
+
+/// Where a secret may go, and how it gets into requests.
+#[derive(Serialize, ToSchema)]
+struct BindingBody {
+    /// Exact, or `*.` and a suffix.
+    hosts: Vec<String>,
+    #[schema(required = false, default = json!([443]))]
+    ports: Vec<u16>,
+    /// None: any.
+    #[schema(required = false)]
+    methods: Vec<String>,
+    /// None: any.
+    #[schema(required = false)]
+    paths: Vec<String>,
+    /// How it gets into requests; at least one.
+    inject: Vec<Inject>,
+    /// Take other credentials out of requests to these hosts.
+    #[schema(required = false, default = true)]
+    strip_client_auth: bool,
+}
+
+/// Secrets for a running sandbox: names, or all.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({"secrets": ["EXAMPLE_TOKEN"], "all": false}))]
+pub(super) struct InjectBody {
+    #[schema(required = false)]
+    secrets: Vec<String>,
+    #[schema(required = false, default = false)]
+    all: bool,
+    /// Must be the caller's own organisation.
+    #[schema(required = false)]
+    org_id: String,
+}
