@@ -3,6 +3,7 @@
 
 pub mod handover;
 pub mod keep;
+#[cfg(feature = "metrics")]
 pub mod metrics;
 pub mod readiness;
 pub mod signal;

@@ -1,8 +1,9 @@
 //! Secrets over the API: what is accepted, what is refused and how, and that no value ever comes back.
 
 use std::{
+    cell::RefCell,
     io,
-    sync::{Mutex, PoisonError},
+    sync::{Mutex, Once, PoisonError},
 };
 
 use sandgate_api::{
@@ -80,11 +81,29 @@ fn binding() -> Value {
     json!({"hosts": ["api.ok.test"], "inject": [{"kind": "bearer"}]})
 }
 
-/// Everything that is logged while it exists, of every level.
+/// Everything that its thread logs while it exists, of every level.
 #[derive(Clone, Default)]
 struct Logged(Arc<Mutex<Vec<u8>>>);
 
+thread_local! {
+    static LISTENING: RefCell<Option<Logged>> = const { RefCell::new(None) };
+}
+
 impl Logged {
+    /// One subscriber for all threads: what a thread without one meets first would stay switched off for all.
+    fn listen() -> Self {
+        static SUBSCRIBER: Once = Once::new();
+        SUBSCRIBER.call_once(|| {
+            tracing_subscriber::fmt()
+                .with_max_level(tracing::level_filters::LevelFilter::TRACE)
+                .with_writer(|| LISTENING.with_borrow(|listening| listening.clone().unwrap_or_default()))
+                .init();
+        });
+        let logged = Self::default();
+        LISTENING.set(Some(logged.clone()));
+        logged
+    }
+
     fn text(&self) -> String {
         let bytes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         String::from_utf8_lossy(&bytes).into_owned()
@@ -107,13 +126,7 @@ impl io::Write for Logged {
 
 #[tokio::test]
 async fn a_secret_lives_without_ever_being_shown() {
-    let logged = Logged::default();
-    let writer = logged.clone();
-    let subscriber = tracing_subscriber::fmt()
-        .with_max_level(tracing::level_filters::LevelFilter::TRACE)
-        .with_writer(move || writer.clone())
-        .finish();
-    let _logging = tracing::subscriber::set_default(subscriber);
+    let logged = Logged::listen();
     let world = world().await;
     let tenant = world.tenant("a@b").await;
     let mut answers = vec![
