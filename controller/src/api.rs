@@ -26,6 +26,7 @@ mod secrets;
 mod serve;
 mod settings;
 mod sse;
+mod tunnels;
 
 use axum::{Extension, Router, middleware};
 use sandgate_api::error::ErrorCode;
@@ -70,6 +71,9 @@ fn described() -> Routes {
         .add(routes!(network::get, network::put, network::patch))
         .add(routes!(network::doctor))
         .add(routes!(secrets::inject))
+        .add(routes!(tunnels::list, tunnels::open))
+        .add(routes!(tunnels::close_of_sandbox))
+        .add(routes!(tunnels::close))
         .add(routes!(secrets::list, secrets::create))
         .add(routes!(secrets::update, secrets::delete))
         .add(routes!(settings::get_egress, settings::put_egress))

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
-use sandgate_api::control::CONTROL_FD_VARIABLE;
+use sandgate_api::control::{CONTROL_FD_VARIABLE, TUNNEL_CONTROL_FD_VARIABLE};
 use sandgate_daemon::{handover, metrics, signal, tasks::Tasks};
 use tokio::net::TcpListener;
 
@@ -19,6 +19,7 @@ use crate::{
     backend::{LocalBackend, LocalConfig},
     broker::Broker,
     config::{API_FD_VARIABLE, Config},
+    ingress::ProxyLink,
     installation::InstallationKey,
     node::NodeLink,
     service::Service,
@@ -36,6 +37,7 @@ const BACKEND_RETRY: Duration = Duration::from_secs(15);
 #[derive(Debug)]
 pub struct Inherited {
     control: std::os::fd::OwnedFd,
+    tunnel_control: std::os::fd::OwnedFd,
     listener: Option<std::os::fd::OwnedFd>,
 }
 
@@ -45,11 +47,14 @@ impl Inherited {
     /// # Errors
     /// When there is no control channel: this program is started by `controller up`.
     pub fn take() -> Result<Self> {
-        let control = handover::inherited(CONTROL_FD_VARIABLE)?.with_context(|| {
-            format!("{CONTROL_FD_VARIABLE} is not set: `controller serve` is started by `controller up`")
-        })?;
+        let channel = |variable: &'static str| {
+            handover::inherited(variable)?.with_context(|| {
+                format!("{variable} is not set: `controller serve` is started by `controller up`")
+            })
+        };
         Ok(Self {
-            control,
+            control: channel(CONTROL_FD_VARIABLE)?,
+            tunnel_control: channel(TUNNEL_CONTROL_FD_VARIABLE)?,
             listener: handover::inherited(API_FD_VARIABLE)?,
         })
     }
@@ -72,6 +77,8 @@ pub async fn serve(config: Config, inherited: Inherited, shown: Option<std::net:
     let broker = Broker::new(store.clone(), Arc::clone(&vault), installation.clone());
     let channel = handover::Channel::from_fd(inherited.control).context("using the control channel")?;
     let node = NodeLink::start(channel, store.clone(), broker, &tasks);
+    let channel = handover::Channel::from_fd(inherited.tunnel_control).context("using the tunnel channel")?;
+    let proxy = ProxyLink::start(channel, store.clone(), &tasks);
     let listener = match inherited.listener {
         Some(descriptor) => {
             let listener = std::net::TcpListener::from(descriptor);
@@ -85,7 +92,7 @@ pub async fn serve(config: Config, inherited: Inherited, shown: Option<std::net:
     let service = Service::new(
         Arc::clone(&config),
         store.clone(),
-        node,
+        (node, proxy),
         installation,
         vault,
         tasks.clone(),
@@ -96,6 +103,7 @@ pub async fn serve(config: Config, inherited: Inherited, shown: Option<std::net:
         api::serve(listener, api::router(service.clone()), tasks.clone()),
     );
     tasks.spawn("retention", service.clone().retain());
+    tasks.spawn("tunnel expiry", service.clone().retire_tunnels());
     tasks.spawn(
         "backend",
         open_backend(service, local_config(&config)?, tasks.clone()),

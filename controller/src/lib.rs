@@ -8,6 +8,7 @@
 //! | [`store`] | what must survive |
 //! | [`backend`] | where sandboxes run |
 //! | [`node`] | the feed to netd, and the way into sandboxes |
+//! | [`ingress`] | the feed to tunnel-proxy |
 //! | [`agent`] | the host side of the agent protocol |
 //! | [`spec`] | what a sandbox may use |
 //! | [`binding`], [`presets`], [`placeholder`] | what secrets and their bindings look like, pure |
@@ -27,6 +28,8 @@ pub mod binding;
 pub mod broker;
 pub mod config;
 pub mod down;
+mod feedsocket;
+pub mod ingress;
 pub mod installation;
 pub mod keyfile;
 pub mod lifecycle;

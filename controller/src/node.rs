@@ -18,7 +18,6 @@ use std::{
 };
 
 use sandgate_api::{
-    control::{MAX_PACKET, Open},
     feed::{FeedAck, Revision},
     id::SandboxId,
 };
@@ -28,7 +27,7 @@ use tokio::{net::TcpStream, sync::watch};
 
 pub use sandgate_relay::inward::DialFailure;
 
-use crate::{broker::Broker, store::Store};
+use crate::{broker::Broker, feedsocket, store::Store};
 
 /// Most sandboxes whose last refusal is remembered.
 const MAX_REFUSALS: usize = 10_000;
@@ -91,10 +90,15 @@ impl NodeLink {
             records: AtomicU64::new(0),
         });
         let link = Self { shared };
-        tasks.spawn(
-            "control channel",
-            serve_control(channel, link.clone(), (store, broker), tasks.clone()),
-        );
+        let (serving, spawning) = (link.clone(), tasks.clone());
+        let opened = move |stream| {
+            let shutdown = spawning.shutdown();
+            let context = (store.clone(), broker.clone());
+            let router = feed::router(serving.clone(), context, shutdown.clone());
+            spawning.spawn("feed connection", feedsocket::serve(stream, router, shutdown));
+        };
+        let accepting = feedsocket::accept(channel, "netd", tasks.shutdown(), opened);
+        tasks.spawn("control channel", accepting);
         link
     }
 
@@ -228,54 +232,6 @@ fn clean(text: &str) -> String {
         .filter(|character| !character.is_control())
         .take(MAX_TEXT)
         .collect()
-}
-
-/// Receives what netd opens.
-async fn serve_control(
-    channel: Arc<Channel>,
-    link: NodeLink,
-    (store, broker): (Store, Broker),
-    tasks: Tasks,
-) {
-    let shutdown = tasks.shutdown();
-    let mut buffer = [0; MAX_PACKET];
-    loop {
-        let received = tokio::select! {
-            () = shutdown.cancelled() => return,
-            received = channel.recv(&mut buffer) => received,
-        };
-        let (length, descriptor) = match received {
-            Ok((0, _)) => {
-                tracing::error!("the control channel is closed: the supervisor is gone");
-                return;
-            }
-            Ok(received) => received,
-            Err(error) => {
-                tracing::warn!(%error, "a packet on the control channel was lost");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
-            }
-        };
-        match (serde_json::from_slice::<Open>(&buffer[..length]), descriptor) {
-            (Ok(Open::Feed), Some(descriptor)) => {
-                let stream = std::os::unix::net::UnixStream::from(descriptor);
-                tasks.spawn(
-                    "feed connection",
-                    feed::serve(
-                        stream,
-                        link.clone(),
-                        (store.clone(), broker.clone()),
-                        shutdown.clone(),
-                    ),
-                );
-            }
-            (Ok(Open::Dial), _) => {
-                tracing::warn!("the node asked for a dial socket; it is the controller that dials")
-            }
-            (Ok(Open::Feed), None) => tracing::warn!("the node opened a feed without a socket"),
-            (Err(error), _) => tracing::warn!(%error, "an unknown packet on the control channel"),
-        }
-    }
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ mod policies;
 mod reconcile;
 mod sandboxes;
 mod secrets;
+mod tunnels;
 
 use std::{
     collections::HashMap,
@@ -36,11 +37,13 @@ pub use keys::{Caller, IssuedKey, KeyRequest, Scope};
 pub use policies::{NetworkView, OrganizationView};
 pub use sandboxes::{SandboxPage, SandboxRequest, Started};
 pub use secrets::{EgressRequest, SCOPE, SecretChangeRequest, SecretRequest};
+pub use tunnels::TunnelRequest;
 
 use crate::{
     agent::AgentError,
     backend::LocalBackend,
     config::Config,
+    ingress::ProxyLink,
     installation::InstallationKey,
     lifecycle::Cause,
     metrics::{Metrics, Present, StatusLabels},
@@ -59,6 +62,7 @@ struct Shared {
     config: Arc<Config>,
     store: Store,
     node: NodeLink,
+    proxy: ProxyLink,
     installation: InstallationKey,
     vault: Arc<Vault>,
     tasks: Tasks,
@@ -147,7 +151,9 @@ impl From<StoreError> for ServiceError {
             }
             Conflict::QuotaReached { .. }
             | Conflict::TooManyKeys { .. }
-            | Conflict::TooManySecrets { .. } => Self::Quota(conflict.to_string()),
+            | Conflict::TooManySecrets { .. }
+            | Conflict::TooManyTunnels { .. } => Self::Quota(conflict.to_string()),
+            Conflict::NoTunnelLeft => Self::Unavailable(conflict.to_string()),
             Conflict::NoSuchSecret { .. } => Self::NotFound("secret of this name".to_owned()),
             Conflict::StaleRevision { current } => Self::Stale { current },
         }
@@ -198,7 +204,7 @@ impl Service {
     pub fn new(
         config: Arc<Config>,
         store: Store,
-        node: NodeLink,
+        (node, proxy): (NodeLink, ProxyLink),
         installation: InstallationKey,
         vault: Arc<Vault>,
         tasks: Tasks,
@@ -208,6 +214,7 @@ impl Service {
             config,
             store,
             node,
+            proxy,
             installation,
             vault,
             tasks,
@@ -284,6 +291,12 @@ impl Service {
             database: database.to_owned(),
             backend: backend.to_owned(),
             backend_error,
+            tunnel_proxy: if self.shared.proxy.state().connected {
+                "connected"
+            } else {
+                "away"
+            }
+            .to_owned(),
             nodes: vec![NodeHealth {
                 name: LOCAL_NODE.to_owned(),
                 connected: node.connected,

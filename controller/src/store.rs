@@ -1,4 +1,4 @@
-//! What must survive: accounts, keys, sandboxes, policies, secrets (sealed), the feed's position, the egress audit.
+//! What must survive: accounts, keys, sandboxes, policies, secrets (sealed), tunnels, the feed's position, the egress audit.
 //!
 //! Owns the SQL. Knows no HTTP, and decides nothing but what must be decided inside a transaction: quota,
 //! stale revisions, and the feed revision itself, which is assigned while the writer's lock is held, so
@@ -13,6 +13,7 @@ mod keys;
 mod policies;
 mod sandboxes;
 mod secrets;
+mod tunnels;
 
 use std::{path::Path, time::Duration};
 
@@ -31,6 +32,7 @@ pub use keys::{KeyRecord, NewKey};
 pub use policies::{PolicyChange, StoredPolicy};
 pub use sandboxes::{AuthorityRecord, NewSandbox, SandboxRecord};
 pub use secrets::{NewSecret, SandboxSecret, SecretChange, SecretChoice, SecretRecord, SecretUpdate};
+pub use tunnels::{EXPIRED_SHOWN, TunnelChange, TunnelLimits, TunnelRecord};
 
 /// Connections that read beside the writer.
 const READERS: u32 = 4;
@@ -110,6 +112,15 @@ pub enum Conflict {
         /// Which of those named.
         index: usize,
     },
+    /// The sandbox has as many tunnels as it may have.
+    #[error("the sandbox has reached its limit of {limit} tunnels")]
+    TooManyTunnels {
+        /// The limit.
+        limit: u32,
+    },
+    /// There are as many tunnels as there can be.
+    #[error("there are as many tunnels as this installation can serve")]
+    NoTunnelLeft,
     /// The sandbox is not in a state in which this can be done.
     #[error("the sandbox is no longer in the expected state")]
     WrongState,

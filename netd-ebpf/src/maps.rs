@@ -25,9 +25,9 @@ pub static PLATFORM: LpmTrie<u32, PlatformEntry, { limit::PLATFORM }> = LpmTrie:
 /// Addresses that DNS answers gave to an endpoint.
 #[btf_map]
 pub static BOUND: HashMap<BoundKey, u32, { limit::BOUND }, SPARSE> = HashMap::new();
-/// Connections that netd opened inward.
+/// Connections that netd opened inward -> the cookie of the socket it opened each with.
 #[btf_map]
-pub static INBOUND: HashMap<InboundKey, u32, { limit::INBOUND }, SPARSE> = HashMap::new();
+pub static INBOUND: HashMap<InboundKey, u64, { limit::INBOUND }, SPARSE> = HashMap::new();
 /// netd's sockets; the kernel empties a place when its socket is closed.
 #[btf_map]
 pub static LISTENERS: SockMap<{ listener::COUNT }> = SockMap::new();

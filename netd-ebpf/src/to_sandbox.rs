@@ -1,7 +1,9 @@
 //! What would reach a sandbox.
 
 use aya_ebpf::{
+    EbpfContext as _,
     bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
+    helpers::bpf_get_socket_cookie,
     macros::classifier,
     programs::TcContext,
 };
@@ -82,6 +84,11 @@ fn admits(ctx: &TcContext, endpoint: &Endpoint, marked: u32) -> Option<()> {
         local_port: packet.source_port,
         sandbox_port: packet.destination_port,
     };
-    // SAFETY: the value is not read.
-    unsafe { INBOUND.get(key) }.map(|_| ())
+    // SAFETY: netd replaces whole entries and never writes into one.
+    let admitted = *unsafe { INBOUND.get(key) }?;
+    // SAFETY: the context of a classifier.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    // An entry outlives its connection by seconds. In that time its port is free, and may become that of a socket
+    // which was passed on and disconnected: opening is for the socket that netd admitted.
+    (!packet.opens() || cookie == admitted).then_some(())
 }

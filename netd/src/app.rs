@@ -18,7 +18,7 @@ use sandgate_daemon::{signal, tasks::Tasks};
 use sandgate_policy::Platform;
 use tokio::{
     net::{TcpListener, UdpSocket},
-    sync::watch,
+    sync::{Semaphore, watch},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -27,7 +27,7 @@ use crate::{
     canary::{self, Greeting},
     config::Config,
     control::{Control, ControlError},
-    dial::{self, Inward},
+    dial::{self, Caller, Inward},
     dns::{Resolver, upstream::Servers},
     egress::{Egress, dial::Dialer},
     feed::{Controller, Feed, Ready, StateFile, acknowledge, enforce::Enforcer},
@@ -47,6 +47,10 @@ const LAST_RECORDS: Duration = Duration::from_secs(2);
 const CANARY_PAUSE: Duration = Duration::from_secs(5);
 /// How often pins and leases that ended are dropped.
 const PIN_SWEEP: Duration = Duration::from_secs(30);
+/// Dial sockets that tunnel-proxy may have at once; it needs one, and for a moment two when it restarts.
+const TUNNEL_SOCKETS_MAX: usize = 8;
+/// Pause after a packet that could not be received.
+const TUNNEL_PAUSE: Duration = Duration::from_millis(100);
 /// Time for a predecessor to be gone.
 const LOCK_TIME: Duration = Duration::from_secs(5);
 
@@ -60,6 +64,7 @@ pub async fn run(config: Config, shown: Option<std::net::TcpListener>) -> Result
     let tasks = Tasks::new(end.clone());
     let late = Tasks::new(CancellationToken::new());
     let control = Arc::new(Control::inherited()?);
+    let tunnel_proxy = Control::of_tunnel_proxy()?;
     raise_descriptor_limit();
 
     let directory = config.run_dir.join("netd");
@@ -160,6 +165,12 @@ pub async fn run(config: Config, shown: Option<std::net::TcpListener>) -> Result
     };
     tasks.spawn("feed", feed.follow(enforcer, end.clone()));
     late.spawn("acknowledge", acknowledge(controller, news, readiness));
+    if let Some(tunnel_proxy) = tunnel_proxy {
+        tasks.spawn(
+            "tunnel dials",
+            take_tunnel_sockets(tunnel_proxy, Arc::clone(&inward), tasks.clone()),
+        );
+    }
     tracing::info!("netd is up");
 
     let ended = tokio::select! {
@@ -302,7 +313,8 @@ async fn take_dial_sockets(control: &Control, inward: &Arc<Inward>, tasks: &Task
     loop {
         match control.next_dial_socket().await {
             Ok(socket) => {
-                tasks.spawn("dial socket", Arc::clone(inward).serve(socket, tasks.clone()));
+                let serving = Arc::clone(inward).serve(socket, Caller::Controller, tasks.clone());
+                tasks.spawn("dial socket", serving);
             }
             Err(ControlError::Closed) => {
                 tracing::info!("the supervisor is gone, ending; the kernel keeps denying");
@@ -310,6 +322,38 @@ async fn take_dial_sockets(control: &Control, inward: &Arc<Inward>, tasks: &Task
             }
             Err(error) => return Err(anyhow!(error)),
         }
+    }
+}
+
+/// tunnel-proxy faces strangers: what it does on its channel harms nobody but itself.
+async fn take_tunnel_sockets(channel: Control, inward: Arc<Inward>, tasks: Tasks) {
+    let end = tasks.shutdown();
+    let slots = Arc::new(Semaphore::new(TUNNEL_SOCKETS_MAX));
+    loop {
+        let next = tokio::select! {
+            next = channel.next_dial_socket() => next,
+            () = end.cancelled() => return,
+        };
+        let socket = match next {
+            Ok(socket) => socket,
+            Err(ControlError::Closed) => return,
+            Err(error) => {
+                tracing::warn!(%error, "a packet on tunnel-proxy's channel was lost");
+                if waited(TUNNEL_PAUSE, &end).await {
+                    return;
+                }
+                continue;
+            }
+        };
+        let Ok(slot) = Arc::clone(&slots).try_acquire_owned() else {
+            tracing::warn!("tunnel-proxy has too many dial sockets");
+            continue;
+        };
+        let serving = Arc::clone(&inward).serve(socket, Caller::TunnelProxy, tasks.clone());
+        tasks.spawn("tunnel dial socket", async move {
+            serving.await;
+            drop(slot);
+        });
     }
 }
 

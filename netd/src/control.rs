@@ -1,6 +1,6 @@
-//! netd's end of the control channel: the only thing it inherits, over which sockets pass both ways. Owns:
-//! making connections toward the controller and taking dial sockets from it. Knows nothing of what is said
-//! on them.
+//! netd's ends of the channels that it inherits, over which sockets pass: the controller's both ways, tunnel-proxy's
+//! inward only. Owns: making connections toward the controller and taking dial sockets. Knows nothing of what is
+//! said on them.
 
 use std::{
     io,
@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use sandgate_api::control::{CONTROL_FD_VARIABLE, MAX_PACKET, Open};
+use sandgate_api::control::{CONTROL_FD_VARIABLE, MAX_PACKET, Open, TUNNEL_DIAL_FD_VARIABLE};
 use sandgate_daemon::handover::Channel;
 use std::os::fd::AsFd as _;
 use tokio::net::UnixStream;
@@ -28,7 +28,7 @@ pub enum ControlError {
     #[error("{CONTROL_FD_VARIABLE} is not set: netd is started by `controller up`")]
     NotInherited,
     /// The descriptor.
-    #[error("cannot use the descriptor in {CONTROL_FD_VARIABLE}: {0}")]
+    #[error("cannot use the inherited descriptor: {0}")]
     Inherit(#[source] io::Error),
     /// A connection toward the controller.
     #[error("cannot open a connection to the controller: {0}")]
@@ -53,6 +53,15 @@ impl Control {
         })
     }
 
+    /// The channel to tunnel-proxy, where there is one.
+    ///
+    /// # Errors
+    /// When the descriptor is not such a channel.
+    pub fn of_tunnel_proxy() -> Result<Option<Self>, ControlError> {
+        let channel = Channel::from_environment(TUNNEL_DIAL_FD_VARIABLE).map_err(ControlError::Inherit)?;
+        Ok(channel.map(|channel| Self { channel }))
+    }
+
     /// Opens a connection for the feed's calls toward the controller.
     ///
     /// # Errors
@@ -69,7 +78,7 @@ impl Control {
         UnixStream::from_std(ours).map_err(ControlError::Open)
     }
 
-    /// The next socket on which the controller asks for connections into sandboxes.
+    /// The next socket on which the other side asks for connections into sandboxes.
     ///
     /// # Errors
     /// When the channel is closed or broken.

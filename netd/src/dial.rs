@@ -1,11 +1,11 @@
-//! Connections into sandboxes, on the controller's behalf. Owns: which port may be reached, the kernel's
-//! admission of exactly the connection that is made, and its end.
+//! Connections into sandboxes, on behalf of the controller and of tunnel-proxy. Owns: which port each may reach, the
+//! kernel's admission of exactly the connection that is made, by exactly the socket that makes it, and its end.
 //!
 //! The connected socket is handed over, so netd cannot see it close: a duplicate kept here would keep the
 //! connection open. The admission is therefore ended by looking, every few seconds, which admitted
 //! connections the router namespace's TCP table still lists. In between an admission without a connection
-//! admits nothing that anybody listens to: its local port belongs to no socket, or to a connection with
-//! another sandbox, whose packets the table tells apart by all four numbers.
+//! admits nothing: opening one is for the admitted socket alone, and packets of others are told apart by all
+//! four numbers.
 
 use std::{
     collections::HashMap,
@@ -37,6 +37,18 @@ pub const SWEEP: Duration = Duration::from_secs(5);
 const YOUNG: Duration = Duration::from_secs(4);
 /// Requests of one socket that are worked on at once.
 const REQUESTS_MAX: usize = 64;
+/// Connections at once that tunnel-proxy may have: three quarters of what the kernel's table holds, so that whatever
+/// strangers do, the controller reaches its agents.
+const TUNNELED_MAX: usize = netd_common::limit::INBOUND / 4 * 3;
+
+/// Who asks, by the channel that its dial socket came over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Caller {
+    /// Reaches the agent alone.
+    Controller,
+    /// Reaches the ports that tunnels lead to, never the agent.
+    TunnelProxy,
+}
 
 /// Opens connections into sandboxes.
 pub struct Inward {
@@ -65,7 +77,7 @@ impl Inward {
     }
 
     /// Answers requests on one dial socket until the other side closes it.
-    pub async fn serve(self: Arc<Self>, socket: OwnedFd, tasks: Tasks) {
+    pub async fn serve(self: Arc<Self>, socket: OwnedFd, caller: Caller, tasks: Tasks) {
         let channel = match Channel::from_fd(socket) {
             Ok(channel) => Arc::new(channel),
             Err(error) => {
@@ -104,7 +116,7 @@ impl Inward {
             let span = tracing::info_span!(parent: None, "sandbox", sandbox_id = %request.sandbox_id);
             tasks.spawn_within("dial", &span, async move {
                 let _slot = slot;
-                let stream = inward.open(&request.sandbox_id, request.port).await;
+                let stream = inward.open(caller, &request.sandbox_id, request.port).await;
                 let (error, stream) = match stream {
                     Ok(stream) => (None, Some(stream)),
                     Err(error) => (Some(error), None),
@@ -125,10 +137,19 @@ impl Inward {
         }
     }
 
-    async fn open(&self, id: &SandboxId, port: u16) -> Result<TcpStream, DialError> {
+    async fn open(&self, caller: Caller, id: &SandboxId, port: u16) -> Result<TcpStream, DialError> {
         let sandbox = self.sandboxes.get(id).ok_or(DialError::UnknownSandbox)?;
-        if port != sandbox.endpoint.agent_port {
+        // Asked again when it is admitted; this spares a socket.
+        let reachable = match caller {
+            Caller::Controller => port == sandbox.endpoint.agent_port,
+            Caller::TunnelProxy => sandbox.has_tunnel(port),
+        };
+        if !reachable {
             return Err(DialError::PortNotAllowed);
+        }
+        if caller == Caller::TunnelProxy && self.lock().len() >= TUNNELED_MAX {
+            tracing::warn!(sandbox_id = %id, "too many connections through tunnels");
+            return Err(DialError::Failed);
         }
         let failed = |error: &dyn std::error::Error| {
             tracing::warn!(sandbox_id = %id, %error, "cannot connect into a sandbox");
@@ -141,9 +162,18 @@ impl Inward {
             .map_err(|error| failed(&error))?;
         let remote = SocketAddrV4::new(sandbox.endpoint.address, port);
 
-        self.datapath
-            .admit_inbound(sandbox.handle, port, local)
-            .map_err(|error| failed(&error))?;
+        let cookie = socket.cookie().map_err(|error| failed(&error))?;
+
+        let admitted = match caller {
+            Caller::Controller => self
+                .datapath
+                .admit_inbound(sandbox.handle, port, local, cookie)
+                .map(|()| true),
+            Caller::TunnelProxy => sandbox.admit_tunnel(port, local, cookie),
+        };
+        if !admitted.map_err(|error| failed(&error))? {
+            return Err(DialError::PortNotAllowed);
+        }
         let admission = Admission {
             endpoint: sandbox.handle,
             since: Instant::now(),

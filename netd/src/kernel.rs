@@ -249,14 +249,26 @@ impl Datapath {
         self.state().tables.unbind(endpoint, address)
     }
 
-    /// Admits one connection that netd is about to open from `local` to `sandbox_port`. Call before connecting.
+    /// Admits one connection that netd is about to open from `local` to `sandbox_port`, by the socket with this
+    /// cookie (`SO_COOKIE` of `socket(7)`). Call before connecting.
     pub fn admit_inbound(
         &self,
         endpoint: EndpointHandle,
         sandbox_port: u16,
         local: SocketAddrV4,
+        cookie: u64,
     ) -> Result<(), DatapathError> {
-        self.state().tables.admit(endpoint, sandbox_port, local)
+        self.state().tables.admit(endpoint, sandbox_port, local, cookie)
+    }
+
+    /// Ends every admission to ports of the endpoint that are not to be kept, also those of an earlier netd. Gives the
+    /// sandbox's port and netd's end of each: nothing flows on these connections from here on.
+    pub fn revoke_inbound_ports(
+        &self,
+        endpoint: EndpointHandle,
+        keep: impl Fn(u16) -> bool,
+    ) -> Result<Vec<(u16, SocketAddrV4)>, DatapathError> {
+        self.state().tables.revoke_ports(endpoint, keep)
     }
 
     /// Ends the admission.

@@ -26,8 +26,10 @@ pub enum Change {
     Remove(SandboxId),
     /// The sandbox is new: attach it and enforce its rules.
     Attach(FeedSandbox),
-    /// Its rules are new.
+    /// Its rules are new, and perhaps the ports that tunnels lead to.
     Rules(FeedSandbox),
+    /// Only the ports that tunnels lead to are others.
+    Ports(FeedSandbox),
     /// It cannot be enforced beside another; this says why.
     Refuse(SandboxId, String),
 }
@@ -96,6 +98,7 @@ pub fn changes(
         match enforced {
             None => rest.push(Change::Attach(wanted.clone())),
             Some(enforced) if !same_rules(enforced, wanted) => rest.push(Change::Rules(wanted.clone())),
+            Some(enforced) if !same_ports(enforced, wanted) => rest.push(Change::Ports(wanted.clone())),
             Some(_) => {}
         }
     }
@@ -105,6 +108,12 @@ pub fn changes(
 
 fn same_rules(one: &FeedSandbox, other: &FeedSandbox) -> bool {
     one.tiers == other.tiers && one.bindings == other.bindings && one.ca_generation == other.ca_generation
+}
+
+/// Their order, and how many tunnels lead to one, mean nothing.
+fn same_ports(one: &FeedSandbox, other: &FeedSandbox) -> bool {
+    let set = |sandbox: &FeedSandbox| sandbox.tunnel_ports.iter().copied().collect::<BTreeSet<_>>();
+    set(one) == set(other)
 }
 
 fn by_id(sandboxes: impl IntoIterator<Item = FeedSandbox>) -> BTreeMap<SandboxId, FeedSandbox> {
@@ -194,7 +203,7 @@ mod tests {
                     }
                     assert!(actual.insert(wanted.sandbox_id.clone(), wanted.clone()).is_none());
                 }
-                Change::Rules(wanted) => {
+                Change::Rules(wanted) | Change::Ports(wanted) => {
                     let before = actual.insert(wanted.sandbox_id.clone(), wanted.clone());
                     assert_eq!(
                         before.map(|before| before.endpoint),
@@ -250,6 +259,28 @@ mod tests {
     }
 
     #[test]
+    fn tunnels_change_ports_and_not_rules() {
+        let with = |ports: &[u16]| FeedSandbox {
+            tunnel_ports: ports.to_vec(),
+            ..sandbox(1, 1, &[443])
+        };
+        let before = all(&[with(&[3000, 8000])]);
+        assert!(changes(&before, &all(&[with(&[8000, 3000, 3000])])).is_empty());
+        for wanted in [with(&[3000]), with(&[]), with(&[3000, 8000, 9000])] {
+            let steps = changes(&before, &all(std::slice::from_ref(&wanted)));
+            assert_eq!(steps, [Change::Ports(wanted)]);
+        }
+        let both = FeedSandbox {
+            tunnel_ports: vec![1],
+            ..sandbox(1, 1, &[80])
+        };
+        assert_eq!(
+            changes(&before, &all(std::slice::from_ref(&both))),
+            [Change::Rules(both)]
+        );
+    }
+
+    #[test]
     fn a_delta_changes_and_a_snapshot_replaces() {
         let snapshot = FeedFrame::Snapshot {
             revision: 3,
@@ -288,13 +319,13 @@ mod tests {
     }
 
     fn world() -> impl Strategy<Value = BTreeMap<SandboxId, FeedSandbox>> {
-        let one = (0u8..6, 0u8..6, prop_oneof![Just(vec![443]), Just(vec![80])]);
+        let rules = prop_oneof![Just(vec![443]), Just(vec![80])];
+        let one = (0u8..6, 0u8..6, rules, 0u16..3);
         proptest::collection::vec(one, 0..6).prop_map(|drawn| {
-            by_id(
-                drawn
-                    .into_iter()
-                    .map(|(id, place, ports)| sandbox(id, place, &ports)),
-            )
+            by_id(drawn.into_iter().map(|(id, place, ports, tunnel)| FeedSandbox {
+                tunnel_ports: (tunnel > 0).then_some(tunnel).into_iter().collect(),
+                ..sandbox(id, place, &ports)
+            }))
         })
     }
 
@@ -307,7 +338,7 @@ mod tests {
             let after = apply(&actual, &steps);
             let refused: Vec<_> = steps.iter().filter_map(|step| match step {
                 Change::Refuse(id, _) => Some(id.clone()),
-                Change::Remove(_) | Change::Attach(_) | Change::Rules(_) => None,
+                Change::Remove(_) | Change::Attach(_) | Change::Rules(_) | Change::Ports(_) => None,
             }).collect();
             for (id, sandbox) in &wanted {
                 prop_assert!(after.get(id) == Some(sandbox) || refused.contains(id));

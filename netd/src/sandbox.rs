@@ -7,6 +7,7 @@ mod index;
 mod rules;
 
 use std::{
+    collections::BTreeSet,
     io,
     net::{Ipv4Addr, SocketAddrV4},
     path::Path,
@@ -60,6 +61,9 @@ pub struct Sandbox {
     /// What it has on lease.
     pub leases: Leases,
     state: Mutex<State>,
+    /// Ports that tunnels lead to, never the agent's. Locked while a connection to one is admitted, so that none
+    /// slips in while its port is taken away.
+    tunnel_ports: Mutex<BTreeSet<u16>>,
     /// Told whenever a flow has ended.
     flow_ended: Notify,
     datapath: Arc<Datapath>,
@@ -169,6 +173,7 @@ impl Sandbox {
                 enforced: Enforced::new(rules, pins),
                 log,
             }),
+            tunnel_ports: Mutex::default(),
             flow_ended: Notify::new(),
             datapath,
         })
@@ -260,6 +265,51 @@ impl Sandbox {
         state.forget(&self.datapath, self.handle, &self.id, &replaced.unbound);
         drop(state);
         written.map(|()| replaced.cut)
+    }
+
+    /// Replaces the ports that tunnels lead to. Connections to others are no longer admitted, also those that an
+    /// earlier netd opened: their ends, netd's and the sandbox's, for whoever wants to destroy what is left of them.
+    ///
+    /// # Errors
+    /// When the kernel does not take it; none is admitted anew.
+    pub fn set_tunnel_ports(
+        &self,
+        ports: impl IntoIterator<Item = u16>,
+    ) -> Result<Vec<(SocketAddrV4, SocketAddrV4)>, DatapathError> {
+        let agent = self.endpoint.agent_port;
+        let mut present = self.tunnel_ports.lock().unwrap_or_else(PoisonError::into_inner);
+        *present = ports
+            .into_iter()
+            .filter(|port| *port != agent && *port != 0)
+            .collect();
+        let gone = self
+            .datapath
+            .revoke_inbound_ports(self.handle, |port| port == agent || present.contains(&port))?;
+        let remote = |port| SocketAddrV4::new(self.endpoint.address, port);
+        Ok(gone
+            .into_iter()
+            .map(|(port, local)| (local, remote(port)))
+            .collect())
+    }
+
+    /// Whether a tunnel leads to this port.
+    pub fn has_tunnel(&self, port: u16) -> bool {
+        let present = self.tunnel_ports.lock().unwrap_or_else(PoisonError::into_inner);
+        present.contains(&port)
+    }
+
+    /// Admits one connection to a port that a tunnel leads to, from netd's socket with this cookie. False: no tunnel
+    /// leads there.
+    ///
+    /// # Errors
+    /// When the kernel does not take it.
+    pub fn admit_tunnel(&self, port: u16, local: SocketAddrV4, cookie: u64) -> Result<bool, DatapathError> {
+        let present = self.tunnel_ports.lock().unwrap_or_else(PoisonError::into_inner);
+        if !present.contains(&port) {
+            return Ok(false);
+        }
+        self.datapath.admit_inbound(self.handle, port, local, cookie)?;
+        Ok(true)
     }
 
     /// Which certificate authority it trusts.

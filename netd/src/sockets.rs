@@ -2,6 +2,8 @@
 //! local address is the destination the sandbox chose, and marked, so that answers may go to the sandbox.
 //! Owns their options; what is read from them belongs to [`crate::dns`] and [`crate::egress`].
 
+mod destroy;
+
 use std::{
     io,
     net::{Ipv4Addr, SocketAddrV4, TcpListener, UdpSocket},
@@ -11,6 +13,8 @@ use std::{
 use netd_common::mark;
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, Socket, Type};
+
+pub use destroy::destroy;
 
 use crate::router::{GATEWAY, RouterError, RouterNamespace};
 

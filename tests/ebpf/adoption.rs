@@ -243,7 +243,7 @@ fn an_address_that_is_used_again_inherits_nothing() {
     let local = at([169, 254, 1, 1], 50_000);
     datapath.set_policy(old, &bound_only).expect("a policy");
     datapath.bind_address(old, *to.ip()).expect("bound");
-    datapath.admit_inbound(old, 7000, local).expect("admitted");
+    datapath.admit_inbound(old, 7000, local, 1).expect("admitted");
     let _listeners = Listeners::serve(datapath);
     assert!(sandbox.run(|| ask(to)).is_ok());
 

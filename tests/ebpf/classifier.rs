@@ -154,7 +154,7 @@ fn a_connection_that_netd_opened_is_known_by_its_exact_four_tuple() {
     let (sandbox, handle) = world.first();
     let datapath = &world.datapath;
     let local = "169.254.1.1:50000".parse().expect("an address");
-    datapath.admit_inbound(handle, 7000, local).expect("admitted");
+    datapath.admit_inbound(handle, 7000, local, 1).expect("admitted");
     let reply = Frame {
         from_port: 7000,
         flags: SYN | ACK,

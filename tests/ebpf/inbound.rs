@@ -69,14 +69,17 @@ fn netd_reaches_a_sandbox_only_where_it_admitted_itself() {
     assert!(datapath.counters().expect("counters").unadmitted > 0);
 
     let (socket, local) = bound(&world);
-    datapath.admit_inbound(handle, AGENT, local).expect("admitted");
+    let cookie = socket.cookie().expect("a cookie");
+    datapath
+        .admit_inbound(handle, AGENT, local, cookie)
+        .expect("admitted");
     assert_eq!(hear(socket, sandbox.address()).expect("heard"), "hello");
     datapath.revoke_inbound(handle, AGENT, local).expect("revoked");
 
     // Admitted for one port, used for another.
     let (socket, local) = bound(&world);
     datapath
-        .admit_inbound(handle, AGENT + 1, local)
+        .admit_inbound(handle, AGENT + 1, local, socket.cookie().expect("a cookie"))
         .expect("admitted");
     assert!(hear(socket, sandbox.address()).is_err());
     assert_eq!(datapath.counters().expect("counters").dropped, 0);

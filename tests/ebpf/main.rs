@@ -8,6 +8,7 @@ mod cases;
 mod classifier;
 mod inbound;
 mod packet;
+mod passed;
 mod refusal;
 mod sockets;
 mod steering;

@@ -106,8 +106,11 @@ fn only_answers_and_admitted_connections_reach_a_sandbox() {
     };
     assert!(!delivered(datapath, handle.ifindex, 0, &inward));
     datapath
-        .admit_inbound(handle, 7000, "169.254.1.1:50000".parse().expect("an address"))
+        .admit_inbound(handle, 7000, "169.254.1.1:50000".parse().expect("an address"), 1)
         .expect("admitted");
+    // The socket of a test run is not the admitted one.
+    assert!(!delivered(datapath, handle.ifindex, 0, &inward));
+    let inward = inward.but(|frame| frame.flags = ACK);
     assert!(delivered(datapath, handle.ifindex, 0, &inward));
     for wrong in [
         inward.but(|frame| frame.from_port = 50_001),

@@ -4,7 +4,7 @@ use axum::extract::{FromRequestParts, Path};
 use http::request::Parts;
 use sandgate_api::{
     error::ErrorCode,
-    id::{ApiKeyId, SandboxId},
+    id::{ApiKeyId, SandboxId, TunnelId},
 };
 
 use super::{error::ApiError, request};
@@ -18,6 +18,12 @@ pub(super) struct SandboxPath(pub(super) SandboxId);
 
 /// `{id}` of a key's routes.
 pub(super) struct KeyPath(pub(super) ApiKeyId);
+
+/// `{id}` of a tunnel's routes. What cannot be an id is a tunnel that does not exist.
+pub(super) struct TunnelPath(pub(super) TunnelId);
+
+/// `{id}` and `{tunnel}` of the routes of a sandbox's tunnel.
+pub(super) struct SandboxTunnelPath(pub(super) SandboxId, pub(super) TunnelId);
 
 /// `{name}` of a secret's routes. What cannot be a name is a secret that does not exist.
 pub(super) struct SecretPath(pub(super) String);
@@ -34,14 +40,41 @@ impl<S: Send + Sync> FromRequestParts<S> for SandboxPath {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        let id = id(parts, state).await?;
-        let shown = id.chars().take(80).collect();
-        let id = id
-            .parse()
-            .map_err(|_other| ServiceError::SandboxNotFound(shown))?;
-        request::concerns(&id);
-        Ok(Self(id))
+        sandbox(&id(parts, state).await?).map(Self)
     }
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for TunnelPath {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        tunnel(&id(parts, state).await?).map(Self)
+    }
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for SandboxTunnelPath {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let Ok(Path((of, id))) = Path::<(String, String)>::from_request_parts(parts, state).await else {
+            return Err(no_endpoint());
+        };
+        Ok(Self(sandbox(&of)?, tunnel(&id)?))
+    }
+}
+
+fn sandbox(id: &str) -> Result<SandboxId, ApiError> {
+    let shown = id.chars().take(80).collect();
+    let id = id
+        .parse()
+        .map_err(|_other| ServiceError::SandboxNotFound(shown))?;
+    request::concerns(&id);
+    Ok(id)
+}
+
+fn tunnel(id: &str) -> Result<TunnelId, ApiError> {
+    id.parse()
+        .map_err(|_other| ApiError::new(ErrorCode::NotFound, "there is no such tunnel"))
 }
 
 impl<S: Send + Sync> FromRequestParts<S> for KeyPath {
@@ -58,8 +91,12 @@ impl<S: Send + Sync> FromRequestParts<S> for KeyPath {
 async fn id<S: Send + Sync>(parts: &mut Parts, state: &S) -> Result<String, ApiError> {
     match Path::<String>::from_request_parts(parts, state).await {
         Ok(Path(id)) => Ok(id),
-        Err(_malformed) => Err(ApiError::new(ErrorCode::NotFound, "there is no such endpoint")),
+        Err(_malformed) => Err(no_endpoint()),
     }
+}
+
+fn no_endpoint() -> ApiError {
+    ApiError::new(ErrorCode::NotFound, "there is no such endpoint")
 }
 
 /// Checks a path inside a sandbox: absolute, without `..`.

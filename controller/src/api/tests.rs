@@ -19,6 +19,7 @@ use super::*;
 use crate::{
     broker::Broker,
     config::{Config, Settings},
+    ingress::ProxyLink,
     installation::InstallationKey,
     node::NodeLink,
     spec::{SandboxSpec, Size},
@@ -31,13 +32,15 @@ mod policies;
 mod requests;
 mod sandboxes;
 mod secrets;
+mod tunnels;
 
 struct World {
     router: Router,
     store: Store,
     service: Service,
     broker: Broker,
-    _netd: std::os::fd::OwnedFd,
+    netd: std::os::fd::OwnedFd,
+    proxy: std::os::fd::OwnedFd,
     _directory: tempfile::TempDir,
 }
 
@@ -82,14 +85,18 @@ async fn world_with(mut settings: Settings) -> World {
     let vault = Arc::new(Vault::open(None, None, directory.path()).expect("a vault"));
     let broker = Broker::new(store.clone(), Arc::clone(&vault), key.clone());
     let node = NodeLink::start(channel, store.clone(), broker.clone(), &tasks);
-    let service = Service::new(config, store.clone(), node, key, vault, tasks);
+    let (ours, proxy) = handover::pair().expect("a pair");
+    let channel = handover::Channel::from_fd(ours).expect("a channel");
+    let link = ProxyLink::start(channel, store.clone(), &tasks);
+    let service = Service::new(config, store.clone(), (node, link), key, vault, tasks);
     let router = router(service.clone());
     World {
         router,
         store,
         service,
         broker,
-        _netd: theirs,
+        netd: theirs,
+        proxy,
         _directory: directory,
     }
 }

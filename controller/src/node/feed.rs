@@ -12,10 +12,6 @@ use axum::{
 use bytes::Bytes;
 use futures_util::stream;
 use http::StatusCode;
-use hyper_util::{
-    rt::{TokioIo, TokioTimer},
-    service::TowerToHyperService,
-};
 use sandgate_api::{
     credential::{CaRequest, CredentialRequest},
     feed::{AuditBatch, FeedAck, FeedFrame, HEARTBEAT_SECONDS, Revision},
@@ -27,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use super::NodeLink;
 use crate::{
     broker::{Broker, BrokerError},
+    feedsocket::{done, line, refused},
     store::{Store, StoreError},
 };
 
@@ -47,24 +44,13 @@ struct Position {
     since: Option<Revision>,
 }
 
-/// Serves one socket until netd closes it or the controller drains.
-pub(super) async fn serve(
-    stream: std::os::unix::net::UnixStream,
+/// Everything that netd may ask.
+pub(super) fn router(
     link: NodeLink,
     (store, broker): (Store, Broker),
     shutdown: CancellationToken,
-) {
-    let stream = match stream
-        .set_nonblocking(true)
-        .and_then(|()| tokio::net::UnixStream::from_std(stream))
-    {
-        Ok(stream) => stream,
-        Err(error) => {
-            tracing::warn!(%error, "the node passed a socket that cannot be used");
-            return;
-        }
-    };
-    let router = Router::new()
+) -> Router {
+    Router::new()
         .route("/feed", get(follow))
         .route("/feed/ack", post(acknowledge))
         .route("/feed/audit", post(audit))
@@ -75,20 +61,8 @@ pub(super) async fn serve(
             link,
             store,
             broker,
-            shutdown: shutdown.clone(),
-        });
-    // The socket's other end is netd alone, which may be silent for as long as it likes.
-    let connection = hyper::server::conn::http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(None)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
-    let ended = tokio::select! {
-        ended = connection => ended,
-        () = shutdown.cancelled() => return,
-    };
-    if let Err(error) = ended {
-        tracing::debug!(%error, "a feed connection ended");
-    }
+            shutdown,
+        })
 }
 
 async fn follow(State(context): State<Context>, Query(position): Query<Position>) -> Response {
@@ -172,14 +146,6 @@ impl Follower {
     }
 }
 
-fn line(frame: &FeedFrame) -> Option<Bytes> {
-    let mut text = serde_json::to_vec(frame)
-        .inspect_err(|error| tracing::error!(%error, "a feed frame cannot be written"))
-        .ok()?;
-    text.push(b'\n');
-    Some(text.into())
-}
-
 async fn acknowledge(State(context): State<Context>, body: Bytes) -> Response {
     let ack: FeedAck = match serde_json::from_slice(&body) {
         Ok(ack) => ack,
@@ -247,15 +213,6 @@ fn lease<T: Serialize>(what: &'static str, lease: &Result<Option<T>, BrokerError
             .into_response(),
         Err(_unwritable) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
     }
-}
-
-fn done() -> Response {
-    ([(http::header::CONTENT_TYPE, "application/json")], "{}").into_response()
-}
-
-fn refused(error: &serde_json::Error) -> Response {
-    tracing::warn!(%error, "the node sent what is not understood");
-    (StatusCode::BAD_REQUEST, error.to_string()).into_response()
 }
 
 fn failed(error: &StoreError) -> Response {

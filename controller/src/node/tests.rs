@@ -7,7 +7,7 @@ use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use jiff::{SignedDuration, Timestamp};
 use sandgate_api::{
-    control::{DialError, DialReply, DialRequest},
+    control::{DialError, DialReply, DialRequest, MAX_PACKET, Open},
     credential::{CaLease, CaRequest, CredentialLease, CredentialRequest, Sensitive},
     feed::{Endpoint, FeedError, FeedFrame},
     id::{ApiKeyId, OrgId, SecretId},

@@ -41,7 +41,7 @@ pub enum Scope {
     SandboxRead,
     /// Create, stop and delete sandboxes.
     SandboxCreate,
-    /// Run commands, read and write files.
+    /// Run commands, read and write files, open and close tunnels.
     SandboxExecute,
     /// Look at policies and the egress audit.
     NetworkRead,

@@ -13,7 +13,10 @@ use sandgate_api::{
 };
 use sqlx::{Row as _, Sqlite, SqliteConnection, Transaction, sqlite::SqliteRow};
 
-use super::{Store, StoreError, document, millis, parse, secrets::bindings_after, to_revision, to_stored};
+use super::{
+    Store, StoreError, document, millis, parse, secrets::bindings_after, to_revision, to_stored,
+    tunnels::ports_after,
+};
 
 /// How many removals are kept for nodes that were away.
 const KEPT_REMOVALS: i64 = 10_000;
@@ -50,11 +53,7 @@ impl Store {
     /// When the database fails.
     pub async fn feed_since(&self, since: Option<Revision>) -> Result<FeedChange, StoreError> {
         let mut transaction = self.readers.begin().await?;
-        let (revision, horizon): (i64, i64) = sqlx::query_as("SELECT revision, horizon FROM feed")
-            .fetch_one(&mut *transaction)
-            .await?;
-        let revision = to_revision(revision)?;
-        let known = since.filter(|since| (to_revision(horizon).unwrap_or(0)..=revision).contains(since));
+        let (revision, known) = position(&mut transaction, since).await?;
         let frame = match known {
             None => FeedFrame::Snapshot {
                 revision,
@@ -76,16 +75,22 @@ impl Store {
     /// When the database fails.
     pub async fn prune_removals(&self) -> Result<(), StoreError> {
         let mut transaction = self.write().await?;
-        let cut: Option<i64> =
-            sqlx::query_scalar("SELECT revision FROM feed_removals ORDER BY revision DESC LIMIT 1 OFFSET ?")
-                .bind(KEPT_REMOVALS)
-                .fetch_optional(&mut *transaction)
-                .await?;
+        let cut: Option<i64> = sqlx::query_scalar(
+            "SELECT max(revision) FROM \
+             (SELECT * FROM (SELECT revision FROM feed_removals ORDER BY revision DESC LIMIT 1 OFFSET ?1) \
+              UNION ALL \
+              SELECT * FROM (SELECT revision FROM tunnel_removals ORDER BY revision DESC LIMIT 1 OFFSET ?1))",
+        )
+        .bind(KEPT_REMOVALS)
+        .fetch_one(&mut *transaction)
+        .await?;
         let Some(cut) = cut else { return Ok(()) };
-        sqlx::query("DELETE FROM feed_removals WHERE revision <= ?")
-            .bind(cut)
-            .execute(&mut *transaction)
-            .await?;
+        for removals in [
+            "DELETE FROM feed_removals WHERE revision <= ?",
+            "DELETE FROM tunnel_removals WHERE revision <= ?",
+        ] {
+            sqlx::query(removals).bind(cut).execute(&mut *transaction).await?;
+        }
         sqlx::query("UPDATE feed SET horizon = max(horizon, ?)")
             .bind(cut)
             .execute(&mut *transaction)
@@ -105,6 +110,21 @@ pub(super) async fn next_revision(
     to_revision(revision)
 }
 
+/// The feeds' revision, and `since` if what happened after it is known.
+pub(super) async fn position(
+    connection: &mut SqliteConnection,
+    since: Option<Revision>,
+) -> Result<(Revision, Option<Revision>), StoreError> {
+    let (revision, horizon): (i64, i64) = sqlx::query_as("SELECT revision, horizon FROM feed")
+        .fetch_one(connection)
+        .await?;
+    let (revision, horizon) = (to_revision(revision)?, to_revision(horizon)?);
+    Ok((
+        revision,
+        since.filter(|since| (horizon..=revision).contains(since)),
+    ))
+}
+
 async fn attached_after(
     connection: &mut SqliteConnection,
     since: Revision,
@@ -112,6 +132,10 @@ async fn attached_after(
     let mut bindings: HashMap<SandboxId, Vec<Binding>> = HashMap::new();
     for (id, binding) in bindings_after(connection, since).await? {
         bindings.entry(id).or_default().push(binding);
+    }
+    let mut ports: HashMap<SandboxId, Vec<u16>> = HashMap::new();
+    for (id, port) in ports_after(connection, since).await? {
+        ports.entry(id).or_default().push(port);
     }
     let rows = sqlx::query(
         "SELECT s.id, s.org_id, s.endpoint, s.ca_generation, o.document AS organization, p.document AS sandbox \
@@ -126,6 +150,7 @@ async fn attached_after(
     rows.iter()
         .map(|row| {
             let mut sandbox = feed_sandbox(row)?;
+            sandbox.tunnel_ports = ports.remove(&sandbox.sandbox_id).unwrap_or_default();
             sandbox.bindings = bindings.remove(&sandbox.sandbox_id).unwrap_or_default();
             Ok(sandbox)
         })

@@ -15,6 +15,7 @@ use sqlx::{Row as _, sqlite::SqliteRow};
 use super::{
     Conflict, SecretChoice, Store, StoreError, document, feed::next_revision, millis, parse,
     policies::put_sandbox_policy, secrets::give_secrets, timestamp, to_document, to_stored,
+    tunnels::close_all,
 };
 use crate::spec::SandboxSpec;
 
@@ -297,7 +298,7 @@ impl Store {
         }
     }
 
-    /// Marks a live sandbox `terminating` and takes it off the feed: the revision that says so, if it was
+    /// Marks a live sandbox `terminating`, closes its tunnels and takes it off the feed: the revision that says so, if it was
     /// on it.
     ///
     /// # Errors
@@ -322,6 +323,7 @@ impl Store {
             return Ok(None);
         }
         let revision = next_revision(&mut transaction).await?;
+        close_all(&mut transaction, id, revision).await?;
         sqlx::query("UPDATE sandboxes SET endpoint = NULL, feed_revision = ? WHERE id = ?")
             .bind(to_stored(revision))
             .bind(id.as_str())

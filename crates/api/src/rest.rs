@@ -13,6 +13,7 @@ mod execute;
 mod file;
 mod sandbox;
 mod secret;
+mod tunnel;
 
 pub use account::{ApiKey, ApiKeyCreated, ApiKeyList, FirstKey, Organization, RegisterResponse, User};
 pub use doctor::{DOCTOR, DOCTOR_HOST, DoctorClient, DoctorFinding, NetworkDoctor, SelfTest};
@@ -23,6 +24,7 @@ pub use sandbox::{
     Isolation, Sandbox, SandboxLifetime, SandboxList, SandboxStatus, StartupBreakdown, StartupMetrics,
 };
 pub use secret::{EgressBinding, Secret, SecretList, SecretsInjected};
+pub use tunnel::{Tunnel, TunnelList};
 
 use serde::{Deserialize, Serialize};
 
@@ -54,6 +56,9 @@ pub struct Health {
     /// Why the backend is not ready.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backend_error: Option<String>,
+    /// `connected` or `away`. Sandboxes can be created without it; tunnels cannot.
+    #[serde(default)]
+    pub tunnel_proxy: String,
     /// The nodes that enforce.
     pub nodes: Vec<NodeHealth>,
 }

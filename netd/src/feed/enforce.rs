@@ -23,6 +23,7 @@ use crate::{
     node::{self, Change, Desired},
     pins::log::PinLog,
     sandbox::{CutReason, PinError, Rules, RulesError, Sandbox, Sandboxes},
+    sockets,
 };
 
 /// Time for the tasks of cut flows to end. They only have to notice.
@@ -144,6 +145,7 @@ impl Enforcer {
                 Change::Remove(id) => self.remove(&id).await,
                 Change::Attach(wanted) => self.attach(wanted).await,
                 Change::Rules(wanted) => self.rules(wanted).await,
+                Change::Ports(wanted) => self.ports(wanted).await,
                 Change::Refuse(id, why) => {
                     self.remove(&id).await;
                     self.failed.insert(id, why);
@@ -196,14 +198,23 @@ impl Enforcer {
             .unwrap_or_else(|_panic| Err(EnforceError::Interrupted));
         let id = wanted.sandbox_id.clone();
         match attached {
-            Ok((sandbox, None)) => {
-                self.sandboxes.insert(Arc::new(sandbox));
-                tracing::info!(sandbox_id = %id, interface = wanted.endpoint.interface, "enforced");
-                self.succeeded(wanted);
-            }
-            Ok((sandbox, Some(error))) => {
-                self.sandboxes.insert(Arc::new(sandbox));
-                self.fail(id, &error);
+            Ok((sandbox, broken)) => {
+                let sandbox = Arc::new(sandbox);
+                // Of what an earlier netd admitted only that which is still wanted stays.
+                let ports = if broken.is_none() {
+                    wanted.tunnel_ports.as_slice()
+                } else {
+                    &[]
+                };
+                let opened = open_ports(&self.datapath, &sandbox, ports).await;
+                self.sandboxes.insert(sandbox);
+                match broken.map_or(opened, Err) {
+                    Ok(()) => {
+                        tracing::info!(sandbox_id = %id, interface = wanted.endpoint.interface, "enforced");
+                        self.succeeded(wanted);
+                    }
+                    Err(error) => self.fail(id, &error),
+                }
             }
             Err(error) => self.fail(id, &error),
         }
@@ -218,7 +229,10 @@ impl Enforcer {
             return;
         };
         let outcome = match Rules::compile(&self.platform, &wanted) {
-            Ok(rules) => self.replace(&sandbox, rules).await,
+            Ok(rules) => match self.replace(&sandbox, rules).await {
+                Ok(()) => open_ports(&self.datapath, &sandbox, &wanted.tunnel_ports).await,
+                Err(error) => Err(error),
+            },
             Err(error) => {
                 let denied = match Rules::nothing(&self.platform) {
                     Ok(rules) => self.replace(&sandbox, rules).await,
@@ -239,6 +253,29 @@ impl Enforcer {
                 {
                     tracing::error!(sandbox_id = %id, %error, "cannot deny a sandbox in whole");
                 }
+                if let Err(error) = open_ports(&self.datapath, &sandbox, &[]).await {
+                    tracing::error!(sandbox_id = %id, %error, "cannot close a sandbox's tunnels");
+                }
+                self.actual.remove(&id);
+                self.fail(id, &error);
+            }
+        }
+    }
+
+    /// Only the ports that tunnels lead to are others: the rules stay as they are.
+    async fn ports(&mut self, wanted: FeedSandbox) {
+        let id = wanted.sandbox_id.clone();
+        let Some(sandbox) = self.sandboxes.get(&id) else {
+            self.actual.remove(&id);
+            self.fail(id, &EnforceError::Interrupted);
+            return;
+        };
+        match open_ports(&self.datapath, &sandbox, &wanted.tunnel_ports).await {
+            Ok(()) => {
+                tracing::info!(sandbox_id = %id, ports = wanted.tunnel_ports.len(), "new tunnel ports in force");
+                self.succeeded(wanted);
+            }
+            Err(error) => {
                 self.actual.remove(&id);
                 self.fail(id, &error);
             }
@@ -265,6 +302,10 @@ impl Enforcer {
             return;
         };
         let flows = sandbox.close(CutReason::SandboxGone);
+        if let Err(error) = open_ports(&self.datapath, &sandbox, &[]).await {
+            // Its end takes them away, too.
+            tracing::debug!(sandbox_id = %id, %error, "cannot close a removed sandbox's tunnels");
+        }
         if sandbox.gone(&flows, CUT_TIME).await.is_err() {
             tracing::error!(sandbox_id = %id, "flows of a removed sandbox did not end in time");
         }
@@ -312,4 +353,22 @@ impl Enforcer {
         tracing::error!(sandbox_id = %id, %error, "cannot enforce a sandbox as asked; it is denied everything");
         self.failed.insert(id, error.to_string());
     }
+}
+
+/// Lets tunnels lead to these ports and to no others, and ends connections to those. Nothing flows on them once the
+/// kernel no longer admits them; that their holders learn of it at once is a kindness that a kernel may not know.
+async fn open_ports(
+    datapath: &Arc<Datapath>,
+    sandbox: &Arc<Sandbox>,
+    ports: &[u16],
+) -> Result<(), EnforceError> {
+    let (datapath, sandbox, ports) = (Arc::clone(datapath), Arc::clone(sandbox), ports.to_vec());
+    let opened = tokio::task::spawn_blocking(move || {
+        let gone = sandbox.set_tunnel_ports(ports)?;
+        if let Err(error) = sockets::destroy(datapath.router(), &gone) {
+            tracing::warn!(sandbox_id = %sandbox.id, %error, "cannot destroy connections of closed tunnels");
+        }
+        Ok::<_, EnforceError>(())
+    });
+    opened.await.unwrap_or(Err(EnforceError::Interrupted))
 }

@@ -39,7 +39,7 @@ const SHAPES: [(&str, usize, usize, usize); 12] = [
     ),
     ("PLATFORM", 4 + 4, size_of::<PlatformEntry>(), limit::PLATFORM),
     ("BOUND", size_of::<BoundKey>(), 4, limit::BOUND),
-    ("INBOUND", size_of::<InboundKey>(), 4, limit::INBOUND),
+    ("INBOUND", size_of::<InboundKey>(), 8, limit::INBOUND),
     ("LISTENERS", 4, 4, listener::COUNT),
     ("THROTTLES", 4, size_of::<Throttle>(), limit::ENDPOINTS + 1),
     (

@@ -39,7 +39,7 @@ pub(super) struct Tables {
     policies: Policies,
     platform: LpmTrie<MapData, u32, PlatformEntry>,
     bound: HashMap<MapData, BoundKey, u32>,
-    inbound: HashMap<MapData, InboundKey, u32>,
+    inbound: HashMap<MapData, InboundKey, u64>,
     listeners: SockMap<MapData>,
     throttles: HashMap<MapData, u32, Throttle>,
     counters: PerCpuArray<MapData, Counter>,
@@ -307,11 +307,12 @@ impl Tables {
         endpoint: EndpointHandle,
         sandbox_port: u16,
         local: SocketAddrV4,
+        cookie: u64,
     ) -> Result<(), DatapathError> {
         self.check(endpoint)?;
         let key = inbound_key(endpoint, sandbox_port, local);
         self.inbound
-            .insert(key, 1, 0)
+            .insert(key, cookie, 0)
             .map_err(on_map("write", "INBOUND"))?;
         self.belongings(endpoint)?.inbound.push(key);
         Ok(())
@@ -329,6 +330,32 @@ impl Tables {
             owner.inbound.retain(|other| *other != key);
         }
         Ok(())
+    }
+
+    /// Ends every admission to ports that are not to be kept, also those of an earlier netd. Gives the sandbox's port
+    /// and netd's end of each.
+    pub(super) fn revoke_ports(
+        &mut self,
+        endpoint: EndpointHandle,
+        keep: impl Fn(u16) -> bool,
+    ) -> Result<Vec<(u16, SocketAddrV4)>, DatapathError> {
+        let gone: Vec<InboundKey> = self
+            .belongings(endpoint)?
+            .inbound
+            .iter()
+            .filter(|key| !keep(key.sandbox_port))
+            .copied()
+            .collect();
+        for key in &gone {
+            missing_is_fine("INBOUND", self.inbound.remove(key))?;
+        }
+        self.belongings(endpoint)?
+            .inbound
+            .retain(|key| keep(key.sandbox_port));
+        let local = |key: &InboundKey| {
+            SocketAddrV4::new(Ipv4Addr::from(key.local_address.to_ne_bytes()), key.local_port)
+        };
+        Ok(gone.iter().map(|key| (key.sandbox_port, local(key))).collect())
     }
 
     /// Makes the platform map hold these entries. New ones first, so that no denial lapses. Others go, but for denied

@@ -34,6 +34,9 @@ const REQUIRED: &[(&str, &str)] = &[
     ("net/ipv4/conf/default/send_redirects", "0"),
     ("net/ipv4/conf/all/accept_source_route", "0"),
     ("net/ipv4/conf/default/accept_source_route", "0"),
+    // Sockets of this namespace are handed to programs without privileges: none of them may take a port of ours, or one
+    // that a sandbox asks for, while netd is away. (Those that the kernel chooses begin here, too.)
+    ("net/ipv4/ip_unprivileged_port_start", "32768"),
     // Answers that the kernel itself makes (RST, ICMP) carry the mark of what they answer; the program that guards the
     // way to the sandbox knows them by it.
     ("net/ipv4/fwmark_reflect", "1"),
@@ -91,6 +94,9 @@ fn set(name: &str, value: &str) -> io::Result<()> {
 ///
 /// `prerouting` stands before any routing decision. Of what comes from sandboxes only packets for netd's sockets get
 /// through; everything else is answered at once, also what no program has marked (a hang helps nobody).
+///
+/// `output` keeps the namespace's own sockets from each other: netd passes some of them on, and whoever holds one could
+/// disconnect it and connect it to netd's listeners. Nothing here has a reason to speak to loopback.
 fn ruleset() -> String {
     let (proxy, inbound) = (mark::PROXY, mark::INBOUND);
     format!(
@@ -99,12 +105,16 @@ delete table inet sandgate
 table inet sandgate {{
   chain prerouting {{
     type filter hook prerouting priority raw; policy drop;
-    iif lo accept
+    iif lo drop
     meta nfproto ipv6 drop
     meta mark {proxy:#x} accept
     meta mark {inbound:#x} accept
     meta l4proto tcp reject with tcp reset
     meta l4proto udp reject with icmpx admin-prohibited
+  }}
+  chain output {{
+    type filter hook output priority raw; policy accept;
+    oif lo drop
   }}
   chain forward {{
     type filter hook forward priority filter; policy drop;
