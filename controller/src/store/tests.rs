@@ -16,6 +16,7 @@ use super::*;
 use crate::spec::{SandboxSpec, Size};
 
 mod secrets;
+mod tunnels;
 
 struct World {
     store: Store,
