@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use sandgate_api::{credential::Inject, openapi::PolicyDocument};
+use sandgate_api::{credential::Inject, openapi::PolicyDocument, tunnel::TunnelProtocol};
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -246,6 +246,34 @@ pub(super) struct InjectBody {
     secrets: Vec<String>,
     #[schema(required = false, default = false)]
     all: bool,
+    /// Must be the caller's own organisation.
+    #[schema(required = false)]
+    org_id: String,
+}
+
+/// A tunnel to be opened.
+#[derive(Serialize, ToSchema)]
+#[schema(examples(
+    json!({"port": 3000, "protocol": "http", "expires_in": 3600, "public": false}),
+    json!({"port": 3000, "expiresIn": 3600})
+))]
+pub(super) struct TunnelBody {
+    /// The TCP port inside; never that of the sandbox's agent.
+    #[schema(minimum = 1, maximum = 65535)]
+    port: u16,
+    /// What is spoken on it: `http` (HTTP/1.1, WebSocket), `h2c` (HTTP/2 with prior knowledge, gRPC) or `tcp`.
+    #[schema(required = false, default = "http")]
+    protocol: TunnelProtocol,
+    /// Seconds until it ends by itself; it ends with its sandbox in any case.
+    #[schema(required = false, default = 3600, minimum = 1, maximum = 604800)]
+    expires_in: u32,
+    /// The same, as some clients write it.
+    #[schema(required = false, rename = "expiresIn", minimum = 1, maximum = 604800)]
+    #[serde(rename = "expiresIn")]
+    expires_in_camel: u32,
+    /// Whoever reaches it may use it, without a token.
+    #[schema(required = false, default = false)]
+    public: bool,
     /// Must be the caller's own organisation.
     #[schema(required = false)]
     org_id: String,

@@ -9,6 +9,7 @@ use sandgate_api::{
 
 use super::{
     auth::Authenticated,
+    bodies::TunnelBody,
     document::Document,
     error::ApiError,
     path::{SandboxPath, SandboxTunnelPath, TunnelPath},
@@ -21,6 +22,11 @@ const DEFAULT_LIFETIME: u64 = 3_600;
 /// Longest life of a tunnel, in seconds: a week.
 const MAX_LIFETIME: u64 = 604_800;
 
+/// Opens a tunnel; answers when its URL works.
+#[utoipa::path(
+    post, path = "/sandbox/{id}/tunnels", operation_id = "open_tunnel", tag = "tunnels",
+    request_body = TunnelBody, responses((status = 201, description = "The tunnel, with its token", body = Tunnel))
+)]
 pub(super) async fn open(
     State(service): State<Service>,
     Authenticated(caller): Authenticated,
@@ -34,6 +40,11 @@ pub(super) async fn open(
     Ok((StatusCode::CREATED, Json(tunnel)))
 }
 
+/// Lists a sandbox's open tunnels.
+#[utoipa::path(
+    get, path = "/sandbox/{id}/tunnels", operation_id = "list_tunnels", tag = "tunnels",
+    responses((status = 200, description = "The tunnels, without their tokens", body = TunnelList))
+)]
 pub(super) async fn list(
     State(service): State<Service>,
     Authenticated(caller): Authenticated,
@@ -45,6 +56,11 @@ pub(super) async fn list(
     }))
 }
 
+/// Closes a tunnel; answers when its connections are cut.
+#[utoipa::path(
+    delete, path = "/tunnels/{id}", operation_id = "close_tunnel", tag = "tunnels",
+    responses((status = 200, description = "It is closed", body = Success))
+)]
 pub(super) async fn close(
     State(service): State<Service>,
     Authenticated(caller): Authenticated,
@@ -55,6 +71,11 @@ pub(super) async fn close(
     Ok(Json(Success::OK))
 }
 
+/// Closes a tunnel of this sandbox; answers when its connections are cut.
+#[utoipa::path(
+    delete, path = "/sandbox/{id}/tunnels/{tunnel}", operation_id = "close_tunnel_of_sandbox", tag = "tunnels",
+    responses((status = 200, description = "It is closed", body = Success))
+)]
 pub(super) async fn close_of_sandbox(
     State(service): State<Service>,
     Authenticated(caller): Authenticated,

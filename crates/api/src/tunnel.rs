@@ -65,6 +65,7 @@ pub struct Route {
 }
 
 /// What is spoken on a tunnel's port.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TunnelProtocol {

@@ -9,6 +9,7 @@ use crate::{
 };
 
 /// Element of `GET /sandbox/:id/tunnels`; the answer to `POST /sandbox/:id/tunnels`.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tunnel {
     /// Its id.
@@ -36,6 +37,7 @@ pub struct Tunnel {
 }
 
 /// `GET /sandbox/:id/tunnels`.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TunnelList {
     /// Those that are open, oldest first.
