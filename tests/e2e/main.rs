@@ -13,6 +13,7 @@ mod frames;
 mod lifecycle;
 mod machine;
 mod names;
+mod observe;
 mod outages;
 mod policies;
 mod promise;
@@ -126,6 +127,16 @@ fn main() -> ExitCode {
                 promise::rotation::a_key_that_is_taken_back_stops_at_once,
                 promise::rotation::without_the_controller_a_key_lives_no_longer_than_its_lease,
                 promise::canary::no_key_is_anywhere,
+            ],
+        )
+        .group(
+            "observe",
+            cases![
+                observe::every_program_shows_its_metrics_on_a_listener_of_its_own,
+                observe::one_command_one_flow_and_one_question_count_one,
+                observe::logs_name_the_request_and_the_sandbox,
+                observe::the_api_describes_itself,
+                observe::a_place_for_metrics_that_cannot_be_had_names_its_variable,
             ],
         )
         .finish()

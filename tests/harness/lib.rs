@@ -24,6 +24,7 @@ pub mod dns;
 pub mod mirror;
 pub mod namespace;
 pub mod node;
+pub mod openmetrics;
 pub mod probe;
 pub mod sandbox;
 pub mod search;

@@ -51,7 +51,7 @@ pub(super) async fn around(State(metrics): State<Metrics>, request: Request, nex
         if PROBES.contains(&route) {
             tracing::debug!(target: "access", %method, route, status, took_ms);
         } else {
-            tracing::info!(target: "access", %method, route, status, ?code, took_ms);
+            tracing::info!(target: "access", %method, route, status, code = code.as_ref().map(tracing::field::debug), took_ms);
         }
         response
     }

@@ -61,7 +61,7 @@ impl Tasks {
         };
         tokio::spawn(
             self.tracker
-                .track_future(watched.instrument(tracing::info_span!(parent: span, "task", name))),
+                .track_future(watched.instrument(tracing::info_span!(parent: span, "task", task = name))),
         )
     }
 
