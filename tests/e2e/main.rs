@@ -18,6 +18,7 @@ mod outages;
 mod policies;
 mod promise;
 mod tour;
+mod tunnels;
 
 fn main() -> ExitCode {
     Suite::from_arguments()
@@ -88,6 +89,22 @@ fn main() -> ExitCode {
                 outages::a_create_cut_off_by_a_kill_leaves_nothing,
                 outages::a_killed_supervisor_takes_nothing_with_it,
                 lifecycle::a_sandbox_that_expires_is_cleaned_up,
+            ],
+        )
+        .group(
+            "tunnel",
+            cases![
+                tunnels::tunnels_are_opened_listed_and_closed,
+                tunnels::a_private_tunnel_opens_to_its_token_which_the_program_never_sees,
+                tunnels::every_protocol_passes,
+                tunnels::grpc_passes_with_its_trailers,
+                tunnels::closing_cuts_what_is_open,
+                tunnels::an_expired_tunnel_is_cut_and_says_so,
+                tunnels::a_tunnel_leads_to_its_port_and_nowhere_else,
+                tunnels::tunnel_proxy_may_nothing,
+                tunnels::a_killed_tunnel_proxy_loses_no_waiting_connection,
+                tunnels::tunnels_survive_netd_and_the_controller,
+                tunnels::tunnel_proxy_shows_numbers,
             ],
         )
         .group(
