@@ -85,6 +85,15 @@ pub(crate) fn every_line_of_the_readmes_tour_works(machine: &Machine) {
         answer_to("-X PUT $API/secrets").contains(r#""applied":true"#),
         "{output}"
     );
+    assert_eq!(answer_to("-o /dev/null -w '%{http_code}"), "401\n");
+    assert!(
+        answer_to("X-Tunnel-Token").contains("Directory listing"),
+        "{output}"
+    );
+    assert!(
+        answer_to("-X DELETE $API/tunnels").contains(r#""success":true"#),
+        "{output}"
+    );
 }
 
 /// The lines of the shell blocks between the mark and the next heading.

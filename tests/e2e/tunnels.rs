@@ -81,6 +81,9 @@ fn curl(machine: &Machine, arguments: &[&str]) -> (u16, String) {
     let all = [&["-sS", "-i", "--max-time", "20"], arguments].concat();
     let output = machine.world.node().command("curl", &all).expect("an answer");
     let answer = String::from_utf8_lossy(&output.stdout).into_owned();
+    let answer = answer
+        .trim_start_matches("HTTP/1.1 100 Continue\r\n\r\n")
+        .to_owned();
     let status = answer.split(' ').nth(1).and_then(|status| status.parse().ok());
     (status.unwrap_or_else(|| panic!("no status in {answer}")), answer)
 }

@@ -271,7 +271,7 @@ impl Node {
             .find(|process| process.is("controller", Some("serve")))
     }
 
-    /// Kills netd and waits until another one has taken its place.
+    /// Kills a program and waits until another one has taken its place.
     ///
     /// # Panics
     /// When none does within 20 s.
