@@ -36,6 +36,14 @@ impl Traffic {
         self.down.load(Ordering::Relaxed)
     }
 
+    pub(crate) fn up_counter(&self) -> &AtomicU64 {
+        &self.up
+    }
+
+    pub(crate) fn down_counter(&self) -> &AtomicU64 {
+        &self.down
+    }
+
     /// Counts bytes that the caller itself sent to the far side, for example a sniffed beginning.
     pub fn add_up(&self, bytes: usize) {
         // usize is at most 64 bits wide on every supported target.
@@ -117,19 +125,29 @@ where
     let (mut far_read, mut far_write) = tokio::io::split(far);
     let active = Activity::default();
 
+    let up = one_way(&mut near_read, &mut far_write, &traffic.up, &active);
+    let down = one_way(&mut far_read, &mut near_write, &traffic.down, &active);
+    until_both_end(up, down, &active, idle).await
+}
+
+/// Drives both directions until both have ended, one failed, or nothing moved for `idle`.
+pub(crate) async fn until_both_end(
+    up: impl Future<Output = Result<(), Side>>,
+    down: impl Future<Output = Result<(), Side>>,
+    active: &Activity,
+    idle: Duration,
+) -> End {
     let up = async {
-        match one_way(&mut near_read, &mut far_write, &traffic.up, &active).await {
-            Ok(()) => Ok(()),
-            Err(Side::Reading) => Err(End::NearFailed),
-            Err(Side::Writing) => Err(End::FarFailed),
-        }
+        up.await.map_err(|side| match side {
+            Side::Reading => End::NearFailed,
+            Side::Writing => End::FarFailed,
+        })
     };
     let down = async {
-        match one_way(&mut far_read, &mut near_write, &traffic.down, &active).await {
-            Ok(()) => Ok(()),
-            Err(Side::Reading) => Err(End::FarFailed),
-            Err(Side::Writing) => Err(End::NearFailed),
-        }
+        down.await.map_err(|side| match side {
+            Side::Reading => End::FarFailed,
+            Side::Writing => End::NearFailed,
+        })
     };
     let both = pin!(async { tokio::try_join!(up, down) });
     tokio::select! {
@@ -141,7 +159,8 @@ where
     }
 }
 
-enum Side {
+/// Where a direction failed.
+pub(crate) enum Side {
     Reading,
     Writing,
 }

@@ -10,6 +10,7 @@
 //! | [`http1`] | strict framing of HTTP/1.x requests |
 //! | [`inward`] | connections into sandboxes: netd makes them and passes them back |
 //! | [`redact`] | masking secrets in streams, in every spelling, across chunk borders |
+//! | [`splice`] | the two-way copy between TCP connections whose bulk stays in the kernel |
 //! | [`websocket`] | the same inside the frames of a WebSocket |
 
 pub mod copy;
@@ -19,4 +20,5 @@ pub mod headers;
 pub mod http1;
 pub mod inward;
 pub mod redact;
+pub mod splice;
 pub mod websocket;

@@ -7,6 +7,7 @@ use sandgate_policy::{DomainName, NormalPath, Reason};
 use sandgate_relay::{
     copy::{self, Traffic},
     http1::head::{Head, Host},
+    splice,
 };
 use tokio::{
     io::{AsyncWriteExt as _, Interest},
@@ -311,13 +312,13 @@ impl Egress {
             Manner::Begun(received) => match send_first(&mut far, &received).await {
                 Ok(()) => {
                     traffic.add_up(received.len());
-                    splice(near, &mut far, traffic).await
+                    splice_on(near, &far, traffic).await
                 }
                 Err(why) => Ended::Stopped(why),
             },
             Manner::Opaque => {
                 observe(near, &far, said).await;
-                splice(near, &mut far, traffic).await
+                splice_on(near, &far, traffic).await
             }
         };
         if !matches!(ended, Ended::Well) {
@@ -340,7 +341,7 @@ impl Egress {
         }
         traffic.add_up(received.len());
         match retry::settle(near, far, said.host.as_deref(), traffic).await {
-            Ok(()) => splice(near, far, traffic).await,
+            Ok(()) => splice_on(near, far, traffic).await,
             Err(Unsettled::FarFailed) => Ended::Stopped("the server went away"),
             Err(Unsettled::NearFailed) => Ended::Stopped("the client went away"),
             Err(Unsettled::TimedOut) => Ended::Stopped("no answer during the TLS handshake"),
@@ -438,8 +439,8 @@ fn judge_in_clear(
     Ok((head.with_target(target), Some(request)))
 }
 
-async fn splice(near: &mut TcpStream, far: &mut TcpStream, traffic: &Traffic) -> Ended {
-    match copy::both_ways(near, far, IDLE, traffic).await {
+async fn splice_on(near: &TcpStream, far: &TcpStream, traffic: &Traffic) -> Ended {
+    match splice::both_ways(near, far, IDLE, traffic).await {
         copy::End::Closed => Ended::Well,
         copy::End::Idle => Ended::Stopped("nothing moved for an hour"),
         copy::End::NearFailed => Ended::Stopped("the client went away"),
