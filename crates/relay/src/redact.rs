@@ -19,7 +19,7 @@ use std::{fmt, sync::Arc};
 use bytes::{Bytes, BytesMut};
 use http::HeaderMap;
 
-use program::{Program, programs};
+use program::{Program, is_escape, programs};
 use scan::{Found, Scanner};
 
 /// The shortest value that is looked for in base64 and hexadecimal, in bytes: shorter ones occur by chance.
@@ -58,6 +58,8 @@ pub struct Needles {
     programs: Vec<Program>,
     /// For each byte, the programs that can begin with it.
     beginnings: Vec<Vec<usize>>,
+    /// For each byte, the set of bytes that may follow where it begins one.
+    pairs: Vec<ByteSet>,
     /// States of all programs.
     states: usize,
 }
@@ -79,14 +81,17 @@ impl Needles {
             masks: Vec::with_capacity(secrets.len()),
             programs: Vec::new(),
             beginnings: vec![Vec::new(); 256],
+            pairs: vec![ByteSet::default(); 256],
             states: 0,
         };
         for SecretNeedle { name, value } in secrets {
             let index = needles.names.len();
             for program in programs(index, &value, &mut needles.states) {
+                let second = ByteSet::of(|byte| program.may_go_on_with(byte));
                 for byte in u8::MIN..=u8::MAX {
                     if program.begins_with(byte) {
                         needles.beginnings[usize::from(byte)].push(needles.programs.len());
+                        needles.pairs[usize::from(byte)].join(second);
                     }
                 }
                 needles.programs.push(program);
@@ -94,7 +99,23 @@ impl Needles {
             needles.masks.push(mask(&name));
             needles.names.push(name);
         }
+        for byte in (u8::MIN..=u8::MAX).filter(|byte| is_escape(*byte)) {
+            needles.pairs[usize::from(byte)] = ByteSet::of(|_any| true);
+        }
         needles
+    }
+
+    /// The first place in `text` where a secret may begin. Most of what passes is passed over here, at a look at
+    /// two bytes each.
+    fn next_beginning(&self, text: &[u8]) -> Option<usize> {
+        let mut pairs = text.windows(2);
+        let found = pairs.position(|pair| self.pairs[usize::from(pair[0])].holds(pair[1]));
+        found.or_else(|| {
+            // What follows the last byte is not known yet.
+            let last = *text.last()?;
+            let begins = is_escape(last) || !self.beginnings[usize::from(last)].is_empty();
+            begins.then_some(text.len() - 1)
+        })
     }
 
     /// Whether there is nothing to look for.
@@ -150,6 +171,30 @@ impl Needles {
                 *byte = mask.get(offset).copied().unwrap_or(b'*');
             }
         }
+    }
+}
+
+/// Some bytes.
+#[derive(Debug, Clone, Copy, Default)]
+struct ByteSet([u64; 4]);
+
+impl ByteSet {
+    fn of(holds: impl Fn(u8) -> bool) -> Self {
+        let mut set = Self::default();
+        for byte in (u8::MIN..=u8::MAX).filter(|byte| holds(*byte)) {
+            set.0[usize::from(byte >> 6)] |= 1 << (byte & 63);
+        }
+        set
+    }
+
+    fn join(&mut self, other: Self) {
+        for (word, more) in self.0.iter_mut().zip(other.0) {
+            *word |= more;
+        }
+    }
+
+    fn holds(&self, byte: u8) -> bool {
+        self.0[usize::from(byte >> 6)] >> (byte & 63) & 1 == 1
     }
 }
 

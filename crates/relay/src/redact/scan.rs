@@ -65,9 +65,7 @@ impl Scanner {
         let mut index = from;
         while index < text.len() {
             if base + index as u64 >= self.busy_until {
-                let begins =
-                    |byte: &u8| is_escape(*byte) || !needles.beginnings[usize::from(*byte)].is_empty();
-                match text[index..].iter().position(begins) {
+                match needles.next_beginning(&text[index..]) {
                     Some(skipped) => index += skipped,
                     None => return,
                 }
@@ -111,10 +109,12 @@ impl Scanner {
             .copied()
             .filter(|program| after.is_none_or(|after| needles.programs[*program].may_go_on_with(after)));
         self.read_character(needles, character, end - 1..end, begun, &mut next, found);
-        if !next.is_empty() {
-            self.busy_until = end + LONGEST_ESCAPE;
-        }
-        self.busy_until = self.busy_until.max(self.escape_until);
+        // What waits further back goes on only with an escape that is under way.
+        self.busy_until = if next.is_empty() {
+            self.escape_until
+        } else {
+            self.escape_until.max(end + LONGEST_ESCAPE)
+        };
         self.places[slot(end)] = Place {
             at: end,
             readings: next,
