@@ -2,8 +2,7 @@
 //! that comes back before its controller does enforces what it enforced before.
 
 use std::{
-    fs::{self, File},
-    io::{self, Write as _},
+    fs, io,
     path::{Path, PathBuf},
 };
 
@@ -49,9 +48,9 @@ impl StateFile {
     /// When it cannot be written; the earlier one is still whole then.
     pub fn save(&self, state: &Desired) -> io::Result<()> {
         let beside = self.path.with_extension("new");
-        let mut file = File::create(&beside)?;
-        file.write_all(&serde_json::to_vec(state)?)?;
-        file.sync_all()?;
+        // Not forced to the disk, which a change of policy would wait for: what it describes is in the kernel, and
+        // after a crash of the machine there is nothing of that. A crash of netd alone finds one file or the other.
+        fs::write(&beside, serde_json::to_vec(state)?)?;
         fs::rename(&beside, &self.path)
     }
 }
