@@ -99,7 +99,7 @@ pub async fn run(config: Config, shown: Option<std::net::TcpListener>) -> Result
     let upstream = UpstreamTls::load(config.upstream_ca_file.as_deref())
         .context("cannot verify the servers of flows that are read")?;
     let greeting = Arc::new(Greeting::default());
-    let dialer = Dialer::open(&late, Arc::clone(&platform), node.clone(), config.sandbox_cidr)
+    let dialer = Dialer::open(Arc::clone(&platform), node.clone(), config.sandbox_cidr)
         .context("cannot open a netlink socket")?;
     let egress = Arc::new(Egress {
         sandboxes: Arc::clone(&sandboxes),

@@ -9,6 +9,7 @@ mod flow;
 pub mod hello;
 mod intercepted;
 pub mod retry;
+mod route;
 pub mod sniff;
 
 use std::{io, net::SocketAddrV4, sync::Arc, time::Duration};

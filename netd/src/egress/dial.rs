@@ -8,14 +8,13 @@ use std::{
     time::Duration,
 };
 
-use futures_util::TryStreamExt as _;
 use ipnet::Ipv4Net;
-use rtnetlink::{RouteMessageBuilder, packet_route::route::RouteType};
-use sandgate_daemon::tasks::Tasks;
+use rtnetlink::packet_route::route::RouteType;
 use sandgate_policy::{Platform, Reason};
 use sandgate_relay::dial::{self, DialError, Permitted};
 use tokio::net::TcpStream;
 
+use super::route::Routes;
 use crate::{nodeaddr::NodeAddresses, sandbox::Admitted};
 
 /// Time for the destination to answer.
@@ -26,7 +25,7 @@ pub struct Dialer {
     platform: Arc<Platform>,
     node: NodeAddresses,
     sandboxes: Ipv4Net,
-    routes: rtnetlink::Handle,
+    routes: Routes,
 }
 
 /// Why a flow has no far half.
@@ -41,7 +40,7 @@ pub enum NotDialled {
         /// Where to.
         to: SocketAddrV4,
         /// What the kernel said.
-        source: rtnetlink::Error,
+        source: std::io::Error,
     },
     /// The connection.
     #[error(transparent)]
@@ -67,19 +66,12 @@ impl Dialer {
     ///
     /// # Errors
     /// When the netlink socket cannot be opened.
-    pub fn open(
-        tasks: &Tasks,
-        platform: Arc<Platform>,
-        node: NodeAddresses,
-        sandboxes: Ipv4Net,
-    ) -> std::io::Result<Self> {
-        let (connection, routes, _) = rtnetlink::new_connection()?;
-        tasks.spawn("netlink routes", connection);
+    pub fn open(platform: Arc<Platform>, node: NodeAddresses, sandboxes: Ipv4Net) -> std::io::Result<Self> {
         Ok(Self {
             platform,
             node,
             sandboxes,
-            routes,
+            routes: Routes::open()?,
         })
     }
 
@@ -92,23 +84,11 @@ impl Dialer {
         if self.node.contains(*to.ip()) || self.sandboxes.contains(to.ip()) {
             return Err(NotDialled::Ours(to));
         }
-        self.check_route(to).await?;
-        Ok(dial::connect(permitted, CONNECT_TIME).await?)
-    }
-
-    /// The kernel's own opinion: only a unicast route leads off this node.
-    async fn check_route(&self, to: SocketAddrV4) -> Result<(), NotDialled> {
-        let asked = RouteMessageBuilder::<std::net::Ipv4Addr>::new()
-            .destination_prefix(*to.ip(), 32)
-            .build();
-        let mut answers = Box::pin(self.routes.route().get(asked).execute());
-        match answers
-            .try_next()
-            .await
-            .map_err(|source| NotDialled::NoRoute { to, source })?
-        {
-            Some(route) if route.header.kind == RouteType::Unicast => Ok(()),
-            Some(_) | None => Err(NotDialled::Ours(to)),
+        // The kernel's own opinion: only a unicast route leads off this node.
+        match self.routes.kind(*to.ip()) {
+            Ok(RouteType::Unicast) => Ok(dial::connect(permitted, CONNECT_TIME).await?),
+            Ok(_) => Err(NotDialled::Ours(to)),
+            Err(source) => Err(NotDialled::NoRoute { to, source }),
         }
     }
 }
