@@ -26,7 +26,7 @@ mod requests;
 pub(crate) mod stream;
 
 pub(crate) use connects::Connects;
-pub(crate) use lifetime::{Create, Execute, Lives};
+pub(crate) use lifetime::{Create, Execute, Lives, PARTS};
 pub(crate) use origin::{BULK, Origin};
 pub(crate) use policy::{Change, Changes};
 pub(crate) use requests::{Rate, Requests};

@@ -106,7 +106,7 @@ fn measure(wanted: &[&str], effort: Effort) -> Result<Vec<Outcome>> {
         keep("program", began, measure::program::program(effort)?);
     }
     let ground = Ground::make()?;
-    if wants("memory") {
+    if wants("memory") && effort.more_nodes {
         let began = Instant::now();
         keep("memory", began, measure::memory::memory(&ground, effort)?);
     }

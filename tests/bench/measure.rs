@@ -17,6 +17,8 @@ pub(crate) struct Effort {
     pub(crate) count_ms: u64,
     /// Divides how often single things are done in a round.
     pub(crate) divisor: usize,
+    /// Also on nodes of their own, each of which takes seconds to start and to stop.
+    pub(crate) more_nodes: bool,
 }
 
 impl Effort {
@@ -25,12 +27,14 @@ impl Effort {
         rounds: 5,
         count_ms: 800,
         divisor: 1,
+        more_nodes: true,
     };
     /// Only to see that everything works.
     pub(crate) const SMOKE: Self = Self {
         rounds: 1,
         count_ms: 50,
         divisor: 20,
+        more_nodes: false,
     };
 
     /// So many times, or fewer.

@@ -35,6 +35,19 @@ pub(crate) struct Lives {
     pub(crate) first_command: Vec<f64>,
     /// Of stop.
     pub(crate) stopped: Vec<f64>,
+    /// Of each of [`PARTS`] of create, as the controller tells it: whole milliseconds.
+    pub(crate) parts: [Vec<f64>; PARTS.len()],
+}
+
+/// Members of create's `startup_metrics.breakdown`.
+pub(crate) const PARTS: [&str; 4] = ["prepare_ms", "enforce_ms", "launch_ms", "agent_ms"];
+
+/// One sandbox's figures.
+struct Life {
+    created: f64,
+    first_command: f64,
+    stopped: f64,
+    parts: [f64; PARTS.len()],
 }
 
 /// A command, again and again.
@@ -61,15 +74,18 @@ impl Create {
                 .collect();
             for thread in threads {
                 let life = thread.join().map_err(|_panic| anyhow!("a client died"))??;
-                all.created.push(life[0]);
-                all.first_command.push(life[1]);
-                all.stopped.push(life[2]);
+                all.created.push(life.created);
+                all.first_command.push(life.first_command);
+                all.stopped.push(life.stopped);
+                for (all, part) in all.parts.iter_mut().zip(life.parts) {
+                    all.push(part);
+                }
             }
         }
         Ok(all)
     }
 
-    fn live(&self, barrier: &Barrier) -> Result<[f64; 3]> {
+    fn live(&self, barrier: &Barrier) -> Result<Life> {
         let api = Api::connect(&self.access);
         barrier.wait();
         let lived = api.and_then(|mut api| {
@@ -78,14 +94,21 @@ impl Create {
             let after_create = milliseconds(began);
             let id = created["sandbox_id"].as_str().context("no id")?.to_owned();
             run_true(&mut api, &id)?;
-            Ok((api, id, after_create, milliseconds(began)))
+            let breakdown = &created["startup_metrics"]["breakdown"];
+            let parts = PARTS.map(|part| breakdown[part].as_f64().unwrap_or_default());
+            Ok((api, id, parts, [after_create, milliseconds(began)]))
         });
         // None is stopped before all are done, else the first would make it easier for the last.
         barrier.wait();
-        let (mut api, id, created, first) = lived?;
+        let (mut api, id, parts, [created, first_command]) = lived?;
         let began = Instant::now();
         api.call("POST", &format!("/sandbox/{id}/stop"), &json!({}))?;
-        Ok([created, first, milliseconds(began)])
+        Ok(Life {
+            created,
+            first_command,
+            stopped: milliseconds(began),
+            parts,
+        })
     }
 }
 

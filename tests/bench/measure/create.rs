@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::Effort;
 use crate::{
-    load::{self, Create, Lives, Task},
+    load::{self, Create, Lives, PARTS, Task},
     place::{Guarded, access, start_node},
     result::{Kind, Table},
 };
@@ -28,25 +28,23 @@ const WARM: &str = "warm";
 /// Runs it: a node without pool and another with one.
 pub(crate) fn create(guarded: &Guarded, effort: Effort) -> Result<Vec<Table>> {
     let world = World::builder().unwatched().build()?;
-    let warm = Warm::start(&world)?;
+    let warm = if effort.more_nodes {
+        Warm::start(&world)?
+    } else {
+        None
+    };
     let rows: &[(&str, Option<&str>)] = match warm {
         Some(_) => &[(COLD, None), (WARM, Some(COLD))],
         None => &[(COLD, None)],
     };
     let mut tables = Vec::new();
     for (ways, times) in [(1, effort.times(SINGLE)), (effort.times(MANY), 1)] {
-        let mut first = Table::new(
-            &format!("Create to the first command's result, {ways} at once"),
-            "ms",
-            Kind::Latency,
-            rows,
-        );
-        let mut alone = Table::new(
-            &format!("Create alone, {ways} at once"),
-            "ms",
-            Kind::Latency,
-            rows,
-        );
+        let table = |what: &str, rows: &[(&str, Option<&str>)]| {
+            Table::new(&format!("{what}, {ways} at once"), "ms", Kind::Latency, rows)
+        };
+        let mut first = table("Create to the first command's result", rows);
+        let mut gone = table("Stop", rows);
+        let mut parts = table("The parts of a cold create", &PARTS.map(|part| (part, None)));
         for _ in 0..effort.rounds {
             let create = |organization: &Organization| {
                 Task::Create(Create {
@@ -58,14 +56,17 @@ pub(crate) fn create(guarded: &Guarded, effort: Effort) -> Result<Vec<Table>> {
             };
             let lives: Lives = load::run(guarded.node.world().node(), &create(&guarded.organization))?;
             first.add(COLD, lives.first_command);
-            alone.add(COLD, lives.created);
+            gone.add(COLD, lives.stopped);
+            for (part, figures) in PARTS.iter().zip(lives.parts) {
+                parts.add(part, figures);
+            }
             let Some(warm) = &warm else { continue };
             warm.wait_full();
             let lives: Lives = load::run(world.node(), &create(&warm.organization))?;
             first.add(WARM, lives.first_command);
-            alone.add(WARM, lives.created);
+            gone.add(WARM, lives.stopped);
         }
-        tables.extend([first, alone]);
+        tables.extend([first, parts, gone]);
     }
     Ok(tables)
 }
