@@ -8,7 +8,7 @@ use std::{io, time::Duration};
 
 use bytes::Bytes;
 use sandgate_api::agent::{
-    AgentErrorCode, Entry, Exec, FrameKind, Hello, MAX_FRAME, PROTOCOL_VERSION, Reply, Request,
+    AgentErrorCode, Claim, Entry, Exec, FrameKind, Hello, MAX_FRAME, PROTOCOL_VERSION, Reply, Request,
 };
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
@@ -123,9 +123,21 @@ impl Agent {
     ///
     /// # Errors
     /// When it does not answer within ten seconds, or with anything but a pong.
-    pub async fn ping(mut self) -> Result<(), AgentError> {
+    pub async fn ping(self) -> Result<(), AgentError> {
+        self.pong(&Request::Ping).await
+    }
+
+    /// Takes a sandbox that was made in advance.
+    ///
+    /// # Errors
+    /// As [`Agent::ping`]; when it was taken or used before.
+    pub async fn claim(self, claim: Claim) -> Result<(), AgentError> {
+        self.pong(&Request::Claim(claim)).await
+    }
+
+    async fn pong(mut self, request: &Request) -> Result<(), AgentError> {
         let deadline = Instant::now() + self.patience.first_word;
-        self.request(&Request::Ping, deadline).await?;
+        self.request(request, deadline).await?;
         match self.frames.reply(deadline).await? {
             Reply::Pong {
                 protocol: PROTOCOL_VERSION,

@@ -18,6 +18,7 @@ mod keys;
 mod network;
 mod openapi;
 mod path;
+mod pool;
 mod query;
 mod reference;
 mod request;
@@ -77,7 +78,8 @@ fn described() -> Routes {
         .add(routes!(secrets::list, secrets::create))
         .add(routes!(secrets::update, secrets::delete))
         .add(routes!(settings::get_egress, settings::put_egress))
-        .add(routes!(audit::list));
+        .add(routes!(audit::list))
+        .add(routes!(pool::stats));
     Routes::new()
         .below("/api/v1", v1)
         .add(routes!(health::health))

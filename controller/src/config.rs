@@ -88,6 +88,10 @@ settings! {
     default_timeout = "DEFAULT_TIMEOUT", "default-timeout";
     /// Live sandboxes of one organisation [default: 20]
     max_sandboxes = "MAX_SANDBOXES_PER_ORG", "max-sandboxes-per-org";
+    /// `true` or `false`: whether sandboxes are made before anybody asks for them [default: false]
+    warm_pool_enabled = "WARM_POOL_ENABLED", "warm-pool-enabled";
+    /// Most sandboxes that wait in the pool [default: 5]
+    warm_pool_size = "WARM_POOL_SIZE", "warm-pool-size";
     /// Disk space that sandboxes never get [default: 2Gi]
     disk_reserve = "SANDGATE_DISK_RESERVE", "disk-reserve";
     /// `sqlite://<path>` [default: sandgate.db in the data directory]
@@ -140,6 +144,16 @@ pub struct SandboxDefaults {
     pub image: String,
 }
 
+/// The warm pool. Name and defaults are those of the published product: whoever brings its settings along finds
+/// them meaning the same, and whoever sets nothing gets no sandbox that nobody asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PoolConfig {
+    /// Whether there is one.
+    pub enabled: bool,
+    /// Most sandboxes that wait in it.
+    pub size: u32,
+}
+
 /// The controller's configuration.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -161,6 +175,8 @@ pub struct Config {
     pub platform: Platform,
     /// Defaults and limits of sandboxes.
     pub sandbox: SandboxDefaults,
+    /// Sandboxes made in advance.
+    pub pool: PoolConfig,
     /// Disk space that sandboxes never get, in bytes.
     pub disk_reserve_bytes: u64,
     /// The database file.
@@ -246,6 +262,7 @@ impl Config {
                     .map_err(|error| error.to_string())
             })?,
             sandbox: sandbox_defaults(settings)?,
+            pool: pool(settings)?,
             disk_reserve_bytes: read("SANDGATE_DISK_RESERVE", &settings.disk_reserve, "2Gi", |text| {
                 Size::disk(text)
                     .map(|size| size.bytes())
@@ -292,6 +309,24 @@ fn sandbox_defaults(settings: &Settings) -> Result<SandboxDefaults, ConfigError>
                 return Err("expected the name of a root file system in the image directory".to_owned());
             }
             Ok(text.to_owned())
+        })?,
+    })
+}
+
+fn pool(settings: &Settings) -> Result<PoolConfig, ConfigError> {
+    Ok(PoolConfig {
+        enabled: read(
+            "WARM_POOL_ENABLED",
+            &settings.warm_pool_enabled,
+            "false",
+            |text| match text.to_ascii_lowercase().as_str() {
+                "true" | "1" => Ok(true),
+                "false" | "0" => Ok(false),
+                _ => Err(format!("expected `true` or `false`, got `{text}`")),
+            },
+        )?,
+        size: read("WARM_POOL_SIZE", &settings.warm_pool_size, "5", |text| {
+            u32::try_from(number(text, 1..=1_000)?).map_err(|error| error.to_string())
         })?,
     })
 }
@@ -391,6 +426,13 @@ mod tests {
         assert_eq!(config.database, PathBuf::from("/var/lib/sandgate/sandgate.db"));
         assert_eq!(config.sandbox.max_per_organization, 20);
         assert_eq!(config.sandbox.timeout_seconds, 600);
+        assert_eq!(
+            config.pool,
+            PoolConfig {
+                enabled: false,
+                size: 5
+            }
+        );
         assert_eq!(config.sandbox_cidr.to_string(), "10.213.0.0/16");
     }
 
@@ -452,6 +494,9 @@ mod tests {
             ("DEFAULT_TIMEOUT", "86401"),
             ("MAX_SANDBOXES_PER_ORG", "0"),
             ("MAX_SANDBOXES_PER_ORG", "-1"),
+            ("WARM_POOL_ENABLED", "perhaps"),
+            ("WARM_POOL_SIZE", "0"),
+            ("WARM_POOL_SIZE", "1001"),
             ("SANDGATE_DISK_RESERVE", "none"),
             ("SANDGATE_TUNNEL_ADDR", "8081"),
             ("SANDGATE_TUNNEL_ADDR", "127.0.0.1:0"),

@@ -80,6 +80,10 @@ async fn close_records(store: &Store) -> Result<()> {
             .finish(&record.id, cause.status(), Some(cause.reason()), Timestamp::now())
             .await?;
     }
+    for member in store.pooled().await? {
+        store.withdraw_pooled(&member.id).await?;
+        store.forget_pooled(&member.id).await?;
+    }
     Ok(())
 }
 

@@ -5,6 +5,7 @@
 //! | [`api`] | HTTP: routes, documents, statuses |
 //! | [`service`] | use cases |
 //! | [`lifecycle`] | the life of a sandbox, pure |
+//! | [`pool`] | how many sandboxes are made in advance, and when, pure |
 //! | [`store`] | what must survive |
 //! | [`backend`] | where sandboxes run |
 //! | [`node`] | the feed to netd, and the way into sandboxes |
@@ -36,6 +37,7 @@ pub mod lifecycle;
 pub mod metrics;
 pub mod node;
 pub mod placeholder;
+pub mod pool;
 pub mod presets;
 pub mod service;
 pub mod spec;

@@ -3,10 +3,16 @@
 //! ```text
 //! Preparing -> Announcing -> Enforcing -> Launching -> Greeting -> Recording -> Running
 //!     |            |             |            |            |           |           |
+//!     |            |             |            |  Admitting ----------> +           |
+//!     |            |             |            |      |     |           |           |
 //!     +------------+-------------+--- any failure or end --+-----------+-----------+
 //!                                        v
 //!                     Withdrawing -> Destroying -> Closing -> Ended
 //! ```
+//!
+//! A sandbox of the warm pool goes the same way before anybody asks for it, under rules that allow nothing. The
+//! one that somebody takes begins a second life at Admitting: launched already, and not usable before the node has
+//! acknowledged its owner's rules.
 //!
 //! Invariants, checked below over every reachable state: nothing is launched before the node has
 //! acknowledged the policy; whatever was begun is withdrawn from the feed (so that the node forgets the
@@ -53,6 +59,8 @@ pub enum Phase {
     Launching,
     /// The agent has not answered yet.
     Greeting,
+    /// It was made in advance: the node has not acknowledged its owner's rules, or the agent not its owner.
+    Admitting,
     /// It is recorded as running.
     Recording,
 }
@@ -85,13 +93,15 @@ pub enum Cause {
     Abandoned,
     /// The controller ended while it was being made.
     Interrupted,
+    /// Nobody took it from the pool: it grew old, or others need its place.
+    Retired,
 }
 
 impl Cause {
     /// The status it leaves behind.
     pub fn status(self) -> SandboxStatus {
         match self {
-            Self::Stopped | Self::Expired | Self::Died | Self::Lost | Self::Abandoned => {
+            Self::Stopped | Self::Expired | Self::Died | Self::Lost | Self::Abandoned | Self::Retired => {
                 SandboxStatus::Terminated
             }
             Self::Failed | Self::Interrupted => SandboxStatus::Error,
@@ -108,6 +118,7 @@ impl Cause {
             Self::Failed => "it could not be created",
             Self::Abandoned => "the client went away before it was created",
             Self::Interrupted => "the controller ended while it was being created",
+            Self::Retired => "nobody took it from the pool",
         }
     }
 }
@@ -136,6 +147,8 @@ pub enum Effect {
     Launch,
     /// Wait for the agent's answer.
     Greet,
+    /// Wait for the node's acknowledgement, and give the agent what is its owner's.
+    Admit,
     /// Commit that it runs.
     RecordRunning,
     /// Wait for its expiry or death.
@@ -177,6 +190,18 @@ impl State {
         doomed: None,
     };
 
+    /// One that somebody has just taken from the pool, stored as `creating`.
+    pub const CLAIMED: Self = Self::Creating {
+        phase: Phase::Admitting,
+        doomed: None,
+    };
+
+    /// One of the pool that an earlier controller made: it runs, if it answers.
+    pub const ADOPTED: Self = Self::Creating {
+        phase: Phase::Greeting,
+        doomed: None,
+    };
+
     /// One that is to end.
     pub fn ending(cause: Cause) -> Self {
         Self::Ending {
@@ -195,6 +220,7 @@ impl State {
                 Phase::Enforcing => Effect::AwaitEnforced,
                 Phase::Launching => Effect::Launch,
                 Phase::Greeting => Effect::Greet,
+                Phase::Admitting => Effect::Admit,
                 Phase::Recording => Effect::RecordRunning,
             }),
             Self::Running => Some(Effect::Watch),
@@ -265,7 +291,7 @@ pub fn step(state: State, event: Event) -> (State, Next) {
 /// Waiting can be given up at any time; making something cannot.
 fn interruptible(phase: Phase) -> bool {
     match phase {
-        Phase::Enforcing | Phase::Greeting => true,
+        Phase::Enforcing | Phase::Greeting | Phase::Admitting => true,
         Phase::Preparing | Phase::Announcing | Phase::Launching | Phase::Recording => false,
     }
 }
@@ -276,7 +302,7 @@ fn after(phase: Phase) -> State {
         Phase::Announcing => Phase::Enforcing,
         Phase::Enforcing => Phase::Launching,
         Phase::Launching => Phase::Greeting,
-        Phase::Greeting => Phase::Recording,
+        Phase::Greeting | Phase::Admitting => Phase::Recording,
         Phase::Recording => return State::Running,
     };
     State::Creating { phase, doomed: None }

@@ -11,6 +11,7 @@ mod files;
 mod keeper;
 mod keys;
 mod policies;
+mod pool;
 mod reconcile;
 mod sandboxes;
 mod secrets;
@@ -69,6 +70,7 @@ struct Shared {
     backend: watch::Sender<BackendState>,
     keepers: Mutex<HashMap<SandboxId, keeper::Keeper>>,
     metrics: Metrics,
+    pool: pool::Pool,
 }
 
 /// Whether sandboxes can be made.
@@ -211,6 +213,7 @@ impl Service {
     ) -> Self {
         let backend = watch::channel(BackendState::Starting).0;
         let shared = Shared {
+            pool: pool::Pool::new(config.pool),
             config,
             store,
             node,

@@ -222,6 +222,27 @@ pub struct SandboxSpec {
     pub isolation: Isolation,
 }
 
+impl SandboxSpec {
+    /// Whether a sandbox made with the one could serve as one made with the other, but for its environment and its
+    /// lifetime.
+    pub fn same_resources(&self, other: &Self) -> bool {
+        let Self {
+            cpus,
+            memory,
+            disk,
+            pids,
+            timeout_seconds: _,
+            env: _,
+            isolation,
+        } = self;
+        cpus.millis == other.cpus.millis
+            && memory.bytes == other.memory.bytes
+            && disk.bytes == other.disk.bytes
+            && *pids == other.pids
+            && *isolation == other.isolation
+    }
+}
+
 /// Leaves the environment's values out: users put secrets there.
 impl fmt::Debug for SandboxSpec {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -4,13 +4,16 @@
 //! stale revisions, and the feed revision itself, which is assigned while the writer's lock is held, so
 //! that revisions become visible in the order of their numbers and no consumer can miss one.
 //!
-//! SQLite in WAL mode: one connection writes, a few read beside it.
+//! SQLite in WAL mode: one connection writes, a few read beside it. A commit is on the disk before it counts, but
+//! for what one sandbox goes through ([`Store::write_brief`]): no sandbox outlives its machine, so that it is enough
+//! if such a commit outlives this process. Whatever is committed after it takes it along.
 
 mod accounts;
 mod audit;
 mod feed;
 mod keys;
 mod policies;
+mod pool;
 mod sandboxes;
 mod secrets;
 mod tunnels;
@@ -30,6 +33,7 @@ pub use audit::{AuditFilter, AuditRow};
 pub use feed::FeedChange;
 pub use keys::{KeyRecord, NewKey};
 pub use policies::{PolicyChange, StoredPolicy};
+pub use pool::{PoolRecord, PoolStatus, Withdrawal};
 pub use sandboxes::{AuthorityRecord, NewSandbox, SandboxRecord};
 pub use secrets::{NewSecret, SandboxSecret, SecretChange, SecretChoice, SecretRecord, SecretUpdate};
 pub use tunnels::{EXPIRED_SHOWN, TunnelChange, TunnelLimits, TunnelRecord};
@@ -141,6 +145,15 @@ impl Store {
             .foreign_keys(true);
         let writer = SqlitePoolOptions::new()
             .max_connections(1)
+            .before_acquire(|connection, _age| {
+                Box::pin(async move {
+                    // Whatever the last transaction was content with.
+                    sqlx::query("PRAGMA synchronous = FULL")
+                        .execute(connection)
+                        .await?;
+                    Ok(true)
+                })
+            })
             .connect_with(options.clone())
             .await?;
         sqlx::migrate!("migrations/sqlite").run(&writer).await?;
@@ -182,6 +195,13 @@ impl Store {
     /// A transaction that holds the writer's lock from its first statement on.
     async fn write(&self) -> Result<Transaction<'static, Sqlite>, StoreError> {
         Ok(self.writer.begin_with("BEGIN IMMEDIATE").await?)
+    }
+
+    /// The same for what one sandbox goes through. The commit survives the end of this process, but not that of
+    /// the machine, and so is spared a wait for the disk (SQLite: `PRAGMA synchronous = NORMAL`).
+    async fn write_brief(&self) -> Result<Transaction<'static, Sqlite>, StoreError> {
+        let begin = "PRAGMA synchronous = NORMAL; BEGIN IMMEDIATE";
+        Ok(self.writer.begin_with(begin).await?)
     }
 
     /// Commits, and tells those who follow the feed.

@@ -61,7 +61,7 @@ impl Owner {
     pub fn of(sandbox: &Sandbox) -> Self {
         Self {
             sandbox_id: sandbox.id.clone(),
-            org_id: sandbox.org_id.clone(),
+            org_id: sandbox.org_id(),
             mode: sandbox.failure_mode(),
         }
     }

@@ -107,7 +107,11 @@ pub fn changes(
 }
 
 fn same_rules(one: &FeedSandbox, other: &FeedSandbox) -> bool {
-    one.tiers == other.tiers && one.bindings == other.bindings && one.ca_generation == other.ca_generation
+    // A sandbox made in advance belongs to nobody until somebody takes it.
+    one.org_id == other.org_id
+        && one.tiers == other.tiers
+        && one.bindings == other.bindings
+        && one.ca_generation == other.ca_generation
 }
 
 /// Their order, and how many tunnels lead to one, mean nothing.
@@ -243,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rotated_secret_or_authority_is_a_change_of_rules() {
+    fn a_rotated_secret_an_authority_or_an_owner_is_a_change_of_rules() {
         let before = all(&[sandbox(1, 1, &[443])]);
         let mut rotated = sandbox(1, 1, &[443]);
         rotated.bindings = serde_json::from_value(serde_json::json!([
@@ -252,7 +256,9 @@ mod tests {
         .expect("bindings");
         let mut renewed = sandbox(1, 1, &[443]);
         renewed.ca_generation = 1;
-        for wanted in [rotated, renewed] {
+        let mut taken = sandbox(1, 1, &[443]);
+        taken.org_id = "org-2".parse().expect("an id");
+        for wanted in [rotated, renewed, taken] {
             let steps = changes(&before, &all(std::slice::from_ref(&wanted)));
             assert_eq!(steps, [Change::Rules(wanted)]);
         }

@@ -50,8 +50,6 @@ const DNS_STREAMS_MAX: usize = 8;
 pub struct Sandbox {
     /// Which one.
     pub id: SandboxId,
-    /// Its owner.
-    pub org_id: OrgId,
     /// Where its packets come from.
     pub endpoint: Endpoint,
     /// The same, in the kernel's eyes.
@@ -140,7 +138,7 @@ impl Sandbox {
     /// # Errors
     /// When the pins cannot be read or the kernel does not take them.
     pub fn open(
-        (id, org_id): (SandboxId, OrgId),
+        id: SandboxId,
         (endpoint, handle): (Endpoint, EndpointHandle),
         rules: Rules,
         datapath: Arc<Datapath>,
@@ -164,7 +162,6 @@ impl Sandbox {
         };
         Ok(Self {
             id,
-            org_id,
             endpoint,
             handle,
             limits,
@@ -187,6 +184,11 @@ impl Sandbox {
     /// Around everything that is done for it, so that what is logged names it.
     pub fn span(&self) -> Span {
         tracing::info_span!(parent: None, "sandbox", sandbox_id = %self.id)
+    }
+
+    /// Its owner. A sandbox that was made in advance gets one later, once, together with the owner's rules.
+    pub fn org_id(&self) -> OrgId {
+        self.lock().enforced.rules().org_id().clone()
     }
 
     /// Whether flows go on when they cannot be recorded.

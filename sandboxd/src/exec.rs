@@ -6,6 +6,7 @@
 //! does not die of its own log.
 
 use std::{
+    collections::BTreeMap,
     future::Future,
     io,
     os::fd::OwnedFd,
@@ -25,6 +26,7 @@ use tokio::{
 
 use crate::{
     children::{Children, Ended, Leader},
+    claim,
     files::{self, directory},
     init,
     wire::{self, Refusal},
@@ -69,11 +71,12 @@ struct Started {
 pub(crate) async fn serve(
     mut stream: TcpStream,
     exec: Exec,
+    environment: BTreeMap<String, String>,
     children: &Children,
     tasks: &Tasks,
 ) -> io::Result<()> {
     let begun = Instant::now();
-    match start(&exec, children) {
+    match start(&exec, environment, children) {
         Ok(started) => relay(stream, started, &exec, begun, tasks).await,
         Err(NotStarted::Refused(Refusal { code, message })) => {
             wire::reply(&mut stream, &Reply::Error { code, message }).await
@@ -93,8 +96,12 @@ pub(crate) async fn serve(
     }
 }
 
-fn start(exec: &Exec, children: &Children) -> Result<Started, NotStarted> {
-    let mut process = command(exec).map_err(NotStarted::Refused)?;
+fn start(
+    exec: &Exec,
+    environment: BTreeMap<String, String>,
+    children: &Children,
+) -> Result<Started, NotStarted> {
+    let mut process = command(exec, environment).map_err(NotStarted::Refused)?;
     init::own_session(&mut process);
     let mut child = process.spawn().map_err(|error| not_started(exec, &error))?;
     let (leader, ended) = children.adopt(&child);
@@ -120,7 +127,7 @@ fn start(exec: &Exec, children: &Children) -> Result<Started, NotStarted> {
     })
 }
 
-fn command(exec: &Exec) -> Result<Process, Refusal> {
+fn command(exec: &Exec, environment: BTreeMap<String, String>) -> Result<Process, Refusal> {
     let invalid = |message: &str| Refusal::new(AgentErrorCode::Invalid, message);
     let mut process = match &exec.command {
         Command::Shell(line) => {
@@ -138,13 +145,9 @@ fn command(exec: &Exec) -> Result<Process, Refusal> {
             process
         }
     };
+    process.envs(environment);
     for (name, value) in &exec.env {
-        if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
-            return Err(invalid(&format!(
-                "`{}` is not an environment variable",
-                name.escape_debug()
-            )));
-        }
+        claim::check(name, value)?;
         process.env(name, value);
     }
     process.current_dir(directory(

@@ -4,6 +4,7 @@
 //! the host believes no frame from here beyond what concerns this one sandbox. It forwards no connections.
 
 pub mod children;
+mod claim;
 mod exec;
 mod files;
 pub mod init;

@@ -14,6 +14,7 @@ use tokio::{
 
 use crate::{
     children::Children,
+    claim::Owner,
     exec, files,
     key::{Key, wipe},
     wire::{self, Refusal},
@@ -38,6 +39,7 @@ pub struct Server {
 
 struct Shared {
     key: Key,
+    owner: Owner,
     children: Children,
     connections: Arc<Semaphore>,
 }
@@ -56,6 +58,7 @@ impl Server {
             listener,
             shared: Arc::new(Shared {
                 key,
+                owner: Owner::default(),
                 children,
                 connections,
             }),
@@ -97,25 +100,36 @@ async fn serve_one(mut stream: TcpStream, shared: &Shared, tasks: &Tasks) -> io:
     let refusal = match greeting? {
         Err(refusal) => Some(refusal),
         Ok(Request::Ping) => {
-            wire::reply(
-                &mut stream,
-                &Reply::Pong {
-                    protocol: PROTOCOL_VERSION,
-                },
-            )
-            .await?;
+            pong(&mut stream).await?;
             None
         }
-        Ok(Request::Exec(command)) => return exec::serve(stream, command, &shared.children, tasks).await,
+        Ok(Request::Claim(claim)) => match shared.owner.claim(claim) {
+            Ok(()) => {
+                pong(&mut stream).await?;
+                None
+            }
+            Err(refusal) => Some(refusal),
+        },
+        Ok(Request::Exec(command)) => {
+            let environment = shared.owner.environment();
+            return exec::serve(stream, command, environment, &shared.children, tasks).await;
+        }
         Ok(Request::WriteFile { path, size, mode }) => {
+            shared.owner.used();
             files::write(&mut stream, &path, size, mode).await?.err()
         }
-        Ok(Request::ReadFile { path, max_size }) => files::read(&mut stream, &path, max_size).await?.err(),
+        Ok(Request::ReadFile { path, max_size }) => {
+            shared.owner.used();
+            files::read(&mut stream, &path, max_size).await?.err()
+        }
         Ok(Request::List {
             path,
             recursive,
             limit,
-        }) => files::list(&mut stream, &path, recursive, limit).await?.err(),
+        }) => {
+            shared.owner.used();
+            files::list(&mut stream, &path, recursive, limit).await?.err()
+        }
     };
     if let Some(Refusal { code, message }) = refusal {
         wire::reply(&mut stream, &Reply::Error { code, message }).await?;
@@ -127,6 +141,11 @@ async fn serve_one(mut stream: TcpStream, shared: &Shared, tasks: &Tasks) -> io:
         let _unread = timeout(LEFTOVER, swallow).await;
     }
     Ok(())
+}
+
+async fn pong(stream: &mut TcpStream) -> io::Result<()> {
+    let protocol = PROTOCOL_VERSION;
+    wire::reply(stream, &Reply::Pong { protocol }).await
 }
 
 /// Reads the greeting and the request.

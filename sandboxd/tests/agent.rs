@@ -13,8 +13,8 @@ use std::{
 };
 
 use sandgate_api::agent::{
-    AgentErrorCode, Command as Line, Entry, EntryKind, Exec, FrameHeader, FrameKind, HEADER_LENGTH, Hello,
-    PROTOCOL_VERSION, Reply, Request,
+    AgentErrorCode, Claim, Command as Line, Entry, EntryKind, Exec, FrameHeader, FrameKind, HEADER_LENGTH,
+    Hello, PROTOCOL_VERSION, Reply, Request,
 };
 use tempfile::TempDir;
 
@@ -62,6 +62,13 @@ impl Agent {
     fn exec(&self, exec: Exec) -> Connection {
         let working_dir = exec.working_dir.clone().or_else(|| Some(self.path("")));
         self.ask(&Request::Exec(Exec { working_dir, ..exec }))
+    }
+
+    fn claim(&self, env: &[(&str, &str)]) -> Reply {
+        let env = env
+            .iter()
+            .map(|&(name, value)| (name.to_owned(), value.to_owned()));
+        self.ask(&Request::Claim(Claim { env: env.collect() })).reply()
     }
 
     fn sh(&self, line: &str) -> Outcome {
@@ -654,4 +661,60 @@ fn sigterm_ends_everything() {
     assert!(agent.process.wait().unwrap().success());
     assert!(begun.elapsed() < Duration::from_secs(5));
     wait(|| !alive(&process));
+}
+
+#[test]
+fn whoever_takes_a_sandbox_finds_their_variables_in_every_command() {
+    let agent = Agent::start();
+    assert!(matches!(agent.ask(&Request::Ping).reply(), Reply::Pong { .. }));
+    let taken = agent.claim(&[("OWN", "mine"), ("FROM_THE_CONTAINER", "changed")]);
+    assert!(matches!(taken, Reply::Pong { .. }), "{taken:?}");
+    let line = "echo $OWN:$FROM_THE_CONTAINER:$ADDED";
+    assert_eq!(agent.sh(line).stdout, "mine:changed:\n");
+    let added = Exec {
+        env: [("ADDED", "1"), ("OWN", "other")]
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .into(),
+        ..shell(line)
+    };
+    assert_eq!(agent.exec(added).outcome().stdout, "other:changed:1\n");
+    assert_eq!(agent.sh(line).stdout, "mine:changed:\n");
+    // Taken is taken.
+    let again = agent.claim(&[("OWN", "theirs")]);
+    assert!(
+        matches!(
+            again,
+            Reply::Error {
+                code: AgentErrorCode::Invalid,
+                ..
+            }
+        ),
+        "{again:?}"
+    );
+    assert_eq!(agent.sh(line).stdout, "mine:changed:\n");
+}
+
+#[test]
+fn a_used_sandbox_cannot_be_taken() {
+    for use_it in [
+        |agent: &Agent| drop(agent.sh("true")),
+        |agent: &Agent| drop(agent.write(&agent.path("file"), None, b"x")),
+        |agent: &Agent| drop(agent.read("/etc/hostname", 10)),
+        |agent: &Agent| drop(agent.list("/", false, 1)),
+    ] {
+        let agent = Agent::start();
+        use_it(&agent);
+        let late = agent.claim(&[("OWN", "mine")]);
+        assert!(
+            matches!(
+                late,
+                Reply::Error {
+                    code: AgentErrorCode::Invalid,
+                    ..
+                }
+            ),
+            "{late:?}"
+        );
+        assert_eq!(agent.sh("echo $OWN").stdout, "\n");
+    }
 }

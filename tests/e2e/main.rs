@@ -16,6 +16,7 @@ mod names;
 mod observe;
 mod outages;
 mod policies;
+mod pool;
 mod promise;
 mod tour;
 mod tunnels;
@@ -105,6 +106,21 @@ fn main() -> ExitCode {
                 tunnels::a_killed_tunnel_proxy_loses_no_waiting_connection,
                 tunnels::tunnels_survive_netd_and_the_controller,
                 tunnels::tunnel_proxy_shows_numbers,
+            ],
+        )
+        .group(
+            "pool",
+            cases![
+                pool::before_it_is_somebodys_nothing_gets_out,
+                pool::nobody_has_any_part_of_a_member,
+                pool::a_claim_is_counted_and_replaced,
+                pool::many_at_once_never_get_the_same,
+                pool::from_inside_a_claimed_one_is_like_any_other,
+                pool::its_owners_rules_hold_from_the_first_packet,
+                pool::a_member_that_dies_is_replaced,
+                pool::a_member_that_does_not_answer_is_no_reason_to_fail,
+                pool::a_killed_controller_goes_on_with_its_pool,
+                pool::the_pool_makes_room_for_whoever_asks,
             ],
         )
         .group(

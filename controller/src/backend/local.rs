@@ -11,7 +11,7 @@ use std::{
     fs,
     future::Future,
     io,
-    os::fd::OwnedFd,
+    os::{fd::OwnedFd, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
@@ -223,6 +223,32 @@ impl LocalBackend {
                 tokio::time::sleep(Duration::from_secs(1)).await;
             }
         }
+    }
+
+    /// What sandboxes are made from: another text means that one made now could differ from one made then.
+    pub fn build(&self) -> String {
+        let Shared { config, machine, .. } = &*self.shared;
+        let stamp = |path: &Path| {
+            fs::metadata(path).map_or_else(
+                |error| error.kind().to_string(),
+                |file| {
+                    format!(
+                        "{}:{}:{}.{}",
+                        file.dev(),
+                        file.ino(),
+                        file.ctime(),
+                        file.ctime_nsec()
+                    )
+                },
+            )
+        };
+        format!(
+            "{} {} {} {}",
+            env!("CARGO_PKG_VERSION"),
+            config.image,
+            stamp(&machine.root),
+            stamp(&config.sandboxd)
+        )
     }
 
     /// Where the sandbox is attached, from `prepare` (also of an earlier process) until `destroy`.

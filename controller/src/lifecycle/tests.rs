@@ -4,7 +4,7 @@ use std::collections::{HashSet, VecDeque};
 
 use super::*;
 
-const CAUSES: [Cause; 7] = [
+const CAUSES: [Cause; 8] = [
     Cause::Stopped,
     Cause::Expired,
     Cause::Died,
@@ -12,6 +12,7 @@ const CAUSES: [Cause; 7] = [
     Cause::Failed,
     Cause::Abandoned,
     Cause::Interrupted,
+    Cause::Retired,
 ];
 
 fn creating(phase: Phase) -> State {
@@ -93,6 +94,18 @@ fn a_sandbox_goes_up_and_down_step_by_step() {
 }
 
 #[test]
+fn one_that_was_taken_is_launched_no_second_time() {
+    assert_eq!(State::CLAIMED.effect(), Some(Effect::Admit));
+    let (recording, next) = step(State::CLAIMED, Event::Done);
+    assert_eq!(next, Next::Begin(Effect::RecordRunning));
+    assert_eq!(step(recording, Event::Done).0, State::Running);
+    assert_eq!(
+        step(State::CLAIMED, Event::Failed).0,
+        State::ending(Cause::Failed)
+    );
+}
+
+#[test]
 fn a_failed_step_up_takes_everything_away() {
     for phase in [
         Phase::Preparing,
@@ -100,6 +113,7 @@ fn a_failed_step_up_takes_everything_away() {
         Phase::Enforcing,
         Phase::Launching,
         Phase::Greeting,
+        Phase::Admitting,
         Phase::Recording,
     ] {
         let (state, next) = step(creating(phase), Event::Failed);
@@ -116,6 +130,7 @@ fn what_is_being_made_is_awaited_and_what_is_awaited_is_given_up() {
         (Phase::Enforcing, true),
         (Phase::Launching, false),
         (Phase::Greeting, true),
+        (Phase::Admitting, true),
         (Phase::Recording, false),
     ] {
         let (state, next) = step(creating(phase), Event::End(Cause::Abandoned));
@@ -163,12 +178,12 @@ struct History {
 fn the_order_holds_on_every_path() {
     let mut events = vec![Event::Done, Event::Failed];
     events.extend(CAUSES.map(Event::End));
-    let mut starts = vec![State::NEW, State::Running];
+    let mut starts = vec![State::NEW, State::Running, State::CLAIMED, State::ADOPTED];
     starts.extend(CAUSES.map(State::ending));
     let mut queue: VecDeque<(State, History)> = starts
         .into_iter()
         // A sandbox that runs was enforced by an earlier controller.
-        .map(|state| (state, History { enforced: state == State::Running, ..History::default() }))
+        .map(|state| (state, History { enforced: [State::Running, State::ADOPTED].contains(&state), ..History::default() }))
         .collect();
     let mut seen: HashSet<(State, History)> = queue.iter().copied().collect();
     let mut ended = 0;
@@ -179,7 +194,13 @@ fn the_order_holds_on_every_path() {
             }
             Some(Effect::Destroy { .. }) => assert!(history.withdrawn, "{state:?} before it left the feed"),
             Some(Effect::RecordEnd { .. }) => assert!(history.destroyed, "{state:?} before it was destroyed"),
-            Some(Effect::Prepare | Effect::Announce | Effect::AwaitEnforced | Effect::Withdraw { .. }) => {}
+            Some(
+                Effect::Prepare
+                | Effect::Announce
+                | Effect::AwaitEnforced
+                | Effect::Admit
+                | Effect::Withdraw { .. },
+            ) => {}
             None => {
                 assert!(history.destroyed, "{state:?} with something left");
                 ended += 1;
@@ -189,7 +210,7 @@ fn the_order_holds_on_every_path() {
             let mut history = history;
             if *event == Event::Done {
                 match state.effect() {
-                    Some(Effect::AwaitEnforced) => history.enforced = true,
+                    Some(Effect::AwaitEnforced | Effect::Admit) => history.enforced = true,
                     Some(Effect::Withdraw { .. }) => history.withdrawn = true,
                     Some(Effect::Destroy { .. }) => history.destroyed = true,
                     Some(_) | None => {}

@@ -1,6 +1,8 @@
-//! One task per live sandbox: carries out what [`crate::lifecycle`] asks for.
+//! One task per live sandbox, somebody's or the pool's: carries out what [`crate::lifecycle`] asks for.
 //!
-//! Nobody else changes a live sandbox's status, so there are no two hands on one sandbox.
+//! Nobody else changes a live sandbox's status, so there are no two hands on one sandbox. A claim is the one
+//! exception: it moves a member of the pool to its owner in the store, and from then on the member's keeper finds
+//! nothing that is its own; the owner's keeper goes on with what runs.
 
 use std::{
     future::Future,
@@ -10,12 +12,13 @@ use std::{
 };
 
 use sandgate_api::{
-    agent::AGENT_PORT,
+    agent::{AGENT_PORT, Claim},
     feed::{Endpoint, Revision},
     id::SandboxId,
     rest::StartupBreakdown,
 };
 use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
 
 use super::{Service, Shared};
 use crate::{
@@ -23,7 +26,7 @@ use crate::{
     backend::{BackendError, Isolation, LaunchSpec, LocalBackend},
     lifecycle::{self, Cause, Effect, Event, Next, State},
     node::Enforcement,
-    store::{SandboxRecord, StoreError},
+    store::{PoolRecord, SandboxRecord, StoreError, Withdrawal},
 };
 
 /// How long the node may take to acknowledge a new sandbox.
@@ -31,6 +34,10 @@ const ENFORCE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long the agent of a new sandbox may take to answer.
 const GREET_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// How long the agent of a sandbox that was made in advance may take to answer: it did once, and if it does not
+/// now, another sandbox must still be there in time.
+const CLAIM_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How long an ending waits for the node to forget the sandbox, before its address may be leased again. A
 /// node that is away hears of the end and of the next lease in one frame, so waiting longer gains nothing.
@@ -53,6 +60,8 @@ pub(super) enum Failure {
     NotEnforceable(String),
     /// The node did not acknowledge in time.
     NodeSilent,
+    /// It was made in advance and does not answer.
+    Stale,
     /// Our fault; the log has it.
     Internal,
 }
@@ -69,6 +78,7 @@ pub(super) struct Progress {
 pub(super) struct Keeper {
     ends: mpsc::Sender<Cause>,
     progress: watch::Receiver<Progress>,
+    released: CancellationToken,
 }
 
 impl Keeper {
@@ -77,6 +87,16 @@ impl Keeper {
         // Full or closed: an end is under way already.
         let _under_way = self.ends.try_send(cause);
         self.progress.clone()
+    }
+
+    /// Where the sandbox stands.
+    pub(super) fn state(&self) -> State {
+        self.progress.borrow().state
+    }
+
+    /// The sandbox was claimed: this keeper has nothing more to do with it.
+    pub(super) fn release(&self) {
+        self.released.cancel();
     }
 }
 
@@ -104,44 +124,97 @@ impl Service {
     pub(super) fn keep(
         &self,
         backend: Arc<LocalBackend>,
-        record: SandboxRecord,
+        subject: impl Into<Subject>,
         state: State,
     ) -> watch::Receiver<Progress> {
+        let subject = subject.into();
         let (ends, ending) = mpsc::channel(1);
         let (sender, progress) = watch::channel(Progress {
             state,
             failure: None,
             breakdown: StartupBreakdown::default(),
         });
+        let released = CancellationToken::new();
         let keeper = Keeper {
             ends,
             progress: progress.clone(),
+            released: released.clone(),
         };
-        let id = record.id.clone();
-        self.shared
-            .keepers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(id.clone(), keeper);
+        let id = subject.id().clone();
+        let is_pooled = match &subject {
+            Subject::Owned(_) => {
+                let mut keepers = self.shared.keepers.lock().unwrap_or_else(PoisonError::into_inner);
+                keepers.insert(id.clone(), keeper);
+                false
+            }
+            Subject::Pooled(member) => {
+                self.shared.pool.insert(member.clone(), keeper);
+                true
+            }
+        };
         let work = Work {
             shared: Arc::clone(&self.shared),
             backend,
-            record,
+            subject,
         };
         let shared = Arc::clone(&self.shared);
         // Of its own: its life is longer than the request that began it.
         let span = tracing::info_span!(parent: None, "sandbox", sandbox_id = %id);
         self.shared.tasks.spawn_within("keeper", &span, async move {
-            Box::pin(run(Arc::new(work), state, ending, sender)).await;
-            shared
-                .keepers
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .remove(&id);
-            shared.node.forget(&id);
+            let work = Arc::new(work);
+            let end = Box::pin(run(work, state, (ending, released), sender)).await;
+            if is_pooled {
+                shared.pool.remove(&id);
+            } else {
+                let mut keepers = shared.keepers.lock().unwrap_or_else(PoisonError::into_inner);
+                keepers.remove(&id);
+            }
+            // What the node said of a claimed sandbox concerns its owner.
+            if end == End::Gone {
+                shared.node.forget(&id);
+            }
         });
         progress
     }
+}
+
+/// Whose sandbox a keeper looks after.
+#[derive(Debug, Clone)]
+pub(super) enum Subject {
+    /// Somebody's.
+    Owned(SandboxRecord),
+    /// Nobody's yet.
+    Pooled(PoolRecord),
+}
+
+impl Subject {
+    fn id(&self) -> &SandboxId {
+        match self {
+            Self::Owned(record) => &record.id,
+            Self::Pooled(member) => &member.id,
+        }
+    }
+}
+
+impl From<SandboxRecord> for Subject {
+    fn from(record: SandboxRecord) -> Self {
+        Self::Owned(record)
+    }
+}
+
+impl From<PoolRecord> for Subject {
+    fn from(member: PoolRecord) -> Self {
+        Self::Pooled(member)
+    }
+}
+
+/// Why a keeper ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// The sandbox is gone.
+    Gone,
+    /// It goes on without this keeper.
+    Left,
 }
 
 type Doing = Pin<Box<dyn Future<Output = Outcome> + Send>>;
@@ -158,6 +231,10 @@ enum Note {
     Endpoint(Endpoint),
     Revision(Revision),
     Failure(Failure),
+    /// The node acknowledged the owner's rules after so many milliseconds.
+    Admitted(u64),
+    /// It is somebody else's to look after.
+    Claimed,
 }
 
 /// What effects hand to each other.
@@ -170,12 +247,14 @@ struct Made {
 async fn run(
     work: Arc<Work>,
     mut state: State,
-    mut ending: mpsc::Receiver<Cause>,
+    (mut ending, released): (mpsc::Receiver<Cause>, CancellationToken),
     progress: watch::Sender<Progress>,
-) {
+) -> End {
     let shutdown = work.shared.tasks.shutdown();
     let mut made = Made::default();
-    let Some(first) = state.effect() else { return };
+    let Some(first) = state.effect() else {
+        return End::Gone;
+    };
     let mut doing = work.begin(first, &made);
     let mut effect = first;
     let mut began = Instant::now();
@@ -185,17 +264,21 @@ async fn run(
             Some(cause) = ending.recv() => Outcome { event: Event::End(cause), note: Note::Nothing },
             outcome = &mut doing => outcome,
             // What runs goes on running without the controller, and the next one adopts it.
-            () = shutdown.cancelled(), if state == State::Running => return,
+            () = shutdown.cancelled(), if state == State::Running => return End::Left,
+            () = released.cancelled(), if state == State::Running => return End::Left,
         };
         let mut failure = None;
+        let mut admitted = 0;
         match outcome.note {
             Note::Nothing => {}
             Note::Endpoint(endpoint) => made.endpoint = Some(endpoint),
             Note::Revision(revision) => made.revision = revision,
             Note::Failure(why) => failure = Some(why),
+            Note::Admitted(after) => admitted = after,
+            Note::Claimed => return End::Left,
         }
         let (after, next) = lifecycle::step(state, outcome.event);
-        tracing::debug!(sandbox_id = %work.record.id, ?state, event = ?outcome.event, ?after, "lifecycle");
+        tracing::debug!(sandbox_id = %work.id(), ?state, event = ?outcome.event, ?after, "lifecycle");
         state = after;
         let took = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
         let finished = (outcome.event == Event::Done).then_some(effect);
@@ -212,12 +295,23 @@ async fn run(
                 Some(Effect::AwaitEnforced) => progress.breakdown.enforce_ms = took,
                 Some(Effect::Launch) => progress.breakdown.launch_ms = took,
                 Some(Effect::Greet) => progress.breakdown.agent_ms = took,
+                Some(Effect::Admit) => {
+                    progress.breakdown.enforce_ms = admitted;
+                    progress.breakdown.agent_ms = took.saturating_sub(admitted);
+                }
                 Some(_) | None => {}
             }
         });
         if let State::Ended(cause) = state {
-            tracing::info!(sandbox_id = %work.record.id, org_id = %work.record.org_id, reason = cause.reason(), "a sandbox ended");
-            return;
+            match &work.subject {
+                Subject::Owned(record) => {
+                    tracing::info!(sandbox_id = %record.id, org_id = %record.org_id, reason = cause.reason(), "a sandbox ended");
+                }
+                Subject::Pooled(member) => {
+                    tracing::info!(sandbox_id = %member.id, reason = cause.reason(), "a sandbox of the pool ended");
+                }
+            }
+            return End::Gone;
         }
     }
 }
@@ -226,7 +320,7 @@ async fn run(
 struct Work {
     shared: Arc<Shared>,
     backend: Arc<LocalBackend>,
-    record: SandboxRecord,
+    subject: Subject,
 }
 
 impl Work {
@@ -244,6 +338,7 @@ impl Work {
             }
             Effect::Launch => Box::pin(async move { work.launch().await }),
             Effect::Greet => Box::pin(async move { work.greet().await }),
+            Effect::Admit => Box::pin(async move { work.admit().await }),
             Effect::RecordRunning => Box::pin(async move { work.record_running().await }),
             Effect::Watch => Box::pin(async move { work.watch().await }),
             Effect::Withdraw { failures } => Box::pin(async move { work.withdraw(failures).await }),
@@ -255,11 +350,14 @@ impl Work {
     }
 
     fn id(&self) -> &SandboxId {
-        &self.record.id
+        self.subject.id()
     }
 
     fn launch_spec(&self) -> LaunchSpec {
-        let spec = &self.record.spec;
+        let (spec, authority) = match &self.subject {
+            Subject::Owned(record) => (&record.spec, record.authority.as_ref()),
+            Subject::Pooled(member) => (&member.spec, Some(&member.authority)),
+        };
         LaunchSpec {
             sandbox_id: self.id().clone(),
             cpu_millis: spec.cpus.millis(),
@@ -268,11 +366,7 @@ impl Work {
             disk_bytes: spec.disk.bytes(),
             env: spec.env.clone(),
             agent_key: self.shared.installation.agent_key(self.id()),
-            ca_certificate: self
-                .record
-                .authority
-                .as_ref()
-                .map(|authority| authority.certificate.clone()),
+            ca_certificate: authority.map(|authority| authority.certificate.clone()),
             isolation: match spec.isolation {
                 sandgate_api::rest::Isolation::Container => Isolation::Container,
             },
@@ -280,12 +374,22 @@ impl Work {
     }
 
     async fn prepare(&self) -> Outcome {
-        match self.backend.prepare(&self.launch_spec()).await {
-            Ok(endpoint) => Outcome {
-                event: Event::Done,
-                note: Note::Endpoint(endpoint),
-            },
-            Err(error) => self.backend_failed("prepare", &error),
+        loop {
+            let error = match self.backend.prepare(&self.launch_spec()).await {
+                Ok(endpoint) => {
+                    return Outcome {
+                        event: Event::Done,
+                        note: Note::Endpoint(endpoint),
+                    };
+                }
+                Err(error) => error,
+            };
+            // What nobody has asked for makes room for what somebody has.
+            let is_full = matches!(error, BackendError::NoCapacity(_));
+            let is_owned = matches!(self.subject, Subject::Owned(_));
+            if !(is_full && is_owned && self.shared.pool.make_room().await) {
+                return self.backend_failed("prepare", &error);
+            }
         }
     }
 
@@ -294,7 +398,11 @@ impl Work {
             tracing::error!(sandbox_id = %self.id(), "announced before it was prepared");
             return failed(Failure::Internal);
         };
-        match self.shared.store.announce(self.id(), &endpoint).await {
+        let announced = match &self.subject {
+            Subject::Owned(_) => self.shared.store.announce(self.id(), &endpoint).await,
+            Subject::Pooled(_) => self.shared.store.announce_pooled(self.id(), &endpoint).await,
+        };
+        match announced {
             Ok(revision) => Outcome {
                 event: Event::Done,
                 note: Note::Revision(revision),
@@ -332,26 +440,77 @@ impl Work {
 
     async fn greet(&self) -> Outcome {
         let greeting = async {
-            let stream = self
-                .shared
-                .node
-                .dial(self.id(), AGENT_PORT)
-                .await
-                .map_err(|error| error.to_string())?;
-            let agent = Agent::new(stream, &self.shared.installation.agent_key(self.id()));
+            // After a restart the node may be a moment behind.
+            let mut node = self.shared.node.watch();
+            let _stopped = node.wait_for(|node| node.connected).await.map(drop);
+            let agent = self.agent().await?;
             agent.ping().await.map_err(|error| error.to_string())
         };
-        let error = match tokio::time::timeout(GREET_TIMEOUT, greeting).await {
+        self.answered(greeting, GREET_TIMEOUT, Failure::Internal).await
+    }
+
+    /// The node enforces the owner's rules, and the agent knows whose it is. Neither waits for the other: nothing
+    /// runs in the sandbox before both are done.
+    async fn admit(&self) -> Outcome {
+        let Subject::Owned(record) = &self.subject else {
+            tracing::error!(sandbox_id = %self.id(), "admitted without an owner");
+            return failed(Failure::Internal);
+        };
+        let begun = Instant::now();
+        let enforced = async {
+            let enforced = self.await_enforced(record.feed_revision).await;
+            (
+                enforced,
+                u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX),
+            )
+        };
+        let claiming = async {
+            let env = record.spec.env.clone();
+            let agent = self.agent().await?;
+            agent
+                .claim(Claim { env })
+                .await
+                .map_err(|error| error.to_string())
+        };
+        let claimed = self.answered(claiming, CLAIM_TIMEOUT, Failure::Stale);
+        let ((enforced, after), claimed) = tokio::join!(enforced, claimed);
+        match (enforced.event, claimed.event) {
+            (Event::Done, Event::Done) => Outcome {
+                event: Event::Done,
+                note: Note::Admitted(after),
+            },
+            (Event::Done, _) => claimed,
+            (_, _) => enforced,
+        }
+    }
+
+    async fn agent(&self) -> Result<Agent, String> {
+        let stream = self.shared.node.dial(self.id(), AGENT_PORT).await;
+        let stream = stream.map_err(|error| error.to_string())?;
+        Ok(Agent::new(stream, &self.shared.installation.agent_key(self.id())))
+    }
+
+    async fn answered(
+        &self,
+        asking: impl Future<Output = Result<(), String>>,
+        limit: Duration,
+        failure: Failure,
+    ) -> Outcome {
+        let error = match tokio::time::timeout(limit, asking).await {
             Ok(Ok(())) => return done(),
             Ok(Err(error)) => error,
             Err(_elapsed) => "no answer in time".to_owned(),
         };
         tracing::error!(sandbox_id = %self.id(), error, "the agent of a new sandbox does not answer");
-        failed(Failure::Internal)
+        failed(failure)
     }
 
     async fn record_running(&self) -> Outcome {
-        match self.shared.store.mark_running(self.id()).await {
+        let recorded = match &self.subject {
+            Subject::Owned(_) => self.shared.store.mark_running(self.id()).await,
+            Subject::Pooled(_) => self.shared.store.mark_pooled_ready(self.id()).await,
+        };
+        match recorded {
             Ok(()) => done(),
             Err(error) => self.store_failed("record", &error),
         }
@@ -359,11 +518,14 @@ impl Work {
 
     /// Ends with the sandbox's life, which is announced as an event of its own.
     async fn watch(&self) -> Outcome {
-        let left = self.record.expires_at.duration_since(super::now());
-        let left = Duration::try_from(left).unwrap_or(Duration::ZERO);
+        let (ends, cause) = match &self.subject {
+            Subject::Owned(record) => (record.expires_at, Cause::Expired),
+            Subject::Pooled(member) => (super::pool::best_before(member), Cause::Retired),
+        };
+        let left = Duration::try_from(ends.duration_since(super::now())).unwrap_or(Duration::ZERO);
         let cause = tokio::select! {
             () = self.backend.wait_exit(self.id()) => Cause::Died,
-            () = tokio::time::sleep(left) => Cause::Expired,
+            () = tokio::time::sleep(left) => cause,
         };
         Outcome {
             event: Event::End(cause),
@@ -373,7 +535,20 @@ impl Work {
 
     async fn withdraw(&self, failures: u32) -> Outcome {
         pause(failures).await;
-        match self.shared.store.withdraw(self.id()).await {
+        let withdrawn = match &self.subject {
+            Subject::Owned(_) => self.shared.store.withdraw(self.id()).await,
+            Subject::Pooled(_) => match self.shared.store.withdraw_pooled(self.id()).await {
+                Ok(Withdrawal::Ending(revision)) => Ok(revision),
+                Ok(Withdrawal::Claimed) => {
+                    return Outcome {
+                        event: Event::Done,
+                        note: Note::Claimed,
+                    };
+                }
+                Err(error) => Err(error),
+            },
+        };
+        match withdrawn {
             Ok(None) => done(),
             Ok(Some(revision)) => {
                 if self.shared.node.state().connected {
@@ -398,11 +573,17 @@ impl Work {
 
     async fn record_end(&self, cause: Cause, failures: u32) -> Outcome {
         pause(failures).await;
-        let ended = self
-            .shared
-            .store
-            .finish(self.id(), cause.status(), Some(cause.reason()), super::now());
-        match ended.await {
+        let store = &self.shared.store;
+        let ended = match &self.subject {
+            Subject::Owned(_) => {
+                let reason = Some(cause.reason());
+                store
+                    .finish(self.id(), cause.status(), reason, super::now())
+                    .await
+            }
+            Subject::Pooled(_) => store.forget_pooled(self.id()).await,
+        };
+        match ended {
             Ok(()) => done(),
             Err(error) => self.store_failed("record the end of", &error),
         }

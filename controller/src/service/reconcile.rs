@@ -58,6 +58,8 @@ impl Service {
             tracing::info!(sandbox_id = %record.id, status = record.status.as_str(), ?running, ?state, "after a restart");
             drop(self.keep(Arc::clone(&backend), record, state));
         }
+        let pooled = self.shared.store.pooled().await?;
+        self.adopt_pooled(&backend, pooled, |id| found.remove(id));
         for id in found.into_keys() {
             tracing::warn!(sandbox_id = %id, "a sandbox that nobody knows is taken away");
             let span = tracing::info_span!(parent: None, "sandbox", sandbox_id = %id);
@@ -65,6 +67,9 @@ impl Service {
                 .tasks
                 .spawn_within("stray sandbox", &span, destroy_stray(Arc::clone(&backend), id));
         }
+        self.shared
+            .tasks
+            .spawn("warm pool", self.clone().fill_pool(Arc::clone(&backend)));
         self.shared.backend.send_replace(BackendState::Ready(backend));
         Ok(())
     }

@@ -1,6 +1,9 @@
 //! Sandboxes: create, look at, list, stop, delete.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use jiff::{SignedDuration, Timestamp};
 use sandgate_api::{
@@ -18,6 +21,7 @@ use super::{
 };
 use crate::{
     authority::{Authority, FIRST_GENERATION},
+    backend::LocalBackend,
     config::SandboxDefaults,
     lifecycle::{Cause, State},
     metrics::{Creating, Creation},
@@ -55,6 +59,22 @@ pub struct SandboxPage {
     pub next: Option<i64>,
 }
 
+/// A sandbox on its way up.
+struct Kept {
+    id: SandboxId,
+    progress: watch::Receiver<Progress>,
+    /// It was taken from the pool.
+    warm: bool,
+}
+
+/// What came of a creation.
+struct Made {
+    record: SandboxRecord,
+    settled: Option<Progress>,
+    /// It was taken from the pool.
+    warm: bool,
+}
+
 /// Takes a sandbox down when its creation is not awaited to the end.
 struct Unwanted {
     service: Service,
@@ -90,7 +110,11 @@ impl Service {
     ) -> Result<Started, ServiceError> {
         let asked = Instant::now();
         let watched = Creating::new(self.shared.metrics.clone());
-        let (record, settled) = match self.make_sandbox(org_id, request).await {
+        let Made {
+            record,
+            settled,
+            warm,
+        } = match self.make_sandbox(org_id, request).await {
             Ok(made) => made,
             Err(error) => {
                 watched.ended(refused(&error));
@@ -98,18 +122,15 @@ impl Service {
             }
         };
         watched.ended(settled.as_ref().map_or(Creation::Unavailable, outcome));
-        let started = started(record, settled, asked)?;
+        let started = started(record, settled, (asked, warm))?;
+        self.shared.pool.count(org_id, warm);
         if let Some(metrics) = &started.sandbox.startup_metrics {
             self.shared.metrics.started(&metrics.breakdown, metrics.total_ms);
         }
         Ok(started)
     }
 
-    async fn make_sandbox(
-        &self,
-        org_id: &OrgId,
-        request: SandboxRequest,
-    ) -> Result<(SandboxRecord, Option<Progress>), ServiceError> {
+    async fn make_sandbox(&self, org_id: &OrgId, request: SandboxRequest) -> Result<Made, ServiceError> {
         let backend = self.backend()?;
         if !self.shared.node.state().ready {
             return Err(ServiceError::Unavailable(
@@ -128,34 +149,58 @@ impl Service {
                 return Err(unbound(rule, "network"));
             }
         }
-        let id = SandboxId::random();
-        Span::current().record("sandbox_id", tracing::field::display(&id));
-        let now = super::now();
-        let lifetime = SignedDuration::try_from(Duration::from_secs(request.spec.timeout_seconds))
-            .map_err(|error| ServiceError::Internal(error.to_string()))?;
-        let new = NewSandbox {
-            authority: Some(self.new_authority(&id, now)?),
-            id,
-            org_id: org_id.clone(),
-            spec: request.spec,
-            policy: request.policy,
-            secrets: request.secrets,
-            created_at: now,
-            expires_at: now + lifetime,
-        };
-        let mut unwanted = Unwanted {
-            service: self.clone(),
-            id: None,
-        };
-        // The insertion and the keeper must not be separated by a client that goes away in between.
-        let progress = self.insert_and_keep(backend, new.clone()).await?;
-        unwanted.id = Some(new.id.clone());
-        let settled = keeper::settled(progress).await;
-        unwanted.id = None;
-        Ok((self.record(org_id, &new.id).await?, settled))
+        let asking = self.shared.pool.asked();
+        let mut from_pool = asking.is_some();
+        loop {
+            let now = super::now();
+            let lifetime = SignedDuration::try_from(Duration::from_secs(request.spec.timeout_seconds))
+                .map_err(|error| ServiceError::Internal(error.to_string()))?;
+            let id = SandboxId::random();
+            let new = NewSandbox {
+                authority: None,
+                id,
+                org_id: org_id.clone(),
+                spec: request.spec.clone(),
+                policy: request.policy.clone(),
+                secrets: request.secrets.clone(),
+                created_at: now,
+                expires_at: now + lifetime,
+            };
+            let mut unwanted = Unwanted {
+                service: self.clone(),
+                id: None,
+            };
+            // The insertion and the keeper must not be separated by a client that goes away in between.
+            let kept = self.insert_and_keep(Arc::clone(&backend), new, from_pool).await?;
+            Span::current().record("sandbox_id", tracing::field::display(&kept.id));
+            unwanted.id = Some(kept.id.clone());
+            let settled = keeper::settled(kept.progress).await;
+            unwanted.id = None;
+            if matches!(
+                &settled,
+                Some(Progress {
+                    failure: Some(Failure::Stale),
+                    ..
+                })
+            ) {
+                // Nobody has heard of it; what is asked for can be made all the same.
+                self.shared.store.mark_deleted(&kept.id, super::now()).await?;
+                from_pool = false;
+                continue;
+            }
+            return Ok(Made {
+                record: self.record(org_id, &kept.id).await?,
+                settled,
+                warm: kept.warm,
+            });
+        }
     }
 
-    fn new_authority(&self, id: &SandboxId, now: Timestamp) -> Result<AuthorityRecord, ServiceError> {
+    pub(super) fn new_authority(
+        &self,
+        id: &SandboxId,
+        now: Timestamp,
+    ) -> Result<AuthorityRecord, ServiceError> {
         let certificate = Authority::derive(&self.shared.installation, id, FIRST_GENERATION, now)
             .and_then(|authority| authority.certificate())
             .map_err(|error| ServiceError::Internal(error.to_string()))?;
@@ -165,38 +210,54 @@ impl Service {
         })
     }
 
-    /// Runs to its end also when the caller goes away.
+    /// Takes one from the pool, or stores a new one to be made. Runs to its end also when the caller goes away.
     async fn insert_and_keep(
         &self,
-        backend: std::sync::Arc<crate::backend::LocalBackend>,
+        backend: Arc<LocalBackend>,
         new: NewSandbox,
-    ) -> Result<watch::Receiver<Progress>, ServiceError> {
+        from_pool: bool,
+    ) -> Result<Kept, ServiceError> {
         let (sender, receiver) = tokio::sync::oneshot::channel();
         let service = self.clone();
         let span = Span::current();
         self.shared
             .tasks
             .spawn_within("insert sandbox", &span, async move {
-                let limit = service.shared.config.sandbox.max_per_organization;
-                let inserted = service.shared.store.insert_sandbox(&new, limit).await;
-                let kept = inserted.map(|record| {
+                let stored = service.claim_or_insert(new, from_pool).await;
+                let kept = stored.map(|(record, warm)| {
+                    let state = if warm { State::CLAIMED } else { State::NEW };
                     let id = record.id.clone();
-                    (id, service.keep(backend, record, State::NEW))
+                    let progress = service.keep(backend, record, state);
+                    Kept { id, progress, warm }
                 });
-                if let Err(Ok((id, _unheard))) = sender.send(kept) {
+                if let Err(Ok(kept)) = sender.send(kept) {
                     drop(Unwanted {
                         service,
-                        id: Some(id),
+                        id: Some(kept.id),
                     });
                 }
             });
         match receiver.await {
-            Ok(Ok((_id, progress))) => Ok(progress),
-            Ok(Err(error)) => Err(unknown_secret(error)),
+            Ok(kept) => kept,
             Err(_stopped) => Err(ServiceError::Unavailable(
                 "the controller is shutting down".to_owned(),
             )),
         }
+    }
+
+    /// The stored sandbox, and whether it runs already.
+    async fn claim_or_insert(
+        &self,
+        mut new: NewSandbox,
+        from_pool: bool,
+    ) -> Result<(SandboxRecord, bool), ServiceError> {
+        let limit = self.shared.config.sandbox.max_per_organization;
+        if from_pool && let Some(record) = self.claim(&new, limit).await.map_err(unknown_secret)? {
+            return Ok((record, true));
+        }
+        new.authority = Some(self.new_authority(&new.id, new.created_at)?);
+        let inserted = self.shared.store.insert_sandbox(&new, limit).await;
+        Ok((inserted.map_err(unknown_secret)?, false))
     }
 
     /// One sandbox.
@@ -345,7 +406,7 @@ fn outcome(progress: &Progress) -> Creation {
         Some(Failure::Invalid { .. }) => Creation::Invalid,
         Some(Failure::NotEnforceable(_)) => Creation::NotEnforceable,
         Some(Failure::NodeSilent) => Creation::NodeSilent,
-        Some(Failure::Internal) => Creation::Failed,
+        Some(Failure::Stale | Failure::Internal) => Creation::Failed,
         None => Creation::Stopped,
     }
 }
@@ -364,7 +425,7 @@ fn unknown_secret(error: StoreError) -> ServiceError {
 fn started(
     record: SandboxRecord,
     settled: Option<Progress>,
-    asked: Instant,
+    (asked, warm): (Instant, bool),
 ) -> Result<Started, ServiceError> {
     let Some(progress) = settled else {
         return Err(ServiceError::Unavailable(
@@ -377,6 +438,7 @@ fn started(
             total_ms: u64::try_from(asked.elapsed().as_millis()).unwrap_or(u64::MAX),
             pod_creation_ms: breakdown.prepare_ms + breakdown.enforce_ms + breakdown.launch_ms,
             pod_ready_ms: breakdown.agent_ms,
+            warm,
             breakdown,
         };
         return Ok(Started {
@@ -395,7 +457,9 @@ fn started(
         Some(Failure::NodeSilent) => {
             ServiceError::Unavailable("the node did not acknowledge the sandbox's policy in time".to_owned())
         }
-        Some(Failure::Internal) => ServiceError::Internal("the sandbox could not be created".to_owned()),
+        Some(Failure::Stale | Failure::Internal) => {
+            ServiceError::Internal("the sandbox could not be created".to_owned())
+        }
         None => ServiceError::Conflict("the sandbox was stopped while it was being created".to_owned()),
     })
 }

@@ -14,8 +14,8 @@ use sandgate_api::{
 use sqlx::{Row as _, Sqlite, SqliteConnection, Transaction, sqlite::SqliteRow};
 
 use super::{
-    Store, StoreError, document, millis, parse, secrets::bindings_after, to_revision, to_stored,
-    tunnels::ports_after,
+    Store, StoreError, document, millis, parse, pool::pooled_after, secrets::bindings_after, to_revision,
+    to_stored, tunnels::ports_after,
 };
 
 /// How many removals are kept for nodes that were away.
@@ -145,16 +145,19 @@ async fn attached_after(
          WHERE s.endpoint IS NOT NULL AND s.feed_revision > ? ORDER BY s.feed_revision",
     )
     .bind(to_stored(since))
-    .fetch_all(connection)
+    .fetch_all(&mut *connection)
     .await?;
-    rows.iter()
+    let mut attached = rows
+        .iter()
         .map(|row| {
             let mut sandbox = feed_sandbox(row)?;
             sandbox.tunnel_ports = ports.remove(&sandbox.sandbox_id).unwrap_or_default();
             sandbox.bindings = bindings.remove(&sandbox.sandbox_id).unwrap_or_default();
             Ok(sandbox)
         })
-        .collect()
+        .collect::<Result<Vec<_>, StoreError>>()?;
+    attached.extend(pooled_after(connection, since).await?);
+    Ok(attached)
 }
 
 async fn removed_after(

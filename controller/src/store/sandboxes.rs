@@ -10,7 +10,7 @@ use sandgate_api::{
     rest::SandboxStatus,
 };
 use sandgate_policy::Policy;
-use sqlx::{Row as _, sqlite::SqliteRow};
+use sqlx::{Row as _, Sqlite, Transaction, sqlite::SqliteRow};
 
 use super::{
     Conflict, SecretChoice, Store, StoreError, document, feed::next_revision, millis, parse,
@@ -119,56 +119,12 @@ impl Store {
         sandbox: &NewSandbox,
         limit: u32,
     ) -> Result<SandboxRecord, StoreError> {
-        let mut transaction = self.write().await?;
-        let live: i64 = sqlx::query_scalar(
-            "SELECT count(*) FROM sandboxes \
-             WHERE org_id = ? AND status IN ('creating', 'running', 'terminating')",
-        )
-        .bind(sandbox.org_id.as_str())
-        .fetch_one(&mut *transaction)
-        .await?;
-        if live >= i64::from(limit) {
-            return Err(Conflict::QuotaReached { limit }.into());
-        }
-        let session_id = sandbox.id.as_str().replacen(SandboxId::PREFIX, "session-", 1);
-        let sequence = sqlx::query(
-            "INSERT INTO sandboxes (id, org_id, session_id, status, spec, created_at, expires_at, \
-             ca_generation, ca_certificate) VALUES (?, ?, ?, 'creating', ?, ?, ?, ?, ?)",
-        )
-        .bind(sandbox.id.as_str())
-        .bind(sandbox.org_id.as_str())
-        .bind(&session_id)
-        .bind(to_document("spec", &sandbox.spec)?)
-        .bind(millis(sandbox.created_at))
-        .bind(millis(sandbox.expires_at))
-        .bind(
-            sandbox
-                .authority
-                .as_ref()
-                .map_or(0, |authority| authority.generation),
-        )
-        .bind(sandbox.authority.as_ref().map(|authority| &authority.certificate))
-        .execute(&mut *transaction)
-        .await?
-        .last_insert_rowid();
-        let mut revision = 0;
-        if let Some(policy) = &sandbox.policy {
-            revision = put_sandbox_policy(&mut transaction, &sandbox.id, policy, sandbox.created_at).await?;
-        }
-        give_secrets(&mut transaction, &sandbox.org_id, &sandbox.id, &sandbox.secrets).await?;
-        self.commit_revision(transaction, revision).await?;
+        let mut transaction = self.write_brief().await?;
+        let record = insert_row(&mut transaction, sandbox, limit, None).await?;
+        self.commit_revision(transaction, record.feed_revision).await?;
         Ok(SandboxRecord {
-            sequence,
-            id: sandbox.id.clone(),
-            org_id: sandbox.org_id.clone(),
-            session_id,
-            status: SandboxStatus::Creating,
-            status_reason: None,
-            spec: sandbox.spec.clone(),
-            created_at: sandbox.created_at,
-            expires_at: sandbox.expires_at,
             feed_revision: 0,
-            authority: sandbox.authority.clone(),
+            ..record
         })
     }
 
@@ -264,7 +220,7 @@ impl Store {
     /// # Errors
     /// [`Conflict::WrongState`] when it is not `creating`.
     pub async fn announce(&self, id: &SandboxId, endpoint: &Endpoint) -> Result<Revision, StoreError> {
-        let mut transaction = self.write().await?;
+        let mut transaction = self.write_brief().await?;
         let revision = next_revision(&mut transaction).await?;
         let done = sqlx::query(
             "UPDATE sandboxes SET endpoint = ?, feed_revision = ? WHERE id = ? AND status = 'creating'",
@@ -286,13 +242,14 @@ impl Store {
     /// # Errors
     /// [`Conflict::WrongState`] when it is not `creating`.
     pub async fn mark_running(&self, id: &SandboxId) -> Result<(), StoreError> {
+        let mut transaction = self.write_brief().await?;
         let done =
             sqlx::query("UPDATE sandboxes SET status = 'running' WHERE id = ? AND status = 'creating'")
                 .bind(id.as_str())
-                .execute(&self.writer)
+                .execute(&mut *transaction)
                 .await?;
         if done.rows_affected() == 1 {
-            Ok(())
+            Ok(transaction.commit().await?)
         } else {
             Err(Conflict::WrongState.into())
         }
@@ -304,7 +261,7 @@ impl Store {
     /// # Errors
     /// When the database fails.
     pub async fn withdraw(&self, id: &SandboxId) -> Result<Option<Revision>, StoreError> {
-        let mut transaction = self.write().await?;
+        let mut transaction = self.write_brief().await?;
         let on_feed: Option<bool> = sqlx::query_scalar(
             "SELECT endpoint IS NOT NULL FROM sandboxes \
              WHERE id = ? AND status IN ('creating', 'running', 'terminating')",
@@ -350,6 +307,7 @@ impl Store {
         now: Timestamp,
     ) -> Result<(), StoreError> {
         debug_assert!(!status.is_live(), "a sandbox cannot finish as {status:?}");
+        let mut transaction = self.write_brief().await?;
         sqlx::query(
             "UPDATE sandboxes SET status = ?, status_reason = ?, ended_at = ? \
              WHERE id = ? AND status = 'terminating'",
@@ -358,9 +316,9 @@ impl Store {
         .bind(reason)
         .bind(millis(now))
         .bind(id.as_str())
-        .execute(&self.writer)
+        .execute(&mut *transaction)
         .await?;
-        Ok(())
+        Ok(transaction.commit().await?)
     }
 
     /// Hides an ended sandbox from everybody.
@@ -391,6 +349,81 @@ impl Store {
         .await?;
         Ok(done.rows_affected())
     }
+}
+
+/// Where a sandbox is attached already, and the revision that says whose it is now.
+pub(super) struct Attached {
+    pub(super) endpoint: String,
+    pub(super) revision: Revision,
+}
+
+/// Stores a sandbox with its policy and its secrets as part of a larger transaction. The record's feed revision
+/// is the last one that was taken.
+pub(super) async fn insert_row(
+    transaction: &mut Transaction<'static, Sqlite>,
+    sandbox: &NewSandbox,
+    limit: u32,
+    attached: Option<Attached>,
+) -> Result<SandboxRecord, StoreError> {
+    let live: i64 = sqlx::query_scalar(
+        "SELECT count(*) FROM sandboxes \
+         WHERE org_id = ? AND status IN ('creating', 'running', 'terminating')",
+    )
+    .bind(sandbox.org_id.as_str())
+    .fetch_one(&mut **transaction)
+    .await?;
+    if live >= i64::from(limit) {
+        return Err(Conflict::QuotaReached { limit }.into());
+    }
+    let session_id = sandbox.id.as_str().replacen(SandboxId::PREFIX, "session-", 1);
+    let mut feed_revision = attached.as_ref().map_or(0, |attached| attached.revision);
+    let sequence = sqlx::query(
+        "INSERT INTO sandboxes (id, org_id, session_id, status, spec, created_at, expires_at, \
+         ca_generation, ca_certificate, endpoint, feed_revision) \
+         VALUES (?, ?, ?, 'creating', ?, ?, ?, ?, ?, ?, ?)",
+    )
+    .bind(sandbox.id.as_str())
+    .bind(sandbox.org_id.as_str())
+    .bind(&session_id)
+    .bind(to_document("spec", &sandbox.spec)?)
+    .bind(millis(sandbox.created_at))
+    .bind(millis(sandbox.expires_at))
+    .bind(
+        sandbox
+            .authority
+            .as_ref()
+            .map_or(0, |authority| authority.generation),
+    )
+    .bind(sandbox.authority.as_ref().map(|authority| &authority.certificate))
+    .bind(attached.as_ref().map(|attached| &attached.endpoint))
+    .bind(to_stored(feed_revision))
+    .execute(&mut **transaction)
+    .await?
+    .last_insert_rowid();
+    if let Some(policy) = &sandbox.policy {
+        feed_revision = put_sandbox_policy(transaction, &sandbox.id, policy, sandbox.created_at).await?;
+        if attached.is_some() {
+            sqlx::query("UPDATE sandboxes SET feed_revision = ? WHERE id = ?")
+                .bind(to_stored(feed_revision))
+                .bind(sandbox.id.as_str())
+                .execute(&mut **transaction)
+                .await?;
+        }
+    }
+    give_secrets(transaction, &sandbox.org_id, &sandbox.id, &sandbox.secrets).await?;
+    Ok(SandboxRecord {
+        sequence,
+        id: sandbox.id.clone(),
+        org_id: sandbox.org_id.clone(),
+        session_id,
+        status: SandboxStatus::Creating,
+        status_reason: None,
+        spec: sandbox.spec.clone(),
+        created_at: sandbox.created_at,
+        expires_at: sandbox.expires_at,
+        feed_revision,
+        authority: sandbox.authority.clone(),
+    })
 }
 
 fn record(row: &SqliteRow) -> Result<SandboxRecord, StoreError> {

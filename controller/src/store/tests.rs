@@ -15,6 +15,7 @@ use serde_json::json;
 use super::*;
 use crate::spec::{SandboxSpec, Size};
 
+mod pool;
 mod secrets;
 mod tunnels;
 

@@ -107,6 +107,10 @@ pub struct Hello {
 pub enum Request {
     /// Answered by [`Reply::Pong`]: the agent is up.
     Ping,
+    /// Gives an agent that was started before anybody had asked for its sandbox what it could not know then.
+    /// Answered by [`Reply::Pong`]. Once, and before anything else was asked of it; else
+    /// [`AgentErrorCode::Invalid`].
+    Claim(Claim),
     /// Runs a command. Answers: [`FrameKind::Stdout`] and [`FrameKind::Stderr`] frames as they come, then
     /// [`Reply::Exited`].
     Exec(Exec),
@@ -137,6 +141,24 @@ pub enum Request {
         /// At most so many entries.
         limit: u32,
     },
+}
+
+/// What a sandbox gets when somebody takes it.
+#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Claim {
+    /// Added to (and overriding) the image's environment in every command from then on.
+    #[serde(default)]
+    pub env: BTreeMap<String, String>,
+}
+
+/// Leaves the environment's values out: users put secrets there.
+impl fmt::Debug for Claim {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("Claim")
+            .field("env", &self.env.keys().collect::<Vec<_>>())
+            .finish()
+    }
 }
 
 /// A command to run.

@@ -118,6 +118,14 @@ id!(
     "secret-"
 );
 
+impl OrgId {
+    /// Stands where an owner is expected, for a sandbox that has none yet. Random ids are longer, so it is
+    /// nobody's.
+    pub fn nobody() -> Self {
+        Self("org-nobody".to_owned())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -11,6 +11,7 @@ mod doctor;
 mod egress;
 mod execute;
 mod file;
+mod pool;
 mod sandbox;
 mod secret;
 mod tunnel;
@@ -20,6 +21,7 @@ pub use doctor::{DOCTOR, DOCTOR_HOST, DoctorClient, DoctorFinding, NetworkDoctor
 pub use egress::{AuditDecision, AuditPage, AuditRecord, OrganizationEgress, SandboxNetwork, TierPolicy};
 pub use execute::{ExecuteResponse, StreamEvent};
 pub use file::{FileEntry, FileKind, FileList, FileRead, FilesWritten, WrittenFile};
+pub use pool::PoolStats;
 pub use sandbox::{
     Isolation, Sandbox, SandboxLifetime, SandboxList, SandboxStatus, StartupBreakdown, StartupMetrics,
 };

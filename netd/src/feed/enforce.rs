@@ -176,11 +176,14 @@ impl Enforcer {
             let rules = Rules::compile(&platform, &asked);
             let (rules, broken) = match rules {
                 Ok(rules) => (rules, None),
-                Err(error) => (Rules::nothing(&platform)?, Some(EnforceError::from(error))),
+                Err(error) => (
+                    Rules::nothing(&platform, asked.org_id.clone())?,
+                    Some(EnforceError::from(error)),
+                ),
             };
             let table = rules.kernel_table();
             let sandbox = Sandbox::open(
-                (asked.sandbox_id, asked.org_id),
+                asked.sandbox_id,
                 (asked.endpoint, handle),
                 rules,
                 Arc::clone(&datapath),
@@ -234,7 +237,7 @@ impl Enforcer {
                 Err(error) => Err(error),
             },
             Err(error) => {
-                let denied = match Rules::nothing(&self.platform) {
+                let denied = match Rules::nothing(&self.platform, wanted.org_id.clone()) {
                     Ok(rules) => self.replace(&sandbox, rules).await,
                     Err(error) => Err(error.into()),
                 };
@@ -248,7 +251,7 @@ impl Enforcer {
             }
             Err(error) => {
                 // Whatever is half done: nothing may pass.
-                if let Ok(nothing) = Rules::nothing(&self.platform)
+                if let Ok(nothing) = Rules::nothing(&self.platform, wanted.org_id.clone())
                     && let Err(error) = self.replace(&sandbox, nothing).await
                 {
                     tracing::error!(sandbox_id = %id, %error, "cannot deny a sandbox in whole");

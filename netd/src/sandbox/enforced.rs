@@ -294,7 +294,10 @@ fn flow<'a>(facts: &'a Facts, bound: &'a [DomainName]) -> Flow<'a> {
 
 #[cfg(test)]
 mod tests {
-    use sandgate_api::feed::{PolicyTier, TierName};
+    use sandgate_api::{
+        feed::{PolicyTier, TierName},
+        id::OrgId,
+    };
     use sandgate_policy::{Platform, Policy};
     use serde_json::{Value, json};
 
@@ -307,7 +310,14 @@ mod tests {
             tier: TierName::Sandbox,
             policy,
         }];
-        Rules::with(&Platform::new(Vec::new()), &tiers, Bindings::default(), 0).expect("compiled")
+        Rules::with(
+            &Platform::new(Vec::new()),
+            &tiers,
+            Bindings::default(),
+            0,
+            OrgId::nobody(),
+        )
+        .expect("compiled")
     }
 
     fn allowing(names: &[&str]) -> Rules {
@@ -420,7 +430,14 @@ mod tests {
 
     #[test]
     fn without_a_policy_web_traffic_goes_and_the_rest_does_not() {
-        let rules = Rules::with(&Platform::new(Vec::new()), &[], Bindings::default(), 0).expect("compiled");
+        let rules = Rules::with(
+            &Platform::new(Vec::new()),
+            &[],
+            Bindings::default(),
+            0,
+            OrgId::nobody(),
+        )
+        .expect("compiled");
         let enforced = Enforced::new(rules, Pins::default());
         assert_eq!(enforced.first_look(to(443), 1), FirstLook::Opaque);
         assert!(matches!(enforced.first_look(to(22), 1), FirstLook::Refuse(_)));
@@ -428,7 +445,7 @@ mod tests {
 
     #[test]
     fn the_rules_of_a_sandbox_that_cannot_be_enforced_allow_nothing() {
-        let rules = Rules::nothing(&Platform::new(Vec::new())).expect("compiled");
+        let rules = Rules::nothing(&Platform::new(Vec::new()), OrgId::nobody()).expect("compiled");
         assert!(!rules.judge_name(&name("ok.test")).is_allowed());
         let enforced = Enforced::new(rules, Pins::default());
         assert!(matches!(enforced.first_look(to(443), 1), FirstLook::Refuse(_)));

@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use sandgate_api::feed::{FeedSandbox, PolicyTier, TierName};
+use sandgate_api::{
+    feed::{FeedSandbox, PolicyTier, TierName},
+    id::OrgId,
+};
 use sandgate_policy::{
     DomainName, FailureMode, Flow, KernelTable, Platform, Policy, PolicyError, Reason, RequestHead,
     SandboxPolicy, Verdict,
@@ -16,6 +19,7 @@ pub struct Rules {
     tiers: Vec<TierName>,
     bindings: Arc<Bindings>,
     generation: u32,
+    org_id: OrgId,
 }
 
 /// What the controller wants cannot be enforced as written.
@@ -87,6 +91,7 @@ impl Rules {
             &wanted.tiers,
             bindings,
             wanted.ca_generation,
+            wanted.org_id.clone(),
         )?)
     }
 
@@ -94,10 +99,16 @@ impl Rules {
     ///
     /// # Errors
     /// Never in practice: the smallest policy compiles.
-    pub fn nothing(platform: &Platform) -> Result<Self, PolicyError> {
+    pub fn nothing(platform: &Platform, org_id: OrgId) -> Result<Self, PolicyError> {
         let policy = Policy::parse(&serde_json::json!({ "mode": "deny_all" }))?;
         let tier = TierName::Platform;
-        Self::with(platform, &[PolicyTier { tier, policy }], Bindings::default(), 0)
+        Self::with(
+            platform,
+            &[PolicyTier { tier, policy }],
+            Bindings::default(),
+            0,
+            org_id,
+        )
     }
 
     /// The rules of these tiers and bindings.
@@ -109,6 +120,7 @@ impl Rules {
         tiers: &[PolicyTier],
         bindings: Bindings,
         generation: u32,
+        org_id: OrgId,
     ) -> Result<Self, PolicyError> {
         let named: Vec<(String, Policy)> = tiers
             .iter()
@@ -119,7 +131,13 @@ impl Rules {
             tiers: tiers.iter().map(|tier| tier.tier).collect(),
             bindings: Arc::new(bindings),
             generation,
+            org_id,
         })
+    }
+
+    /// Whose sandbox it is.
+    pub fn org_id(&self) -> &OrgId {
+        &self.org_id
     }
 
     /// The secrets that are injected.

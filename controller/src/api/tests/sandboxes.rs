@@ -302,3 +302,21 @@ async fn lists_are_paged() {
         );
     }
 }
+
+#[tokio::test]
+async fn the_pools_numbers_are_those_that_published_clients_need() {
+    let world = world().await;
+    let tenant = world.tenant("a@b").await;
+    let stats = world.call(&tenant, "GET", "/pool/stats", &Value::Null).await;
+    assert_eq!(stats.status, StatusCode::OK);
+    assert_eq!(
+        stats.body,
+        json!({
+            "total": 0, "ready": 0, "creating": 0,
+            "enabled": false, "size": 5, "hits": 0, "misses": 0, "hit_rate": 0.0,
+        })
+    );
+    let request = Request::get("/api/v1/pool/stats").body(Body::empty());
+    let answer = world.send(request.expect("a request")).await;
+    assert_eq!(answer.refusal().0, 401);
+}

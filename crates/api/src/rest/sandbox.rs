@@ -118,6 +118,9 @@ pub struct StartupMetrics {
     pub pod_creation_ms: u64,
     /// From there until the agent answered.
     pub pod_ready_ms: u64,
+    /// It was taken from the warm pool: what was made before it was asked for is not counted.
+    #[serde(default)]
+    pub warm: bool,
     /// Where the time went.
     pub breakdown: StartupBreakdown,
 }

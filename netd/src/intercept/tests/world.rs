@@ -27,7 +27,7 @@ use rustls::{
 use sandgate_api::{
     credential::{Binding, CaLease, CaRequest, CredentialLease, CredentialRequest, Inject, Sensitive},
     feed::{PolicyTier, TierName},
-    id::SandboxId,
+    id::{OrgId, SandboxId},
 };
 use sandgate_daemon::tasks::Tasks;
 use sandgate_policy::{DomainName, Flow as PolicyFlow, Platform, Policy, Protocol};
@@ -262,7 +262,7 @@ fn rules(policy: &Value, bindings: &[Binding]) -> Rules {
         policy: Policy::parse(policy).expect("a policy"),
     };
     let bindings = Bindings::compile(bindings).expect("bindings");
-    Rules::with(&Platform::new(Vec::new()), &[tier], bindings, 0).expect("rules")
+    Rules::with(&Platform::new(Vec::new()), &[tier], bindings, 0, OrgId::nobody()).expect("rules")
 }
 
 impl Place {
