@@ -8,8 +8,9 @@ pub mod upgrade;
 use std::sync::Arc;
 
 use http::{
-    HeaderValue, Method, Request, Response, StatusCode, Version,
+    HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version,
     header::{CONTENT_LENGTH, HOST},
+    request::Parts,
     uri,
 };
 use http_body_util::BodyExt as _;
@@ -59,7 +60,7 @@ pub async fn answer(
     ));
     account.hold(connection.begin(http1.as_ref().map(|http1| Arc::clone(&http1.notes))));
     let page = answer::wants_page(request.headers());
-    let upgrades = http1.is_some() && upgrade::asked(request.headers()).is_some();
+    let upgrades = http1.is_some() && upgrade::asked(&request).is_some();
     let mut response = match exchange(&connection, &account, request, http1.as_ref()).await {
         Ok(response) => response,
         Err(problem) => {
@@ -84,25 +85,27 @@ async fn exchange(
     mut request: Request<Incoming>,
     http1: Option<&Http1>,
 ) -> Result<Response<Body>, Problem> {
+    let asked = http1.and_then(|_| upgrade::asked(&request));
+    let near = asked.is_some().then(|| hyper::upgrade::on(&mut request));
+    let (mut parts, body) = request.into_parts();
+    // From here on whoever is refused can finish what it says, and then read why.
+    let (body, broken) = Upward::new(body, Arc::clone(account), connection.proxy.tasks.clone());
     if let Some(why) = http1.and_then(|http1| http1.notes.broken(http1.ordinal)) {
         return Err(Problem::unreadable(why));
     }
     if let Some(problem) = &connection.refusal {
         return Err(problem.clone());
     }
-    if request.method() == Method::CONNECT {
+    if parts.method == Method::CONNECT {
         return Err(Problem::Connect);
     }
-    let host = authority(&request)?;
-    let tunnel = find(connection, account, &host, &request)?;
+    let host = authority(&parts)?;
+    let tunnel = find(connection, account, &host, &parts.headers)?;
     let place = tunnel
         .enter(connection.kill.clone())
         .map_err(|_full| Problem::TunnelFull)?;
     account.takes(place);
 
-    let asked = http1.and_then(|_| upgrade::asked(request.headers()));
-    let near = asked.is_some().then(|| hyper::upgrade::on(&mut request));
-    let (mut parts, body) = request.into_parts();
     let is_head = parts.method == Method::HEAD;
     let hop = Hop {
         peer: connection.peer,
@@ -115,7 +118,6 @@ async fn exchange(
         headers::upgrade_to(&mut parts.headers, protocol.clone());
     }
     parts.extensions.clear();
-    let (body, broken) = Upward::new(body, Arc::clone(account), connection.proxy.tasks.clone());
     let request = Request::from_parts(parts, body.boxed_unsync());
 
     let upstream = &connection.proxy.upstream;
@@ -183,14 +185,14 @@ fn ended(tunnel: &Tunnel) -> Problem {
 }
 
 /// The one authority that a request is for.
-fn authority(request: &Request<Incoming>) -> Result<HeaderValue, Problem> {
+fn authority(request: &Parts) -> Result<HeaderValue, Problem> {
     let malformed = || Problem::Malformed("not exactly one authority");
-    let mut hosts = request.headers().get_all(HOST).iter();
+    let mut hosts = request.headers.get_all(HOST).iter();
     let host = hosts.next();
     if hosts.next().is_some() {
         return Err(malformed());
     }
-    let authority = request.uri().authority().map(uri::Authority::as_str);
+    let authority = request.uri.authority().map(uri::Authority::as_str);
     match (host, authority) {
         (Some(host), Some(authority)) if !host.as_bytes().eq_ignore_ascii_case(authority.as_bytes()) => {
             Err(malformed())
@@ -207,7 +209,7 @@ fn find(
     connection: &Connection,
     account: &Account,
     host: &HeaderValue,
-    request: &Request<Incoming>,
+    headers: &HeaderMap,
 ) -> Result<Arc<Tunnel>, Problem> {
     let candidates = match &connection.entrance {
         Entrance::Own(tunnel) => vec![Arc::clone(tunnel)],
@@ -226,7 +228,7 @@ fn find(
             }
             continue;
         }
-        match tunnel.access.judge(request.headers()) {
+        match tunnel.access.judge(headers) {
             Verdict::Allowed => {
                 account.concerns(&tunnel);
                 return Ok(tunnel);

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use http::{
-    HeaderMap, HeaderValue, Response, StatusCode, Version,
+    HeaderValue, Request, Response, StatusCode, Version,
     header::{CONNECTION, UPGRADE},
 };
 use http_body_util::{BodyExt as _, Empty};
@@ -23,7 +23,8 @@ use crate::{
 };
 
 /// The protocols that a request asks to go on as. Agrees with [`sandgate_relay::http1::head::Head::asks_for_upgrade`].
-pub fn asked(headers: &HeaderMap) -> Option<HeaderValue> {
+pub fn asked<B>(request: &Request<B>) -> Option<HeaderValue> {
+    let headers = request.headers();
     let tokens = |name| {
         headers
             .get_all(name)
@@ -33,7 +34,11 @@ pub fn asked(headers: &HeaderMap) -> Option<HeaderValue> {
     };
     let asks = tokens(CONNECTION).any(|token| token == b"upgrade");
     let is_http2 = |token: Vec<u8>| token.starts_with(b"h2") || token.starts_with(b"http/");
-    if !asks || !headers.contains_key(UPGRADE) || tokens(UPGRADE).any(is_http2) {
+    if request.version() != Version::HTTP_11
+        || !asks
+        || !headers.contains_key(UPGRADE)
+        || tokens(UPGRADE).any(is_http2)
+    {
         return None;
     }
     let lines: Vec<&[u8]> = headers
@@ -94,4 +99,54 @@ pub fn agree(
     });
     let body = Empty::new().map_err(|never| match never {}).boxed_unsync();
     Response::from_parts(parts, body)
+}
+
+#[cfg(test)]
+mod tests {
+    use sandgate_relay::http1::head::{Reading, read};
+
+    use super::*;
+
+    /// Two that disagree would leave a connection hanging, or take bytes of one protocol for the other's.
+    #[test]
+    fn the_filter_in_front_agrees_on_who_asks_for_an_upgrade() {
+        for (version, fields) in [
+            ("1.1", "Connection: upgrade\r\nUpgrade: websocket\r\n"),
+            (
+                "1.1",
+                "Connection: keep-alive,  UPGRADE\r\nUpgrade: a/1\r\nUpgrade: b\r\n",
+            ),
+            (
+                "1.1",
+                "Connection: keep-alive\r\nConnection: upgrade\r\nUpgrade:\r\n",
+            ),
+            ("1.1", "Connection: upgrade\r\nUpgrade: ,h2c\r\n"),
+            (
+                "1.1",
+                "Connection: upgrade\r\nUpgrade: websocket\r\nUpgrade: HTTP/2.0\r\n",
+            ),
+            ("1.1", "Connection: upgrade\r\n"),
+            ("1.1", "Connection: upgrades\r\nUpgrade: websocket\r\n"),
+            ("1.1", "Upgrade: websocket\r\n"),
+            ("1.0", "Connection: upgrade\r\nUpgrade: websocket\r\n"),
+        ] {
+            let text = format!("GET / HTTP/{version}\r\nHost: a.test\r\n{fields}\r\n");
+            let Reading::Complete(head) = read(text.as_bytes()) else {
+                panic!("{text}")
+            };
+            let mut request = Request::get("/");
+            for line in fields.lines() {
+                let (name, value) = line.split_once(':').expect("a field");
+                request = request.header(name, value.trim());
+            }
+            let is_new = version == "1.1";
+            let version = if is_new {
+                Version::HTTP_11
+            } else {
+                Version::HTTP_10
+            };
+            let request = request.version(version).body(()).expect("a request");
+            assert_eq!(asked(&request).is_some(), head.asks_for_upgrade(), "{text}");
+        }
+    }
 }

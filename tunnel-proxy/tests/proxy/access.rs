@@ -3,8 +3,10 @@
 use jiff::{Timestamp, ToSpan as _};
 use sandgate_api::{control::DialError, tunnel::TunnelProtocol};
 
+use tokio::io::AsyncWriteExt as _;
+
 use crate::world::{
-    DialFailureKind, OK, SANDBOX, TOKEN, World, header, private, public, recorder, route, status,
+    DialFailureKind, OK, SANDBOX, TOKEN, World, header, private, public, read_until, recorder, route, status,
 };
 
 #[tokio::test]
@@ -191,4 +193,24 @@ async fn a_program_is_told_the_truth_about_the_hop_before() {
     ] {
         assert_eq!(header(&answer, name), value, "{name}: {answer}");
     }
+}
+
+#[tokio::test]
+async fn who_is_refused_while_still_sending_learns_why() {
+    let world = World::start().await;
+    let (program, heard) = recorder(OK).await;
+    let host = world
+        .open_as(3000, Ok(program), TunnelProtocol::Http, private())
+        .await;
+    let mut client = world.connect().await;
+    for _ in 0..2 {
+        let head = format!("POST / HTTP/1.1\r\nHost: {host}\r\nContent-Length: 4000000\r\n\r\n");
+        client.write_all(head.as_bytes()).await.expect("written");
+        client
+            .write_all(&vec![7; 4_000_000])
+            .await
+            .expect("taken to its end");
+        assert_eq!(status(&read_until(&mut client, "}}").await), 401);
+    }
+    assert!(heard.lock().expect("a lock").is_empty());
 }
