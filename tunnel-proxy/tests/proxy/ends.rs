@@ -12,7 +12,7 @@ use tokio::{
 
 use crate::{
     requests::{body, echo_after_upgrade, http2, request, upgrade},
-    world::{OK, World, program, public, read_all, read_until, recorder, route, status, within_a_second},
+    world::{OK, World, id, program, public, read_all, read_until, recorder, route, status, within_a_second},
 };
 
 /// A program that begins an answer and never ends it.
@@ -22,8 +22,14 @@ async fn endless(is_fast: bool) -> std::net::SocketAddr {
         drop(stream.read(&mut request).await);
         let head = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
         drop(stream.write_all(head.as_bytes()).await);
+        let text = if is_fast {
+            "hello".repeat(10_000)
+        } else {
+            "hello".to_owned()
+        };
+        let chunk = format!("{:x}\r\n{text}\r\n", text.len());
         loop {
-            if stream.write_all(b"5\r\nhello\r\n").await.is_err() {
+            if stream.write_all(chunk.as_bytes()).await.is_err() {
                 return;
             }
             if !is_fast {
@@ -67,10 +73,39 @@ async fn closing_cuts_a_client_that_does_not_read() {
     let host = world.open(3000, endless(true).await).await;
     let mut client = begin(&world, &host).await;
     tokio::time::sleep(Duration::from_millis(500)).await;
+    let tunnel = world.proxy.table.by_id(&id(3000)).expect("open");
     within_a_second("closing", world.close(3000)).await;
+    assert_eq!(tunnel.under_way(), 0, "it is still under way");
     let mut rest = Vec::new();
     let ended = within_a_second("the end", client.read_to_end(&mut rest)).await;
     assert!(ended.is_err(), "a cut answer looks like a whole one");
+}
+
+#[tokio::test]
+async fn closing_cuts_a_stream_of_http2_that_nobody_reads() {
+    let world = World::start().await;
+    let host = world.open(3000, endless(true).await).await;
+    let mut sender = http2(&world).await;
+    let answer = sender
+        .send_request(request(&host, body("")))
+        .await
+        .expect("an answer");
+    // The stream's window is full: nobody asks for more of the answer.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let tunnel = world.proxy.table.by_id(&id(3000)).expect("open");
+    assert_eq!(tunnel.under_way(), 1);
+    within_a_second("closing", world.close(3000)).await;
+    assert_eq!(tunnel.under_way(), 0, "it is still under way");
+    let mut rest = answer.into_body();
+    within_a_second("the end", async {
+        while let Some(frame) = rest.frame().await {
+            if frame.is_err() {
+                return;
+            }
+        }
+        panic!("a cut answer looks like a whole one");
+    })
+    .await;
 }
 
 #[tokio::test]
