@@ -67,12 +67,18 @@ struct Admission {
 }
 
 impl Inward {
-    /// Opens nothing yet.
+    /// Opens nothing yet. Takes on the connections that an earlier netd opened: they go on, and their admissions end
+    /// with them.
     pub fn new(sandboxes: Arc<Sandboxes>, datapath: Arc<Datapath>) -> Self {
+        let since = Instant::now();
+        let admissions = datapath.admissions().into_iter();
+        let admitted = admissions
+            .map(|(endpoint, local, remote)| ((local, remote), Admission { endpoint, since }))
+            .collect();
         Self {
             sandboxes,
             datapath,
-            admitted: Mutex::default(),
+            admitted: Mutex::new(admitted),
         }
     }
 

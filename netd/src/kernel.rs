@@ -281,6 +281,11 @@ impl Datapath {
         self.state().tables.revoke(endpoint, sandbox_port, local)
     }
 
+    /// Every admission in force, those of an earlier netd included: endpoint, local and sandbox end.
+    pub fn admissions(&self) -> Vec<(EndpointHandle, SocketAddrV4, SocketAddrV4)> {
+        self.state().tables.admissions()
+    }
+
     /// Replaces the set of this node's own addresses, which no sandbox may reach (unless an operator's exception names
     /// that very address).
     pub fn set_node_addresses(&self, addresses: &[Ipv4Addr]) -> Result<(), DatapathError> {
@@ -291,6 +296,11 @@ impl Datapath {
     /// A reader of denials, also of those that happened while no netd ran.
     pub fn take_events(&self) -> Result<EventReader, DatapathError> {
         EventReader::open(&self.pins, self.sweep.clone())
+    }
+
+    /// Frees what was replaced a while ago. Call it every few seconds.
+    pub fn sweep(&self) -> Result<(), DatapathError> {
+        self.state().tables.sweep()
     }
 
     /// The counters.

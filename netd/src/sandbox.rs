@@ -83,7 +83,8 @@ pub struct Limits {
 
 struct State {
     enforced: Enforced,
-    log: PinLog,
+    /// None once the sandbox is gone: its file is deleted then, and must not come back.
+    log: Option<PinLog>,
 }
 
 /// Leave to forward one flow. Only [`Sandbox::admit`] makes it; dropping it ends the flow in the books.
@@ -168,7 +169,7 @@ impl Sandbox {
             leases: Leases::default(),
             state: Mutex::new(State {
                 enforced: Enforced::new(rules, pins),
-                log,
+                log: Some(log),
             }),
             tunnel_ports: Mutex::default(),
             flow_ended: Notify::new(),
@@ -324,9 +325,15 @@ impl Sandbox {
         Arc::clone(self.lock().enforced.rules().bindings())
     }
 
-    /// Cuts every flow and admits no more.
+    /// Cuts every flow, admits no more, and lets go of what it had: whoever still knows this sandbox, to name it in
+    /// records, holds neither its file nor a value of its secrets.
     pub fn close(&self, reason: CutReason) -> Vec<u64> {
-        self.lock().enforced.close(&reason)
+        let mut state = self.lock();
+        state.log = None;
+        let cut = state.enforced.close(&reason);
+        drop(state);
+        self.leases.end();
+        cut
     }
 
     /// Waits until the flows have really ended, at most `limit`.
@@ -380,11 +387,11 @@ impl State {
         if let Some(evicted) = pinned.evicted {
             datapath.unbind_address(handle, evicted)?;
         }
-        if pinned.must_be_logged {
+        if pinned.must_be_logged
+            && let Some(log) = &mut self.log
+        {
             let ends = now + PIN_LIFETIME.as_secs();
-            self.log
-                .append(name, address, ends, pins)
-                .map_err(PinError::Log)?;
+            log.append(name, address, ends, pins).map_err(PinError::Log)?;
         }
         Ok(())
     }
@@ -400,7 +407,9 @@ impl State {
                 tracing::warn!(sandbox_id = %id, %error, "cannot unbind an address in the kernel");
             }
         }
-        if let Err(error) = self.log.rewrite(self.enforced.pins()) {
+        if let Some(log) = &mut self.log
+            && let Err(error) = log.rewrite(self.enforced.pins())
+        {
             tracing::warn!(sandbox_id = %id, %error, "cannot write the pin log");
         }
     }

@@ -93,6 +93,8 @@ struct State {
     needles: Option<Arc<Needles>>,
     authority: Option<Arc<Authority>>,
     failed: Option<Instant>,
+    /// Nothing is kept any more.
+    ended: bool,
 }
 
 impl Leases {
@@ -141,6 +143,9 @@ impl Leases {
                     return Err(Unavailable::Outdated);
                 }
                 let mut state = self.lock();
+                if state.ended {
+                    return Err(Unavailable::Revoked);
+                }
                 state.failed = None;
                 let before = state.values.insert(secret.to_owned(), lease.clone());
                 if before.is_none_or(|before| before.value != lease.value) {
@@ -194,7 +199,11 @@ impl Leases {
             Ok(Some(lease)) if lease.generation < generation => Err(Unavailable::Outdated),
             Ok(Some(lease)) => {
                 let authority = Arc::new(Authority::new(&lease, super::provider())?);
-                self.lock().authority = Some(Arc::clone(&authority));
+                let mut state = self.lock();
+                if state.ended {
+                    return Err(Unavailable::Revoked);
+                }
+                state.authority = Some(Arc::clone(&authority));
                 Ok(authority)
             }
             Ok(None) => Err(Unavailable::Revoked),
@@ -224,6 +233,14 @@ impl Leases {
         }
         // What the controller knows is new: worth asking again at once.
         state.failed = None;
+    }
+
+    /// Drops everything, also what the broker is still to answer: the sandbox is gone.
+    pub fn end(&self) {
+        *self.lock() = State {
+            ended: true,
+            ..State::default()
+        };
     }
 
     /// Drops values whose lease has ended.
@@ -347,6 +364,20 @@ mod tests {
         let lease = leases.value(&broker, &id, "KEY", 2).await.expect("leased");
         assert_eq!(lease.value.expose(), "value-2");
         leases.retain(&Bindings::default(), 0);
+        assert!(leases.needles().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nothing_is_on_lease_once_the_sandbox_is_gone() {
+        let broker = Counting::default();
+        broker.version.store(1, Ordering::Relaxed);
+        let (leases, id) = (Leases::default(), SandboxId::random());
+        leases.value(&broker, &id, "KEY", 1).await.expect("leased");
+        assert!(leases.needles().find(b"value-1").is_some());
+        leases.end();
+        assert!(leases.needles().is_empty(), "kept after the sandbox");
+        let late = leases.value(&broker, &id, "KEY", 1).await;
+        assert!(matches!(late, Err(Unavailable::Revoked)), "leased anew");
         assert!(leases.needles().is_empty());
     }
 }

@@ -75,6 +75,11 @@ impl Policies {
         Ok(())
     }
 
+    /// Frees those whose grace period is over.
+    pub(super) fn sweep(&mut self) -> Result<(), DatapathError> {
+        self.free(false)
+    }
+
     fn free(&mut self, all: bool) -> Result<(), DatapathError> {
         let due = |since: &Instant| all || since.elapsed() >= GRACE;
         let (free, keep) = std::mem::take(&mut self.retired)

@@ -240,6 +240,11 @@ impl Tables {
         missing_is_fine("THROTTLES", self.throttles.remove(&ordinal))
     }
 
+    /// Frees policies that were replaced a while ago.
+    pub(super) fn sweep(&mut self) -> Result<(), DatapathError> {
+        self.policies.sweep()
+    }
+
     /// The entry of a handle, if it is still the handle's.
     pub(super) fn check(&self, endpoint: EndpointHandle) -> Result<Endpoint, DatapathError> {
         let EndpointHandle { ordinal, ifindex } = endpoint;
@@ -356,6 +361,28 @@ impl Tables {
             SocketAddrV4::new(Ipv4Addr::from(key.local_address.to_ne_bytes()), key.local_port)
         };
         Ok(gone.iter().map(|key| (key.sandbox_port, local(key))).collect())
+    }
+
+    /// Every admission in force, those of an earlier netd included: endpoint, local and sandbox end.
+    pub(super) fn admissions(&self) -> Vec<(EndpointHandle, SocketAddrV4, SocketAddrV4)> {
+        let of_endpoint = |(&ifindex, known): (&u32, &Endpoint)| {
+            let ordinal = known.ordinal;
+            let address = Ipv4Addr::from(known.address.to_ne_bytes());
+            let keys = self
+                .belongings
+                .get(&ordinal)
+                .map(|owner| owner.inbound.as_slice());
+            let admission = move |key: &InboundKey| {
+                let local = Ipv4Addr::from(key.local_address.to_ne_bytes());
+                (
+                    EndpointHandle { ordinal, ifindex },
+                    SocketAddrV4::new(local, key.local_port),
+                    SocketAddrV4::new(address, key.sandbox_port),
+                )
+            };
+            keys.unwrap_or_default().iter().map(admission).collect::<Vec<_>>()
+        };
+        self.known.iter().flat_map(of_endpoint).collect()
     }
 
     /// Makes the platform map hold these entries. New ones first, so that no denial lapses. Others go, but for denied

@@ -4,6 +4,7 @@ use std::{
     collections::{HashMap, VecDeque},
     net::Ipv4Addr,
     sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    time::{Duration, Instant},
 };
 
 use sandgate_api::id::SandboxId;
@@ -12,6 +13,8 @@ use super::Sandbox;
 
 /// Sandboxes that are gone, kept so that denials which the kernel reports late still find their owner.
 const DEPARTED_MAX: usize = 256;
+/// How long they are kept: the kernel's denials are read several times a second.
+const DEPARTED_TIME: Duration = Duration::from_secs(10);
 
 /// Every sandbox of this node.
 #[derive(Default)]
@@ -25,7 +28,20 @@ struct Index {
     by_address: HashMap<Ipv4Addr, Arc<Sandbox>>,
     /// Present and departed ones: ordinals are never used again.
     by_ordinal: HashMap<u32, Arc<Sandbox>>,
-    departed: VecDeque<u32>,
+    /// The one that left first in front.
+    departed: VecDeque<(Instant, u32)>,
+}
+
+impl Index {
+    /// Forgets departed ones of whom nothing more is expected, and the oldest of more than `most`.
+    fn forget_departed(&mut self, most: usize) {
+        while let Some((left, ordinal)) = self.departed.front()
+            && (left.elapsed() >= DEPARTED_TIME || self.departed.len() > most)
+        {
+            self.by_ordinal.remove(ordinal);
+            self.departed.pop_front();
+        }
+    }
 }
 
 impl Sandboxes {
@@ -46,13 +62,14 @@ impl Sandboxes {
         let mut index = self.write();
         let sandbox = index.by_id.remove(id)?;
         index.by_address.remove(&sandbox.endpoint.address);
-        if index.departed.len() == DEPARTED_MAX
-            && let Some(oldest) = index.departed.pop_front()
-        {
-            index.by_ordinal.remove(&oldest);
-        }
-        index.departed.push_back(sandbox.handle.ordinal);
+        index.departed.push_back((Instant::now(), sandbox.handle.ordinal));
+        index.forget_departed(DEPARTED_MAX);
         Some(sandbox)
+    }
+
+    /// Forgets sandboxes that have been gone for a while.
+    pub fn sweep(&self) {
+        self.write().forget_departed(DEPARTED_MAX);
     }
 
     /// By id.
