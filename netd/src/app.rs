@@ -4,15 +4,16 @@
 use std::{
     fs,
     os::{fd::AsFd as _, unix::fs::DirBuilderExt as _},
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, anyhow};
 use nix::{
     fcntl::{Flock, FlockArg},
     sys::resource::{Resource, getrlimit, setrlimit},
+    unistd::{AccessFlags, access},
 };
 use sandgate_daemon::{signal, tasks::Tasks};
 use sandgate_policy::Platform;
@@ -26,7 +27,7 @@ use crate::{
     audit::{Audit, packets},
     canary::{self, Greeting},
     config::Config,
-    control::{Control, ControlError},
+    control::{Control, ControlError, Inherited},
     dial::{self, Caller, Inward},
     dns::{Resolver, upstream::Servers},
     egress::{Egress, dial::Dialer},
@@ -35,6 +36,7 @@ use crate::{
     kernel::{Datapath, DatapathConfig},
     metrics::{Counted, Metrics, Present},
     nodeaddr::NodeAddresses,
+    privileges,
     sandbox::Sandboxes,
     sockets::Listeners,
 };
@@ -54,30 +56,84 @@ const TUNNEL_PAUSE: Duration = Duration::from_millis(100);
 /// Time for a predecessor to be gone.
 const LOCK_TIME: Duration = Duration::from_secs(5);
 
+/// What needs more rights than the rest: made first, while there is one thread.
+pub struct Ground {
+    inherited: Inherited,
+    directory: PathBuf,
+    platform: Arc<Platform>,
+    datapath: Arc<Datapath>,
+    listeners: Listeners,
+    upstream: UpstreamTls,
+    /// Released by the kernel when the process ends, however it ends.
+    _lock: Flock<fs::File>,
+}
+
+impl Ground {
+    /// Sets the kernel half up or adopts it, makes the listeners, and then gives up every right that the rest does
+    /// not need. Blocking; call it before any thread is started.
+    ///
+    /// # Errors
+    /// When netd cannot begin. What is in the kernel stays as it is.
+    pub fn lay(config: &Config) -> Result<Self> {
+        let inherited = Inherited::take()?;
+        raise_descriptor_limit();
+        let directory = config.run_dir.join("netd");
+        let pins = directory.join("pins");
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&pins)
+            .with_context(|| format!("cannot make {}", pins.display()))?;
+        let lock = lock(&directory)?;
+        let platform = Arc::new(Platform::new(config.allow_private.clone()));
+        let place = DatapathConfig {
+            run_dir: config.run_dir.clone(),
+            sandbox_cidr: config.sandbox_cidr,
+        };
+        let datapath = Datapath::open(&place, &platform).context("cannot set up the kernel half")?;
+        let listeners = Listeners::open(datapath.router())?;
+        let upstream = UpstreamTls::load(config.upstream_ca_file.as_deref())
+            .context("cannot verify the servers of flows that are read")?;
+        privileges::give_up()?;
+        // Root may now be refused by permission bits like everybody else.
+        access(&pins, AccessFlags::R_OK | AccessFlags::W_OK | AccessFlags::X_OK).with_context(|| {
+            format!(
+                "SANDGATE_RUN_DIR: {} must belong to root, and every folder above it be passable (chmod o+x)",
+                config.run_dir.display()
+            )
+        })?;
+        Ok(Self {
+            inherited,
+            directory,
+            platform,
+            datapath: Arc::new(datapath),
+            listeners,
+            upstream,
+            _lock: lock,
+        })
+    }
+}
+
 /// Runs netd until it is told to end; shows its metrics on the listener, if there is one.
 ///
 /// # Errors
 /// When it cannot begin. What is in the kernel stays as it is.
-pub async fn run(config: Config, shown: Option<std::net::TcpListener>) -> Result<()> {
+pub async fn run(config: Config, ground: Ground, shown: Option<std::net::TcpListener>) -> Result<()> {
+    let Ground {
+        inherited,
+        directory,
+        platform,
+        datapath,
+        listeners,
+        upstream,
+        _lock,
+    } = ground;
     let end = signal::shutdown().context("cannot listen for signals")?;
     // Flows and loops end at once; what brings their records away ends after them.
     let tasks = Tasks::new(end.clone());
     let late = Tasks::new(CancellationToken::new());
-    let control = Arc::new(Control::inherited()?);
-    let tunnel_proxy = Control::of_tunnel_proxy()?;
-    raise_descriptor_limit();
-
-    let directory = config.run_dir.join("netd");
-    let pins = directory.join("pins");
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(&pins)
-        .with_context(|| format!("cannot make {}", pins.display()))?;
-    let _lock = lock(&directory).await?;
-
-    let platform = Arc::new(Platform::new(config.allow_private.clone()));
-    let datapath = open_datapath(&config, &platform).await?;
+    let control = Arc::new(Control::new(inherited.controller)?);
+    let tunnel_proxy = inherited.tunnel_proxy.map(Control::new).transpose()?;
     let node = NodeAddresses::default();
     node.watch(&tasks, &late, Arc::clone(&datapath))
         .await
@@ -90,14 +146,12 @@ pub async fn run(config: Config, shown: Option<std::net::TcpListener>) -> Result
         Arc::clone(&datapath),
         Arc::clone(&platform),
         Arc::clone(&sandboxes),
-        pins,
+        directory.join("pins"),
         StateFile::at(&directory.join("state.json")),
     );
     enforcer.restore().await.context("cannot read the saved state")?;
 
     let controller = Arc::new(Controller::new(Arc::clone(&control), late.clone()));
-    let upstream = UpstreamTls::load(config.upstream_ca_file.as_deref())
-        .context("cannot verify the servers of flows that are read")?;
     let greeting = Arc::new(Greeting::default());
     let dialer = Dialer::open(Arc::clone(&platform), node.clone(), config.sandbox_cidr)
         .context("cannot open a netlink socket")?;
@@ -124,7 +178,7 @@ pub async fn run(config: Config, shown: Option<std::net::TcpListener>) -> Result
         sandbox_cidr: config.sandbox_cidr,
         tasks: tasks.clone(),
     });
-    listen(&tasks, &datapath, egress, resolver).await?;
+    listen(&tasks, &datapath, listeners, egress, resolver)?;
     let denials = packets::follow(
         datapath
             .take_events()
@@ -143,7 +197,7 @@ pub async fn run(config: Config, shown: Option<std::net::TcpListener>) -> Result
         Arc::clone(&audit).deliver(Arc::clone(&controller)),
     );
     let inward = Arc::new(Inward::new(Arc::clone(&sandboxes), Arc::clone(&datapath)));
-    keep_tidy(&tasks, &sandboxes, &inward);
+    keep_tidy(&tasks, &datapath, &sandboxes, &inward);
 
     let (ready, readiness) = watch::channel::<Ready>(Err("the canaries have not returned yet".to_owned()));
     let (enforced, news) = watch::channel(None);
@@ -207,30 +261,14 @@ fn show_metrics(
     sandgate_daemon::metrics::serve(listener, registry, None, tasks).context("cannot serve the metrics")
 }
 
-async fn open_datapath(config: &Config, platform: &Arc<Platform>) -> Result<Arc<Datapath>> {
-    let place = DatapathConfig {
-        run_dir: config.run_dir.clone(),
-        sandbox_cidr: config.sandbox_cidr,
-    };
-    let platform = Arc::clone(platform);
-    let opened = tokio::task::spawn_blocking(move || Datapath::open(&place, &platform));
-    Ok(Arc::new(
-        opened
-            .await
-            .context("the kernel half broke")?
-            .context("cannot set up the kernel half")?,
-    ))
-}
-
-/// Makes the listeners, serves them, and then shows them to the kernel.
-async fn listen(
+/// Shows the listeners to the kernel and serves them.
+fn listen(
     tasks: &Tasks,
-    datapath: &Arc<Datapath>,
+    datapath: &Datapath,
+    listeners: Listeners,
     egress: Arc<Egress>,
     resolver: Arc<Resolver>,
 ) -> Result<()> {
-    let made = Arc::clone(datapath);
-    let listeners = tokio::task::spawn_blocking(move || Listeners::open(made.router())).await??;
     datapath
         .set_listeners(
             listeners.tcp.as_fd(),
@@ -254,13 +292,21 @@ async fn listen(
     Ok(())
 }
 
-fn keep_tidy(tasks: &Tasks, sandboxes: &Arc<Sandboxes>, inward: &Arc<Inward>) {
-    let (inward, end) = (Arc::clone(inward), tasks.shutdown());
-    tasks.spawn("inward sweep", async move {
+fn keep_tidy(tasks: &Tasks, datapath: &Arc<Datapath>, sandboxes: &Arc<Sandboxes>, inward: &Arc<Inward>) {
+    let (datapath, inward, end) = (Arc::clone(datapath), Arc::clone(inward), tasks.shutdown());
+    let departed = Arc::clone(sandboxes);
+    tasks.spawn("sweep", async move {
         while !waited(dial::SWEEP, &end).await {
-            let inward = Arc::clone(&inward);
-            if tokio::task::spawn_blocking(move || inward.sweep()).await.is_err() {
-                tracing::error!("looking for ended connections broke");
+            departed.sweep();
+            let (datapath, inward) = (Arc::clone(&datapath), Arc::clone(&inward));
+            let swept = tokio::task::spawn_blocking(move || {
+                inward.sweep();
+                datapath.sweep()
+            });
+            match swept.await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::warn!(%error, "cannot free what was replaced; it is tried again"),
+                Err(_panic) => tracing::error!("looking for what has ended broke"),
             }
         }
     });
@@ -366,16 +412,16 @@ async fn waited(pause: Duration, end: &CancellationToken) -> bool {
 }
 
 /// One netd per instance: two would fight over the same maps.
-async fn lock(directory: &Path) -> Result<Flock<fs::File>> {
+fn lock(directory: &Path) -> Result<Flock<fs::File>> {
     let path = directory.join("lock");
     let mut file = fs::File::create(&path).with_context(|| format!("cannot open {}", path.display()))?;
-    let deadline = tokio::time::Instant::now() + LOCK_TIME;
+    let deadline = Instant::now() + LOCK_TIME;
     loop {
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => return Ok(lock),
-            Err((again, nix::errno::Errno::EWOULDBLOCK)) if tokio::time::Instant::now() < deadline => {
+            Err((again, nix::errno::Errno::EWOULDBLOCK)) if Instant::now() < deadline => {
                 file = again;
-                tokio::time::sleep(Duration::from_millis(50)).await;
+                std::thread::sleep(Duration::from_millis(50));
             }
             Err((_, errno)) => {
                 return Err(anyhow!(errno)).with_context(|| format!("another netd holds {}", path.display()));

@@ -9,7 +9,7 @@ use std::{
 };
 
 use sandgate_api::control::{CONTROL_FD_VARIABLE, MAX_PACKET, Open, TUNNEL_DIAL_FD_VARIABLE};
-use sandgate_daemon::handover::Channel;
+use sandgate_daemon::handover::{Channel, inherited};
 use std::os::fd::AsFd as _;
 use tokio::net::UnixStream;
 
@@ -19,6 +19,29 @@ const SEND_TIME: Duration = Duration::from_secs(2);
 /// The control channel.
 pub struct Control {
     channel: Channel,
+}
+
+/// What the supervisor passed down.
+#[derive(Debug)]
+pub struct Inherited {
+    /// To the controller.
+    pub controller: OwnedFd,
+    /// To tunnel-proxy, where there is one.
+    pub tunnel_proxy: Option<OwnedFd>,
+}
+
+impl Inherited {
+    /// Takes the descriptors over, so that no program that netd starts inherits them too.
+    ///
+    /// # Errors
+    /// When there is none to the controller.
+    pub fn take() -> Result<Self, ControlError> {
+        let take = |variable| inherited(variable).map_err(ControlError::Inherit);
+        Ok(Self {
+            controller: take(CONTROL_FD_VARIABLE)?.ok_or(ControlError::NotInherited)?,
+            tunnel_proxy: take(TUNNEL_DIAL_FD_VARIABLE)?,
+        })
+    }
 }
 
 /// The channel cannot be used.
@@ -42,24 +65,13 @@ pub enum ControlError {
 }
 
 impl Control {
-    /// Takes over the inherited descriptor.
+    /// Uses an inherited descriptor. Within a runtime.
     ///
     /// # Errors
-    /// When there is none, or it is not a control channel.
-    pub fn inherited() -> Result<Self, ControlError> {
-        let channel = Channel::from_environment(CONTROL_FD_VARIABLE).map_err(ControlError::Inherit)?;
-        Ok(Self {
-            channel: channel.ok_or(ControlError::NotInherited)?,
-        })
-    }
-
-    /// The channel to tunnel-proxy, where there is one.
-    ///
-    /// # Errors
-    /// When the descriptor is not such a channel.
-    pub fn of_tunnel_proxy() -> Result<Option<Self>, ControlError> {
-        let channel = Channel::from_environment(TUNNEL_DIAL_FD_VARIABLE).map_err(ControlError::Inherit)?;
-        Ok(channel.map(|channel| Self { channel }))
+    /// When it is not a control channel.
+    pub fn new(descriptor: OwnedFd) -> Result<Self, ControlError> {
+        let channel = Channel::from_fd(descriptor).map_err(ControlError::Inherit)?;
+        Ok(Self { channel })
     }
 
     /// Opens a connection for the feed's calls toward the controller.

@@ -22,6 +22,7 @@ pub mod metrics;
 pub mod node;
 pub mod nodeaddr;
 pub mod pins;
+pub mod privileges;
 pub mod router;
 pub mod sandbox;
 pub mod sockets;

@@ -48,6 +48,14 @@ fn main() -> ExitCode {
         eprintln!("netd: {error}");
         return ExitCode::from(USAGE);
     }
+    // Before the runtime: what it gives up, every thread of the runtime has never had.
+    let ground = match app::Ground::lay(&config) {
+        Ok(ground) => ground,
+        Err(error) => {
+            tracing::error!(error = format!("{error:#}"), "netd cannot begin");
+            return ExitCode::FAILURE;
+        }
+    };
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -55,7 +63,7 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match runtime.block_on(app::run(config, shown)) {
+    match runtime.block_on(app::run(config, ground, shown)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(error = format!("{error:#}"), "netd ends");
