@@ -8,20 +8,11 @@
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use ipnet::Ipv4Net;
-use sandgate_api::id::SandboxId;
-use serde::{Deserialize, Serialize};
+use sandgate_api::{id::SandboxId, rest::Isolation};
 
 pub use local::LocalBackend;
 
 mod local;
-
-/// How a sandbox is walled off from its node.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Isolation {
-    /// Linux namespaces, a user namespace of its own, seccomp: runc.
-    Container,
-}
 
 /// Where the local backend works. All paths are absolute.
 #[derive(Debug, Clone)]

@@ -18,7 +18,7 @@ use std::{
 };
 
 use rustix::pipe::{PipeFlags, pipe_with};
-use sandgate_api::{feed::Endpoint, id::SandboxId};
+use sandgate_api::{feed::Endpoint, id::SandboxId, rest::Isolation};
 use sandgate_daemon::tasks::Tasks;
 use tokio::{
     io::Interest,
@@ -38,7 +38,7 @@ use self::{
     record::{Leases, NoLease, Record},
     runtime::OciRuntime,
 };
-use super::{BackendError, Found, Isolation, LaunchMetrics, LaunchSpec, LocalConfig};
+use super::{BackendError, Found, LaunchMetrics, LaunchSpec, LocalConfig};
 
 mod bundle;
 mod cgroup;
@@ -104,7 +104,14 @@ impl LocalBackend {
         let unusable = |error: io::Error| BackendError::Unusable(error.to_string());
         probe::make_folders(&layout).map_err(unusable)?;
         let machine = probe::machine(&config)?;
-        probe::run(&layout, &config, &machine).await?;
+        // Before anything is made in them: another instance that goes takes the parent away when it is empty.
+        machine
+            .cgroups
+            .make_parents(&layout.cgroups())
+            .map_err(|error| BackendError::Unusable(format!("control groups: {error}")))?;
+        probe::run(&layout, &config, &machine)
+            .await
+            .inspect_err(|_unusable| machine.cgroups.remove_parents(&layout.cgroups()))?;
         let leases = Leases::open(&layout, config.sandbox_cidr).map_err(unusable)?;
         let budget = Budget::open(&layout, config.disk_reserve_bytes).map_err(unusable)?;
         let runtime = runtime(&layout, &config);

@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Service, Shared};
 use crate::{
     agent::Agent,
-    backend::{BackendError, Isolation, LaunchSpec, LocalBackend},
+    backend::{BackendError, LaunchSpec, LocalBackend},
     lifecycle::{self, Cause, Effect, Event, Next, State},
     node::Enforcement,
     store::{PoolRecord, SandboxRecord, StoreError, Withdrawal},
@@ -367,9 +367,7 @@ impl Work {
             env: spec.env.clone(),
             agent_key: self.shared.installation.agent_key(self.id()),
             ca_certificate: authority.map(|authority| authority.certificate.clone()),
-            isolation: match spec.isolation {
-                sandgate_api::rest::Isolation::Container => Isolation::Container,
-            },
+            isolation: spec.isolation,
         }
     }
 

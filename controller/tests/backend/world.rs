@@ -13,7 +13,7 @@ use std::{
 use controller::{
     agent::{Agent, AgentError, ExecEvent},
     authority::{Authority, FIRST_GENERATION},
-    backend::{Isolation, LaunchMetrics, LaunchSpec, LocalBackend, LocalConfig},
+    backend::{LaunchMetrics, LaunchSpec, LocalBackend, LocalConfig},
     installation::InstallationKey,
 };
 use jiff::Timestamp;
@@ -25,6 +25,7 @@ use sandgate_api::{
     agent::{AGENT_PORT, Command as AgentCommand, Exec},
     feed::Endpoint,
     id::SandboxId,
+    rest::Isolation,
 };
 use tempfile::TempDir;
 

@@ -21,6 +21,8 @@ use nix::{
 const MOUNT: &str = "/sys/fs/cgroup";
 /// How long killed processes may take to leave their group.
 const EMPTY: Duration = Duration::from_secs(10);
+/// How often the groups' parents are tried to be made while other instances take them away.
+const PARENT_ATTEMPTS: u32 = 16;
 /// The CPU quota's period, in microseconds.
 pub(super) const PERIOD: u64 = 100_000;
 
@@ -173,6 +175,24 @@ impl Cgroups {
         names.sort();
         names.dedup();
         Ok(names)
+    }
+
+    /// Makes the parents of an instance's groups in every hierarchy. They stay for as long as the instance exists, so
+    /// that the topmost, which all instances share, is never empty while one of them makes something in it.
+    pub(super) fn make_parents(&self, parent: &Path) -> io::Result<()> {
+        for hierarchy in &self.hierarchies {
+            let group = hierarchy.join(parent);
+            let mut attempts = 0;
+            while let Err(error) = fs::create_dir_all(&group) {
+                // Another instance has removed the shared parent between the two steps.
+                if error.kind() != io::ErrorKind::NotFound || attempts == PARENT_ATTEMPTS {
+                    let message = format!("making {}: {error}", group.display());
+                    return Err(io::Error::new(error.kind(), message));
+                }
+                attempts += 1;
+            }
+        }
+        Ok(())
     }
 
     /// Removes the empty parents of an instance's groups. Those still in use stay.
