@@ -346,6 +346,14 @@ impl Service {
         {
             tracing::warn!(sandbox_id = %record.id, "a sandbox takes long to end; it goes on");
         }
+        // Whoever looked after it may have left with this controller, and done nothing: the next one finds it running,
+        // and must not find it deleted.
+        let left = self.shared.store.sandbox(&record.org_id, &record.id).await?;
+        if left.is_some_and(|left| left.status == SandboxStatus::Running) {
+            return Err(ServiceError::Unavailable(
+                "the controller is ending, and the sandbox goes on until it is asked again".to_owned(),
+            ));
+        }
         Ok(())
     }
 

@@ -111,8 +111,7 @@ function endpoint(api, path, method, operation, keyInput) {
   parts.push(element("h4", {}, "Answers"));
   const answers = element("table");
   for (const [status, answer] of Object.entries(operation.responses)) {
-    const types = Object.entries(answer.content || {}).flatMap(([type, media], index) =>
-      [index ? " or " : "", ...typeOf(media.schema), element("span", { class: "quiet" }, " as " + type)]);
+    const types = Object.values(answer.content || {}).flatMap((media) => typeOf(media.schema));
     answers.append(element("tr", {}, element("td", {}, status),
       element("td", {}, ...types, element("div", {}, ...prose(answer.description)))));
   }
