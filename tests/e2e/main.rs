@@ -10,6 +10,8 @@ mod bad_input;
 mod execution;
 mod flow;
 mod frames;
+mod instances;
+mod leak;
 mod lifecycle;
 mod machine;
 mod names;
@@ -18,6 +20,7 @@ mod outages;
 mod policies;
 mod pool;
 mod promise;
+mod restart;
 mod tour;
 mod tunnels;
 
@@ -172,5 +175,25 @@ fn main() -> ExitCode {
                 observe::a_place_for_metrics_that_cannot_be_had_names_its_variable,
             ],
         )
+        .group(
+            "restart",
+            cases![
+                restart::netd_keeps_only_the_rights_it_needs,
+                restart::netd_is_replaced_under_load_without_a_gap,
+                restart::connections_that_a_killed_netd_opened_go_on_and_are_forgotten_when_they_end,
+                restart::tunnel_proxy_is_replaced_under_load_and_loses_no_queued_connection,
+                restart::the_controller_is_replaced_under_load_and_loses_nothing,
+            ],
+        )
+        .group(
+            "instances",
+            cases![
+                instances::one_in_a_network_namespace_of_its_own_has_the_same_addresses,
+                instances::one_beside_it_has_addresses_of_its_own,
+                instances::what_is_in_use_is_refused_by_name,
+                instances::the_last_one_takes_the_shared_control_group_away,
+            ],
+        )
+        .group("leak", cases![leak::two_hundred_sandboxes_leave_nothing])
         .finish()
 }

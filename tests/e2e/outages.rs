@@ -10,7 +10,7 @@ use harness::{
     node::Node,
     probe::{self, Probe},
     wait,
-    world::{EVIL, OK, RESOLVER},
+    world::{EVIL, OK, RESOLVER, World},
 };
 use serde_json::json;
 
@@ -19,13 +19,13 @@ use crate::{
     machine::{Machine, fixture_policy},
 };
 
-const RECOVERY: Duration = Duration::from_secs(20);
+pub(crate) const RECOVERY: Duration = Duration::from_secs(20);
 
 /// Everything the node sent since `mark` was allowed: connections to `ok.test`, and queries of its resolver
 /// for allowed names.
 #[track_caller]
-fn assert_only_allowed_traffic(machine: &Machine, mark: Mark) {
-    for packet in machine.world.capture().sent_since(mark) {
+pub(crate) fn assert_only_allowed_traffic(world: &World, mark: Mark) {
+    for packet in world.capture().sent_since(mark) {
         let allowed = packet.destination == IpAddr::from(OK) && packet.protocol == protocol::TCP && packet.destination_port == 443
             || packet.destination == IpAddr::from(RESOLVER) && packet.destination_port == 53
             // The node tells the resolver that nobody waits any more for what a killed netd had asked.
@@ -33,13 +33,13 @@ fn assert_only_allowed_traffic(machine: &Machine, mark: Mark) {
         assert!(allowed, "this left the node: {packet:#?}");
     }
     assert!(
-        machine.world.dns.queries_for("evil.test").is_empty(),
+        world.dns.queries_for("evil.test").is_empty(),
         "a denied name was asked"
     );
 }
 
 #[track_caller]
-fn wait_until_served(probe: &Probe<'_>) -> Duration {
+pub(crate) fn wait_until_served(probe: &Probe<'_>) -> Duration {
     let started = Instant::now();
     wait::until("allowed traffic passes again", RECOVERY, || {
         (probe.try_one(&probe::https("ok.test", "ok.test")).outcome == "answered").then_some(())
@@ -93,7 +93,7 @@ pub(crate) fn a_killed_netd_lets_nothing_out_and_recovers(machine: &Machine) {
     });
     assert_eq!(machine.world.dns.queries_for("ok.test").len(), asked);
     sandbox.sh("pkill -f probe.py || kill $(cat /proc/[0-9]*/stat | awk '$2 ~ /python/ {print $1}')");
-    assert_only_allowed_traffic(machine, mark);
+    assert_only_allowed_traffic(&machine.world, mark);
     let hung = sandbox.sh_ok("grep -c '\"timeout\"' /workspace/background.log || true");
     let all = sandbox.sh_ok("wc -l < /workspace/background.log");
     // What a dying netd had accepted may hang for a moment; refusals may not.
@@ -148,7 +148,7 @@ pub(crate) fn a_killed_controller_forgets_nothing(machine: &Machine) {
         .try_one(&probe::https(OK, "ok.test"))
         .assert_refused_at_connect();
     sandbox.set_network(&fixture_policy());
-    assert_only_allowed_traffic(machine, mark);
+    assert_only_allowed_traffic(&machine.world, mark);
     // Both at once.
     let (netd, controller) = (
         machine.node.netd().expect("netd runs"),
@@ -165,7 +165,7 @@ pub(crate) fn a_killed_controller_forgets_nothing(machine: &Machine) {
     });
     assert!(restored.is_some(), "no commands after both were killed");
     wait_until_served(&probe);
-    assert_only_allowed_traffic(machine, mark);
+    assert_only_allowed_traffic(&machine.world, mark);
     machine.node.wait_ready();
     let fresh = machine.organization.sandbox(&json!({}));
     assert_eq!(fresh.sh_ok("echo fine"), "fine");
@@ -248,12 +248,12 @@ pub(crate) fn a_killed_supervisor_takes_nothing_with_it(machine: &Machine) {
         "the sandbox ended with its supervisor"
     );
     std::thread::sleep(Duration::from_secs(1));
-    assert_only_allowed_traffic(machine, mark);
+    assert_only_allowed_traffic(&machine.world, mark);
     machine.node.start_again().expect("it starts again");
     assert_eq!(sandbox.status(), "running");
     wait_until_served(&probe);
     assert_eq!(sandbox.sh_ok("echo fine"), "fine");
-    assert_only_allowed_traffic(machine, mark);
+    assert_only_allowed_traffic(&machine.world, mark);
     sandbox.stop();
     assert_gone(machine, &sandbox.id);
     // An orderly end and a new start are no different.

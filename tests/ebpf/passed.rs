@@ -4,30 +4,18 @@
 use std::{
     io::{self, Read as _, Write as _},
     net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream},
-    sync::{Arc, mpsc},
+    sync::mpsc,
     thread,
     time::Duration,
 };
 
-use netd::{
-    dial::{Caller, Inward},
-    kernel::EndpointHandle,
-    sandbox::{Rules, Sandbox as NetdSandbox, Sandboxes},
-};
+use netd::kernel::EndpointHandle;
 use rustix::{net::connect_unspec, process::Uid, thread::set_thread_res_uid};
-use sandgate_api::{
-    control::{DialError, DialReply, DialRequest, MAX_PACKET},
-    id::{OrgId, SandboxId},
-};
-use sandgate_daemon::{
-    handover::{self, Channel},
-    tasks::Tasks,
-};
 use socket2::{Domain, Socket, Type};
 
 use crate::{
     sockets::{Listeners, ask, at, connect},
-    world::{Sandbox, World, open_table, platform, privileged},
+    world::{Sandbox, World, open_table, privileged},
 };
 
 const AGENT: u16 = 7000;
@@ -284,87 +272,4 @@ fn when_its_port_is_taken_away_nothing_flows_and_the_holder_is_told() {
     kept.write_all(b"agent").expect("written");
     with_agent.read_exact(&mut text).expect("the agent's goes on");
     assert_eq!(&text, b"agent");
-}
-
-/// What tunnel-proxy is told by netd's dial service.
-async fn dialled(channel: &Channel, sandbox_id: &SandboxId, port: u16) -> Result<TcpStream, DialError> {
-    let request = DialRequest {
-        request_id: 1,
-        sandbox_id: sandbox_id.clone(),
-        port,
-    };
-    let packet = serde_json::to_vec(&request).expect("a packet");
-    channel.send(&packet, None).await.expect("sent");
-    let mut buffer = [0; MAX_PACKET];
-    let (length, descriptor) = channel.recv(&mut buffer).await.expect("an answer");
-    let reply: DialReply = serde_json::from_slice(&buffer[..length]).expect("a reply");
-    match (reply.error, descriptor) {
-        (Some(error), None) => Err(error),
-        (None, Some(descriptor)) => Ok(descriptor.into()),
-        other => panic!("{other:?}"),
-    }
-}
-
-#[test]
-fn tunnel_proxy_is_given_the_ports_of_tunnels_and_never_the_agents() {
-    if !privileged() {
-        return;
-    }
-    let world = World::with_sandboxes(1);
-    let (sandbox, handle) = world.first();
-    let agent = sandbox.endpoint.agent_port;
-    let (tunnel, with_agent) = (serve(sandbox, TUNNEL), serve(sandbox, agent));
-    let endpoint = sandbox.endpoint.clone();
-    let pins = world.run_dir.path().join("pins-of-sandbox");
-    let World {
-        datapath,
-        sandboxes: _sandboxes,
-        run_dir: _run_dir,
-    } = world;
-    let datapath = Arc::new(datapath);
-    let id = SandboxId::random();
-    let rules = Rules::nothing(&platform(), OrgId::random()).expect("rules");
-    let inside = NetdSandbox::open(
-        id.clone(),
-        (endpoint, handle),
-        rules,
-        Arc::clone(&datapath),
-        &pins,
-    );
-    let inside = Arc::new(inside.expect("a sandbox"));
-    let known = Arc::new(Sandboxes::default());
-    known.insert(Arc::clone(&inside));
-    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
-    runtime.block_on(async {
-        let tasks = Tasks::new(tokio_util::sync::CancellationToken::new());
-        let inward = Arc::new(Inward::new(known, Arc::clone(&datapath)));
-        let open = |caller| {
-            let (ours, theirs) = handover::pair().expect("a pair");
-            tasks.spawn("dials", Arc::clone(&inward).serve(theirs, caller, tasks.clone()));
-            Channel::from_fd(ours).expect("a channel")
-        };
-        let (proxy, controller) = (open(Caller::TunnelProxy), open(Caller::Controller));
-        // Nothing is declared, and then everything, the agent's port by mistake.
-        let refused = Some(DialError::PortNotAllowed);
-        assert_eq!(dialled(&proxy, &id, TUNNEL).await.err(), refused);
-        inside.set_tunnel_ports([TUNNEL, agent, 0]).expect("declared");
-        assert_eq!(dialled(&proxy, &id, agent).await.err(), refused);
-        assert_eq!(dialled(&proxy, &id, TUNNEL + 1).await.err(), refused);
-        let stranger = dialled(&proxy, &SandboxId::random(), TUNNEL).await.err();
-        assert_eq!(stranger, Some(DialError::UnknownSandbox));
-        let through = dialled(&proxy, &id, TUNNEL).await.expect("connected");
-        tunnel.recv_timeout(PATIENCE).expect("it came");
-        assert_eq!(dialled(&controller, &id, TUNNEL).await.err(), refused);
-        let kept = dialled(&controller, &id, agent).await.expect("connected");
-        with_agent.recv_timeout(PATIENCE).expect("it came");
-
-        let gone = inside.set_tunnel_ports([]).expect("taken away");
-        assert_eq!(gone.len(), 1, "the agent's connection stays: {gone:?}");
-        assert_eq!(
-            through.local_addr().expect("local").to_string(),
-            gone[0].0.to_string()
-        );
-        assert_eq!(dialled(&proxy, &id, TUNNEL).await.err(), refused);
-        drop((through, kept));
-    });
 }

@@ -14,7 +14,7 @@ use hyper::{body::Incoming, client::conn::http1};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
 
-use crate::world::{World, runtime};
+use crate::{namespace::Namespace, world::runtime};
 
 /// Longest wait for an answer: above every deadline the API itself keeps.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -25,7 +25,7 @@ pub type Heard = Arc<Mutex<Vec<Answer>>>;
 /// A caller of the API, with or without a key.
 #[derive(Clone)]
 pub struct Client {
-    world: Arc<World>,
+    place: Arc<Namespace>,
     api: SocketAddr,
     heard: Heard,
     key: Option<String>,
@@ -64,9 +64,9 @@ pub struct Events {
 }
 
 impl Client {
-    pub(crate) fn new(world: &Arc<World>, api: SocketAddr, heard: &Heard) -> Self {
+    pub(crate) fn new(place: &Arc<Namespace>, api: SocketAddr, heard: &Heard) -> Self {
         Self {
-            world: Arc::clone(world),
+            place: Arc::clone(place),
             api,
             heard: Arc::clone(heard),
             key: None,
@@ -139,7 +139,7 @@ impl Client {
     /// When nobody listens.
     pub fn connect(&self) -> Result<TcpStream> {
         let api = self.api;
-        let stream = self.world.node().run(move || TcpStream::connect(api));
+        let stream = self.place.run(move || TcpStream::connect(api));
         stream.with_context(|| format!("connecting to the API on {api}"))
     }
 }

@@ -9,13 +9,16 @@
 //! | [`capture`] | every packet on the link: the judge of what got out |
 //! | [`node`] | the built programs running on the node |
 //! | [`client`], [`sandbox`] | the API as tests use it |
+//! | [`tunnel`] | a tunnel's URL as a client uses it |
 //! | [`probe`] | network attempts made from inside a sandbox, and how they ended |
+//! | [`snapshot`], [`bpf`] | everything that exists because of an instance, to compare two moments |
 //! | [`search`] | where a secret could be found, in any usual form |
 //! | [`suite`] | a test runner whose groups share a world |
 //! | [`wait`] | waiting for a condition |
 //!
 //! Nothing here can reach a real network: [`world::Builder::build`] makes sure of it.
 
+pub mod bpf;
 pub mod ca;
 pub mod capture;
 pub mod client;
@@ -28,7 +31,9 @@ pub mod openmetrics;
 pub mod probe;
 pub mod sandbox;
 pub mod search;
+pub mod snapshot;
 pub mod suite;
+pub mod tunnel;
 pub mod wait;
 pub mod web;
 pub mod world;

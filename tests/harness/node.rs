@@ -6,16 +6,20 @@
 use std::{
     env, fs,
     net::SocketAddr,
-    os::unix::process::ExitStatusExt as _,
+    os::unix::process::{CommandExt as _, ExitStatusExt as _},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::{
+    sched::{CloneFlags, setns},
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
@@ -23,6 +27,7 @@ use serde_json::json;
 
 use crate::{
     client::{Answer, Client, Heard},
+    namespace::Namespace,
     sandbox::Organization,
     wait,
     world::{RESOLVER, World},
@@ -32,20 +37,26 @@ mod traces;
 
 pub use traces::Process;
 
-/// Where the API listens on every node: nodes never share a network namespace.
+/// Where the API listens, as nodes seldom share a network namespace.
 const API: &str = "127.0.0.1:8080";
 /// Longest wait for `ready`.
 const START: Duration = Duration::from_secs(60);
+/// The programs that run on a node outside sandboxes.
+const PROGRAMS: [&str; 3] = ["controller", "netd", "tunnel-proxy"];
 /// Lines of the log that a failure shows.
 const SHOWN: usize = 150;
 
 /// A node with Sandgate on it.
 pub struct Node {
     world: Arc<World>,
+    place: Arc<Namespace>,
+    api: SocketAddr,
     binaries: PathBuf,
     instance: PathBuf,
+    data: PathBuf,
     settings: Vec<(String, String)>,
     up: Mutex<Option<Child>>,
+    was_started: AtomicBool,
     log: Arc<Mutex<Vec<String>>>,
     heard: Heard,
 }
@@ -64,22 +75,59 @@ impl Node {
     /// # Errors
     /// As [`Node::start`].
     pub fn start_with(world: &Arc<World>, settings: &[(&str, &str)]) -> Result<Self> {
-        let binaries = binaries();
+        Self::start_in(world, world.place(), "", settings)
+    }
+
+    /// A further instance, called so, on the node or in a network namespace of its own there.
+    ///
+    /// # Errors
+    /// As [`Node::start`].
+    pub fn start_in(
+        world: &Arc<World>,
+        place: &Arc<Namespace>,
+        name: &str,
+        settings: &[(&str, &str)],
+    ) -> Result<Self> {
+        let node = Self::new(world, place, name, settings)?;
+        node.start_again()?;
+        Ok(node)
+    }
+
+    /// An instance with program files of its own, so that [`Node::upgrade`] concerns nobody else.
+    ///
+    /// # Errors
+    /// As [`Node::start`].
+    pub fn start_upgradable(world: &Arc<World>, settings: &[(&str, &str)]) -> Result<Self> {
+        let mut node = Self::new(world, world.place(), "", settings)?;
+        node.binaries = own_binaries(&world.directory().join("bin"))?;
+        node.start_again()?;
+        Ok(node)
+    }
+
+    /// An instance that is not started yet.
+    ///
+    /// # Errors
+    /// When its files cannot be made.
+    pub fn new(
+        world: &Arc<World>,
+        place: &Arc<Namespace>,
+        name: &str,
+        settings: &[(&str, &str)],
+    ) -> Result<Self> {
         // The last component names the instance: no two worlds may share it.
         let unique = world
             .directory()
             .file_name()
             .and_then(|name| name.to_str())
             .context("the world's directory")?;
-        let instance = world.directory().join(unique);
+        let instance = world.directory().join(format!("{unique}{name}"));
+        let data = world.directory().join(format!("data{name}"));
+        let binaries = binaries();
         let images = env::var("SANDGATE_IMAGE_DIR").unwrap_or_else(|_| "/var/lib/sandgate/images".to_owned());
         let authority = world.directory().join("authority.pem");
         fs::write(&authority, world.ca.pem())?;
         let mut all = vec![
-            (
-                "SANDGATE_DATA_DIR".to_owned(),
-                world.directory().join("data").display().to_string(),
-            ),
+            ("SANDGATE_DATA_DIR".to_owned(), data.display().to_string()),
             ("SANDGATE_RUN_DIR".to_owned(), instance.display().to_string()),
             ("SANDGATE_IMAGE_DIR".to_owned(), images),
             ("SANDGATE_API_ADDR".to_owned(), API.to_owned()),
@@ -102,18 +150,21 @@ impl Node {
                 .iter()
                 .map(|&(name, value)| (name.to_owned(), value.to_owned())),
         );
-        let log = Arc::default();
-        let node = Self {
+        let api = settings.iter().find(|(name, _)| *name == "SANDGATE_API_ADDR");
+        let api = api.map_or(API, |(_, address)| *address);
+        Ok(Self {
             world: Arc::clone(world),
+            place: Arc::clone(place),
+            api: api.parse().context("the API's address")?,
             binaries,
             instance,
+            data,
             settings: all,
             up: Mutex::new(None),
-            log,
+            was_started: AtomicBool::new(false),
+            log: Arc::default(),
             heard: Heard::default(),
-        };
-        node.start_again()?;
-        Ok(node)
+        })
     }
 
     /// The world it stands in.
@@ -127,6 +178,7 @@ impl Node {
     /// When it does not become ready; with what it wrote.
     pub fn start_again(&self) -> Result<()> {
         let lines = self.log_lines().len();
+        self.was_started.store(true, Ordering::Relaxed);
         let mut command = self.command("controller", &["up"]);
         command
             .stdin(Stdio::null())
@@ -176,13 +228,44 @@ impl Node {
             .args(arguments)
             .env_clear()
             .envs(self.settings.iter().map(|(name, value)| (name, value)));
+        if !Arc::ptr_eq(&self.place, self.world.place()) {
+            let network =
+                fs::File::open(self.place.task().join("ns/net")).expect("the namespace's thread runs");
+            // SAFETY: the closure makes one system call on a descriptor that it owns.
+            #[expect(unsafe_code, reason = "a child enters a namespace between fork and exec")]
+            unsafe {
+                command.pre_exec(move || Ok(setns(&network, CloneFlags::CLONE_NEWNET)?));
+            }
+        }
         command
+    }
+
+    /// Puts another file in a program's place, as an upgrade does: the same bytes, a new inode.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn upgrade(&self, program: &str) -> Result<()> {
+        let (file, fresh) = (
+            self.binaries.join(program),
+            self.binaries.join(format!("{program}.new")),
+        );
+        fs::copy(&file, &fresh)?;
+        Ok(fs::rename(fresh, file)?)
+    }
+
+    /// The network namespace it stands in.
+    pub fn place(&self) -> &Namespace {
+        &self.place
+    }
+
+    /// The data directory.
+    pub fn data_dir(&self) -> &Path {
+        &self.data
     }
 
     /// A caller of the API without key.
     pub fn client(&self) -> Client {
-        let api: SocketAddr = API.parse().expect("an address");
-        Client::new(&self.world, api, &self.heard)
+        Client::new(&self.place, self.api, &self.heard)
     }
 
     /// Registers an organisation.
@@ -259,16 +342,44 @@ impl Node {
 
     /// netd's process.
     pub fn netd(&self) -> Option<Process> {
-        self.processes()
+        self.programs()
             .into_iter()
             .find(|process| process.is("netd", None))
     }
 
     /// The controller's serving process.
     pub fn controller(&self) -> Option<Process> {
-        self.processes()
+        self.programs()
             .into_iter()
             .find(|process| process.is("controller", Some("serve")))
+    }
+
+    /// tunnel-proxy's process.
+    pub fn tunnel_proxy(&self) -> Option<Process> {
+        self.programs()
+            .into_iter()
+            .find(|process| process.is("tunnel-proxy", None))
+    }
+
+    /// The instance's own programs.
+    pub fn programs(&self) -> Vec<Process> {
+        let mut mine = format!("SANDGATE_RUN_DIR={}", self.instance.display()).into_bytes();
+        mine.push(0);
+        let is_mine = |process: &Process| {
+            let environment = fs::read(format!("/proc/{}/environ", process.pid)).unwrap_or_default();
+            environment.windows(mine.len()).any(|window| window == mine)
+        };
+        let mut programs = self.processes();
+        programs.retain(|process| PROGRAMS.iter().any(|name| process.is(name, None)) && is_mine(process));
+        programs
+    }
+
+    /// Sends a process of the node a signal.
+    ///
+    /// # Errors
+    /// When there is no such process.
+    pub fn signal(&self, process: &Process, signal: Signal) -> Result<()> {
+        Ok(kill(pid(process.pid)?, signal)?)
     }
 
     /// Kills a program and waits until another one has taken its place.
@@ -276,15 +387,30 @@ impl Node {
     /// # Panics
     /// When none does within 20 s.
     pub fn replace(&self, find: impl Fn(&Self) -> Option<Process>) -> Duration {
+        self.replace_by(find, Signal::SIGKILL)
+    }
+
+    /// The same by this signal.
+    ///
+    /// # Panics
+    /// As [`Node::replace`].
+    pub fn replace_by(&self, find: impl Fn(&Self) -> Option<Process>, signal: Signal) -> Duration {
         let old = find(self).expect("it runs");
-        self.kill(&old).expect("it runs");
+        kill(pid(old.pid).expect("a number"), signal).expect("it runs");
         let started = Instant::now();
         wait::until(
-            "a new process instead of the killed one",
+            "a new process instead of the ended one",
             Duration::from_secs(20),
             || find(self).filter(|new| new.pid != old.pid),
         );
         started.elapsed()
+    }
+
+    /// The number of `controller up`, as the node counts.
+    pub fn supervisor(&self) -> Option<u32> {
+        let mut programs = self.programs().into_iter();
+        let up = programs.find(|process| process.is("controller", Some("up")))?;
+        up.numbers.last().copied()
     }
 
     /// The run directory: its last component names the instance.
@@ -315,6 +441,9 @@ impl Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
+        if !self.was_started.load(Ordering::Relaxed) {
+            return;
+        }
         let stopped = if lock(&self.up).is_some() {
             self.stop().map(|_| ())
         } else {
@@ -342,6 +471,25 @@ fn lock<T>(value: &Mutex<T>) -> MutexGuard<'_, T> {
 
 fn pid(number: u32) -> Result<Pid> {
     Ok(Pid::from_raw(i32::try_from(number)?))
+}
+
+/// The built programs under names of the instance's own, so that it can be upgraded without others noticing.
+fn own_binaries(directory: &Path) -> Result<PathBuf> {
+    let built = binaries();
+    fs::create_dir_all(directory)?;
+    for entry in fs::read_dir(&built)? {
+        let path = entry?.path();
+        let name = path
+            .file_name()
+            .and_then(|name| name.to_str())
+            .unwrap_or_default();
+        let target = directory.join(name);
+        if (PROGRAMS.contains(&name) || name == "sandboxd") && !target.exists() {
+            // The same file where that can be: it is large.
+            fs::hard_link(&path, &target).or_else(|_| fs::copy(&path, &target).map(|_bytes| ()))?;
+        }
+    }
+    Ok(directory.to_owned())
 }
 
 /// Keeps what a program writes.

@@ -198,6 +198,37 @@ impl World {
         &self.node
     }
 
+    /// The same, to be kept.
+    pub fn place(&self) -> &Arc<Namespace> {
+        &self.node
+    }
+
+    /// Another network namespace on the node, with a link of its own to the internet. What passes there is not in the
+    /// capture.
+    ///
+    /// # Errors
+    /// When there is one already.
+    pub fn annex(&self) -> Result<Arc<Namespace>> {
+        let annex = Namespace::network("annex")?;
+        let there = annex.task().join("ns/net");
+        self.internet.ip(&format!(
+            "link add annex type veth peer name uplink netns {}",
+            there.display()
+        ))?;
+        self.internet.sysctl("net/ipv4/conf/annex/rp_filter", "0")?;
+        for line in ["addr add 198.51.100.133/30 dev annex", "link set annex up"] {
+            self.internet.ip(line)?;
+        }
+        for line in [
+            "addr add 198.51.100.134/30 dev uplink",
+            "link set uplink up",
+            "route add default via 198.51.100.133",
+        ] {
+            annex.ip(line)?;
+        }
+        Ok(Arc::new(annex))
+    }
+
     /// The internet's namespace.
     pub fn internet(&self) -> &Namespace {
         &self.internet

@@ -26,6 +26,20 @@ pub struct Process {
 }
 
 impl Process {
+    /// Its program and what it is told to do: `controller serve`.
+    pub fn name(&self) -> String {
+        let path = self.command.first().map(Path::new);
+        let name = path
+            .and_then(Path::file_name)
+            .unwrap_or_default()
+            .to_string_lossy();
+        let argument = self.command.get(1).filter(|word| !word.starts_with('-'));
+        argument.map_or_else(
+            || name.clone().into_owned(),
+            |argument| format!("{name} {argument}"),
+        )
+    }
+
     /// It runs this program, with this first argument if one is given.
     pub fn is(&self, program: &str, argument: Option<&str>) -> bool {
         let name = self.command.first().and_then(|path| Path::new(path).file_name());
@@ -102,17 +116,18 @@ impl Node {
 
     /// What exists because of the instance beyond files and its own programs: one line each.
     pub fn traces(&self) -> Vec<String> {
-        let directory = self.world().directory().display().to_string();
+        let own = [self.run_dir(), self.data_dir()];
+        let is_own = |path: &str| own.iter().any(|directory| Path::new(path).starts_with(directory));
         let mounts = fs::read_to_string(self.world().node().task().join("mountinfo")).unwrap_or_default();
-        // The fifth field is the mount point; the node's own resolv.conf is the only mount of the harness.
+        // The fifth field is the mount point.
         let points = mounts
             .lines()
             .filter_map(|line| line.split(' ').nth(4))
-            .filter(|point| point.starts_with(&directory));
+            .filter(|point| is_own(point));
         let mut traces: Vec<String> = points.map(|point| format!("mount {point}")).collect();
         for device in entries("/sys/block") {
             if let Ok(file) = fs::read_to_string(device.join("loop/backing_file"))
-                && file.starts_with(&directory)
+                && is_own(&file)
             {
                 traces.push(format!("loop {} {}", device.display(), file.trim()));
             }
@@ -124,15 +139,17 @@ impl Node {
             .unwrap_or("?")
             .to_owned();
         traces.extend(
-            cgroups_named(&instance)
+            cgroups_named(&format!("{instance}-"))
                 .into_iter()
                 .map(|path| format!("cgroup {}", path.display())),
         );
-        let programs = ["controller", "netd"];
-        let processes = self
-            .processes()
-            .into_iter()
-            .filter(|process| !programs.iter().any(|name| process.is(name, None)));
+        // Sandboxes of another instance are its own affair.
+        let is_foreign = |process: &Process| {
+            process.cgroups.contains("/sandgate/") && !process.cgroups.contains(&format!("/{instance}-"))
+        };
+        let processes = self.processes().into_iter().filter(|process| {
+            !super::PROGRAMS.iter().any(|name| process.is(name, None)) && !is_foreign(process)
+        });
         traces.extend(processes.map(|process| format!("process {process:?}")));
         traces
     }
@@ -143,7 +160,7 @@ pub(super) fn remove_cgroups(instance: &Path) {
     let Some(name) = instance.file_name().and_then(|name| name.to_str()) else {
         return;
     };
-    let mut groups = cgroups_named(name);
+    let mut groups = cgroups_named(&format!("{name}-"));
     // The deepest first.
     groups.sort_by_key(|path| std::cmp::Reverse(path.components().count()));
     for group in groups {
