@@ -58,7 +58,7 @@ macro_rules! settings {
 }
 
 settings! {
-    /// Database, objects, writable layers, spool [default: /var/lib/sandgate]
+    /// Database, keys, writable layers [default: /var/lib/sandgate]
     data_dir = "SANDGATE_DATA_DIR", "data-dir";
     /// Root file systems, read-only at run time [default: /var/lib/sandgate/images]
     image_dir = "SANDGATE_IMAGE_DIR", "image-dir";

@@ -2,9 +2,9 @@
 //!
 //! netd connects to the controller, never the other way round, by sockets passed over the control channel
 //! ([`sandgate_api::control`]). The feed server ([`feed`]) tells it what to enforce and hears what it has
-//! applied; [`sandgate_relay::inward`] asks it for connections into sandboxes. A netd that restarts passes fresh sockets and
-//! is a new conversation; nothing here survives a conversation but what was acknowledged, which stays
-//! enforced in the kernel.
+//! applied; [`sandgate_relay::inward`] asks it for connections into sandboxes. A netd that restarts passes fresh
+//! sockets and is a new conversation; nothing here survives a conversation but what was acknowledged, which
+//! stays enforced in the kernel.
 
 mod feed;
 

@@ -5,7 +5,7 @@ use std::{fs, path::PathBuf, process::Command};
 /// No source file is longer.
 const LINES: usize = 800;
 
-/// Where `unsafe` may be, each with its reason in ARCHITECTURE.md: beginnings of paths.
+/// Where `unsafe` may be: beginnings of paths.
 const UNSAFE: [&str; 10] = [
     "crates/daemon/src/handover.rs",
     "crates/netd-common/",

@@ -112,7 +112,7 @@ impl Store {
     /// # Errors
     /// When the database fails.
     pub async fn prune_audit(&self, before: Timestamp, keep: u64, limit: u32) -> Result<u64, StoreError> {
-        // Records arrive in the order of time, give or take a spool: a record older than `before` behind a
+        // Records arrive in the order of time, give or take a queue: a record older than `before` behind a
         // younger one waits until that one is old enough too. That keeps the pruning at the table's end.
         let done = sqlx::query(
             "DELETE FROM egress_audit WHERE sequence IN ( \

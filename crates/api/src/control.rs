@@ -1,6 +1,6 @@
-//! The control channel between the controller and netd on one machine.
+//! The control channels between the programs of one machine: controller and netd, each of them and tunnel-proxy.
 //!
-//! `controller up` gives both programs one end of a `SOCK_SEQPACKET` socket pair. Its only use is to pass
+//! `controller up` gives both sides one end of a `SOCK_SEQPACKET` socket pair. Its only use is to pass
 //! fresh connected sockets (`SCM_RIGHTS`): whoever wants a conversation makes a socket pair, keeps one end
 //! and sends the other with an [`Open`] message. A restarted program thus never meets half a message of
 //! its predecessor. Every message is one JSON packet of at most [`MAX_PACKET`] bytes.
