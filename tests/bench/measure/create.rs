@@ -68,6 +68,14 @@ pub(crate) fn create(guarded: &Guarded, effort: Effort) -> Result<Vec<Table>> {
         }
         tables.extend([first, parts, gone]);
     }
+    if let Some(warm) = &warm {
+        let rate = warm.hit_rate();
+        for row in tables.iter_mut().flat_map(|table| &mut table.rows) {
+            if row.name == WARM {
+                row.name = format!("{WARM} ({:.0} % from the pool)", rate * 100.0);
+            }
+        }
+    }
     Ok(tables)
 }
 
@@ -91,9 +99,18 @@ impl Warm {
         }))
     }
 
+    fn stats(&self) -> Value {
+        self.organization.client.get("/pool/stats").send().ok()
+    }
+
+    /// The part of its creations that took a sandbox from the pool.
+    fn hit_rate(&self) -> f64 {
+        self.stats()["hit_rate"].as_f64().unwrap_or_default()
+    }
+
     fn wait_full(&self) {
         wait::until("the pool is full", FILL, || {
-            let stats: Value = self.organization.client.get("/pool/stats").send().ok();
+            let stats = self.stats();
             (stats["ready"].as_u64()? >= POOL as u64).then_some(())
         });
     }
