@@ -36,9 +36,10 @@ pub(crate) fn memory(ground: &Ground, effort: Effort) -> Result<Vec<Table>> {
     rows = vec![(INSIDE, None), (OUTSIDE, None)];
     let mut each = Table::new("An idle sandbox", "MiB", Kind::Cost, &rows);
     // Memory does not depend on what else runs, so that three starts show its spread.
-    for _ in 0..effort.rounds.min(3) {
+    for round in 0..effort.rounds.min(3) {
         let node = start_node(&ground.world, &[])?;
-        let organization = node.register("memory");
+        // The data directory is the world's, and so the one of the round before.
+        let organization = node.register(&format!("memory-{round}"));
         let before = daemons(&node, &mut fresh)?;
         let count = effort.times(COUNT);
         let sandboxes: Vec<_> = (0..count).map(|_| organization.sandbox(&json!({}))).collect();
