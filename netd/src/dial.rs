@@ -21,10 +21,14 @@ use sandgate_api::{
     id::SandboxId,
 };
 use sandgate_daemon::{handover::Channel, tasks::Tasks};
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::{
+    net::{TcpSocket, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
+};
 
 use crate::{
     kernel::{Datapath, EndpointHandle},
+    router,
     sandbox::Sandboxes,
     sockets,
 };
@@ -35,11 +39,16 @@ const CONNECT_TIME: Duration = Duration::from_secs(2);
 pub const SWEEP: Duration = Duration::from_secs(5);
 /// An admission is not ended before this, so that a connection being made is not mistaken for an ended one.
 const YOUNG: Duration = Duration::from_secs(4);
-/// Requests of one socket that are worked on at once.
-const REQUESTS_MAX: usize = 64;
-/// Connections at once that tunnel-proxy may have: three quarters of what the kernel's table holds, so that whatever
-/// strangers do, the controller reaches its agents.
-const TUNNELED_MAX: usize = netd_common::limit::INBOUND / 4 * 3;
+/// Requests of one socket that are not answered yet, also those that wait for a sandbox. Many times what one sandbox
+/// may have of them ([`crate::sandbox::Limits`]): each holds a descriptor.
+const UNANSWERED_MAX: usize = 2048;
+/// Of them, those whose socket is being made and admitted. Each takes a thread for that; no sandbox can prolong it.
+const MAKING_MAX: usize = 32;
+/// Connections at once that tunnel-proxy may have. Each holds a port of the router namespace until it is gone: half of
+/// them stay free, so that whatever strangers do, the controller reaches its agents.
+const TUNNELED_MAX: usize = 16_384;
+const _: () =
+    assert!(TUNNELED_MAX <= router::EPHEMERAL_PORTS / 2 && TUNNELED_MAX <= netd_common::limit::INBOUND / 2);
 
 /// Who asks, by the channel that its dial socket came over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,10 +69,12 @@ pub struct Inward {
 /// Local and sandbox end of a connection.
 type Pair = (SocketAddrV4, SocketAddrV4);
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 struct Admission {
     endpoint: EndpointHandle,
     since: Instant,
+    /// Of the admitted socket; unknown when an earlier netd made it. Tells it from a later one with the same ends.
+    cookie: Option<u64>,
 }
 
 impl Inward {
@@ -73,7 +84,14 @@ impl Inward {
         let since = Instant::now();
         let admissions = datapath.admissions().into_iter();
         let admitted = admissions
-            .map(|(endpoint, local, remote)| ((local, remote), Admission { endpoint, since }))
+            .map(|(endpoint, local, remote)| {
+                let admission = Admission {
+                    endpoint,
+                    since,
+                    cookie: None,
+                };
+                ((local, remote), admission)
+            })
             .collect();
         Self {
             sandboxes,
@@ -91,12 +109,16 @@ impl Inward {
                 return;
             }
         };
-        let slots = Arc::new(tokio::sync::Semaphore::new(REQUESTS_MAX));
+        let unanswered = Arc::new(Semaphore::new(UNANSWERED_MAX));
+        let making = Arc::new(Semaphore::new(MAKING_MAX));
         let mut buffer = vec![0; MAX_PACKET];
         let end = tasks.shutdown();
         loop {
             // Waits here when too much is open: the caller's requests then wait in the socket.
-            let Ok(slot) = Arc::clone(&slots).acquire_owned().await else {
+            let Ok(place) = Arc::clone(&unanswered).acquire_owned().await else {
+                return;
+            };
+            let Ok(turn) = Arc::clone(&making).acquire_owned().await else {
                 return;
             };
             let received = tokio::select! {
@@ -121,8 +143,9 @@ impl Inward {
             let (inward, channel) = (Arc::clone(&self), Arc::clone(&channel));
             let span = tracing::info_span!(parent: None, "sandbox", sandbox_id = %request.sandbox_id);
             tasks.spawn_within("dial", &span, async move {
-                let _slot = slot;
-                let stream = inward.open(caller, &request.sandbox_id, request.port).await;
+                let _place = place;
+                let to = (&request.sandbox_id, request.port);
+                let stream = inward.open(caller, to, turn).await;
                 let (error, stream) = match stream {
                     Ok(stream) => (None, Some(stream)),
                     Err(error) => (Some(error), None),
@@ -143,16 +166,28 @@ impl Inward {
         }
     }
 
-    async fn open(&self, caller: Caller, id: &SandboxId, port: u16) -> Result<TcpStream, DialError> {
+    /// Connects. Gives the turn back before anything that the sandbox can prolong.
+    async fn open(
+        &self,
+        caller: Caller,
+        (id, port): (&SandboxId, u16),
+        turn: OwnedSemaphorePermit,
+    ) -> Result<TcpStream, DialError> {
         let sandbox = self.sandboxes.get(id).ok_or(DialError::UnknownSandbox)?;
         // Asked again when it is admitted; this spares a socket.
-        let reachable = match caller {
-            Caller::Controller => port == sandbox.endpoint.agent_port,
-            Caller::TunnelProxy => sandbox.has_tunnel(port),
+        let (reachable, dials) = match caller {
+            Caller::Controller => (port == sandbox.endpoint.agent_port, &sandbox.limits.agent_dials),
+            Caller::TunnelProxy => (sandbox.has_tunnel(port), &sandbox.limits.tunnel_dials),
         };
         if !reachable {
             return Err(DialError::PortNotAllowed);
         }
+        // A listener that accepts takes no time, however many ask: what hangs here is one that does not, and one more
+        // would hang as well. Held to the end also when the caller has long given up.
+        let Ok(_dial) = dials.try_acquire() else {
+            tracing::debug!(sandbox_id = %id, port, "too many connections into the sandbox are being made");
+            return Err(DialError::TimedOut);
+        };
         if caller == Caller::TunnelProxy && self.lock().len() >= TUNNELED_MAX {
             tracing::warn!(sandbox_id = %id, "too many connections through tunnels");
             return Err(DialError::Failed);
@@ -170,21 +205,27 @@ impl Inward {
 
         let cookie = socket.cookie().map_err(|error| failed(&error))?;
 
-        let admitted = match caller {
-            Caller::Controller => self
-                .datapath
-                .admit_inbound(sandbox.handle, port, local, cookie)
-                .map(|()| true),
-            Caller::TunnelProxy => sandbox.admit_tunnel(port, local, cookie),
-        };
-        if !admitted.map_err(|error| failed(&error))? {
-            return Err(DialError::PortNotAllowed);
-        }
         let admission = Admission {
             endpoint: sandbox.handle,
             since: Instant::now(),
+            cookie: Some(cookie),
         };
-        self.lock().insert((local, remote), admission);
+        {
+            // Kernel and books in one step: an earlier connection with the same ends may just be taken out of both.
+            let mut books = self.lock();
+            let admitted = match caller {
+                Caller::Controller => self
+                    .datapath
+                    .admit_inbound(sandbox.handle, port, local, cookie)
+                    .map(|()| true),
+                Caller::TunnelProxy => sandbox.admit_tunnel(port, local, cookie),
+            };
+            if !admitted.map_err(|error| failed(&error))? {
+                return Err(DialError::PortNotAllowed);
+            }
+            books.insert((local, remote), admission);
+        }
+        drop(turn);
 
         let socket = TcpSocket::from_std_stream(socket.into());
         let outcome = match tokio::time::timeout(CONNECT_TIME, socket.connect(SocketAddr::V4(remote))).await {
@@ -234,15 +275,20 @@ impl Inward {
         }
     }
 
+    /// Ends an admission, unless its ends have been admitted anew.
     fn revoke(&self, pair: Pair, admission: Admission) {
         let (local, remote) = pair;
+        let mut books = self.lock();
+        if books.get(&pair) != Some(&admission) {
+            return;
+        }
         if let Err(error) = self
             .datapath
             .revoke_inbound(admission.endpoint, remote.port(), local)
         {
             tracing::debug!(%error, "cannot end an admission; it may have ended with its sandbox");
         }
-        self.lock().remove(&pair);
+        books.remove(&pair);
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<Pair, Admission>> {

@@ -26,6 +26,10 @@ pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(
     netd_common::GATEWAY[3],
 );
 
+/// How many ports the kernel chooses from in the router namespace: all that [`settings`] leaves to it. Every connection
+/// into a sandbox holds one.
+pub const EPHEMERAL_PORTS: usize = 65_536 - 32_768;
+
 /// Why the router namespace could not be made, entered or set up.
 #[derive(Debug, thiserror::Error)]
 pub enum RouterError {

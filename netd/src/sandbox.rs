@@ -45,6 +45,8 @@ const INTERCEPTED_MAX: usize = 128;
 const QUERIES_MAX: usize = 64;
 /// DNS connections of one sandbox at once.
 const DNS_STREAMS_MAX: usize = 8;
+/// Connections into one sandbox that are being made at once, for the controller and for tunnels each.
+const DIALS_MAX: usize = 64;
 
 /// One sandbox.
 pub struct Sandbox {
@@ -79,6 +81,10 @@ pub struct Limits {
     pub queries: Arc<Semaphore>,
     /// DNS connections.
     pub dns_streams: Arc<Semaphore>,
+    /// Connections to its agent that are being made.
+    pub agent_dials: Semaphore,
+    /// Connections to its tunnels' ports that are being made: apart, so that those leave the agent reachable.
+    pub tunnel_dials: Semaphore,
 }
 
 struct State {
@@ -160,6 +166,8 @@ impl Sandbox {
             intercepted: Arc::new(Semaphore::new(INTERCEPTED_MAX)),
             queries: Arc::new(Semaphore::new(QUERIES_MAX)),
             dns_streams: Arc::new(Semaphore::new(DNS_STREAMS_MAX)),
+            agent_dials: Semaphore::new(DIALS_MAX),
+            tunnel_dials: Semaphore::new(DIALS_MAX),
         };
         Ok(Self {
             id,

@@ -14,11 +14,11 @@ use crate::{
     world::{Sandbox, World, open_table, privileged},
 };
 
-const AGENT: u16 = 7000;
+pub(crate) const AGENT: u16 = 7000;
 
 /// A service inside that greets; answers on any number of connections.
-fn greet(sandbox: &Sandbox) {
-    let listener = sandbox.run(|| TcpListener::bind(("0.0.0.0", AGENT)).expect("listening"));
+pub(crate) fn greet(sandbox: &Sandbox, port: u16) {
+    let listener = sandbox.run(|| TcpListener::bind(("0.0.0.0", port)).expect("listening"));
     thread::spawn(move || {
         while let Ok((mut stream, _)) = listener.accept() {
             let _client_gone = stream.write_all(b"hello");
@@ -60,7 +60,7 @@ fn netd_reaches_a_sandbox_only_where_it_admitted_itself() {
     }
     let world = World::with_sandboxes(1);
     let (sandbox, handle) = world.first();
-    greet(sandbox);
+    greet(sandbox, AGENT);
     let datapath = &world.datapath;
 
     let (socket, _) = bound(&world);
@@ -94,7 +94,7 @@ fn one_sandbox_cannot_reach_another() {
     let [(one, one_handle), (two, two_handle)] = &world.sandboxes[..] else {
         panic!("two sandboxes");
     };
-    greet(two);
+    greet(two, AGENT);
     let datapath = &world.datapath;
     for handle in [one_handle, two_handle] {
         datapath.set_policy(*handle, &open_table()).expect("a policy");

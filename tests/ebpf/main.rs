@@ -6,6 +6,7 @@
 mod adoption;
 mod cases;
 mod classifier;
+mod dials;
 mod inbound;
 mod packet;
 mod passed;

@@ -37,6 +37,8 @@ const REQUIRED: &[(&str, &str)] = &[
     // Sockets of this namespace are handed to programs without privileges: none of them may take a port of ours, or one
     // that a sandbox asks for, while netd is away. (Those that the kernel chooses begin here, too.)
     ("net/ipv4/ip_unprivileged_port_start", "32768"),
+    // All of them ([`super::EPHEMERAL_PORTS`]): the usual end leaves too few for the reserve of the controller.
+    ("net/ipv4/ip_local_port_range", "32768\t65535"),
     // Answers that the kernel itself makes (RST, ICMP) carry the mark of what they answer; the program that guards the
     // way to the sandbox knows them by it.
     ("net/ipv4/fwmark_reflect", "1"),
@@ -60,6 +62,8 @@ const WISHED: &[(&str, &str)] = &[
     ("net/ipv4/tcp_max_syn_backlog", "8192"),
     ("net/ipv4/tcp_syncookies", "1"),
     ("net/ipv4/tcp_synack_retries", "2"),
+    // A sandbox that takes nothing more keeps the port of a connection that has been closed on our side.
+    ("net/ipv4/tcp_orphan_retries", "2"),
 ];
 
 /// Applies everything.
