@@ -80,26 +80,6 @@ impl Access {
         }
     }
 
-    /// Takes out what carried the token: `X-Tunnel-Token` always, `Authorization` where it is this token,
-    /// `Proxy-Authorization` because it is for proxies.
-    pub fn strip(&self, headers: &mut HeaderMap) {
-        headers.remove(TOKEN_HEADER);
-        headers.remove(PROXY_AUTHORIZATION);
-        let is_ours = |value: &HeaderValue| bearer(value).is_some_and(|shown| self.is_token(shown));
-        if headers.get_all(AUTHORIZATION).iter().any(is_ours) {
-            let others: Vec<HeaderValue> = headers
-                .get_all(AUTHORIZATION)
-                .iter()
-                .filter(|value| !is_ours(value))
-                .cloned()
-                .collect();
-            headers.remove(AUTHORIZATION);
-            for value in others {
-                headers.append(AUTHORIZATION, value);
-            }
-        }
-    }
-
     fn judge_shown<'a>(&self, shown: impl Iterator<Item = &'a [u8]>) -> Verdict {
         if matches!(self, Self::Public) {
             return Verdict::Allowed;
@@ -114,15 +94,37 @@ impl Access {
         verdict
     }
 
-    /// Takes the same time whatever the two have in common.
     fn is_token(&self, shown: &[u8]) -> bool {
+        shown.len() <= TOKEN_MAX && self.has_digest(&Sha256::digest(shown).into())
+    }
+
+    /// Takes the same time whatever the two have in common.
+    fn has_digest(&self, shown: &[u8; 32]) -> bool {
         match self {
             Self::Public => false,
-            Self::Token(digest) => {
-                let shown_digest: [u8; 32] = Sha256::digest(shown).into();
-                shown.len() <= TOKEN_MAX && bool::from(shown_digest.ct_eq(digest))
-            }
+            Self::Token(digest) => bool::from(shown.ct_eq(digest)),
         }
+    }
+}
+
+/// Takes out what carried a token: `X-Tunnel-Token` always, `Authorization` where it is one of `accesses`,
+/// `Proxy-Authorization` because it is for proxies.
+pub fn strip(accesses: &[Access], headers: &mut HeaderMap) {
+    headers.remove(TOKEN_HEADER);
+    headers.remove(PROXY_AUTHORIZATION);
+    let is_ours = |value: &&HeaderValue| {
+        bearer(value)
+            .filter(|shown| shown.len() <= TOKEN_MAX)
+            .is_some_and(|shown| {
+                let digest = Sha256::digest(shown).into();
+                accesses.iter().any(|access| access.has_digest(&digest))
+            })
+    };
+    let all = headers.get_all(AUTHORIZATION).iter();
+    let others: Vec<HeaderValue> = all.filter(|value| !is_ours(value)).cloned().collect();
+    headers.remove(AUTHORIZATION);
+    for value in others {
+        headers.append(AUTHORIZATION, value);
     }
 }
 
@@ -218,14 +220,14 @@ mod tests {
             ("proxy-authorization", "Basic OnQwa2Vu"),
             ("accept", "*/*"),
         ]);
-        private().strip(&mut mixed);
+        strip(&[Access::Public, private()], &mut mixed);
         assert_eq!(
             mixed,
             headers(&[("authorization", "Bearer mine"), ("accept", "*/*")])
         );
         for own in ["Basic dXNlcjp0MGtlbg==", "Bearer other", "t0ken"] {
             let mut kept = headers(&[("authorization", own)]);
-            private().strip(&mut kept);
+            strip(&[private()], &mut kept);
             assert_eq!(kept, headers(&[("authorization", own)]));
         }
     }

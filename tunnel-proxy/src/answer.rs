@@ -84,6 +84,7 @@ impl Problem {
     /// What an unanswered request means for the client.
     pub fn upstream(error: &UpstreamError, port: u16) -> Self {
         match error {
+            UpstreamError::Full => Self::ProxyFull,
             UpstreamError::Dial(failure) => Self::dial(failure, port),
             UpstreamError::Http(_) => Self::Broken(port),
         }

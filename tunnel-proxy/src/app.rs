@@ -30,7 +30,7 @@ use crate::{
 
 /// Time for what is under way when the program ends. The supervisor waits longer.
 const DRAIN: Duration = Duration::from_secs(5);
-/// Descriptors that are not for connections, which take two each, and one while it is made.
+/// Descriptors that are not for connections of clients or to sandboxes.
 const OTHER_DESCRIPTORS: usize = 1500;
 /// Where the last routes are, below the run directory, in a folder that the supervisor makes.
 const STATE: &str = "tunnel-proxy/routes.json";
@@ -65,7 +65,7 @@ pub async fn run(config: Config, shown: Option<std::net::TcpListener>) -> Result
     let keep = required(TUNNEL_KEEP_FD_VARIABLE)?;
     privileges::check()?;
     let end = signal::shutdown().context("cannot listen for signals")?;
-    let limits = within_descriptors(config.limits)?;
+    let (limits, inward) = within_descriptors(config.limits)?;
 
     // What clients began ends first; what it needs ends after it.
     let tasks = Tasks::new(end.clone());
@@ -84,7 +84,7 @@ pub async fn run(config: Config, shown: Option<std::net::TcpListener>) -> Result
         domain: config.domain.clone(),
         scheme: config.scheme,
         limits,
-        upstream: Upstream::new(Arc::new(dialer), late.clone(), Arc::clone(&metrics)),
+        upstream: Upstream::new(Arc::new(dialer), inward, late.clone(), Arc::clone(&metrics)),
         tasks: tasks.clone(),
         metrics,
     });
@@ -158,15 +158,17 @@ pub fn keep_tidy(proxy: &Arc<Proxy>, late: &Tasks) {
     });
 }
 
-/// Every connection of a client takes two descriptors and more: no more connections than there are descriptors for.
-fn within_descriptors(limits: Limits) -> Result<Limits> {
+/// No more connections than there are descriptors for: those of clients, of which most lead to one connection to a
+/// sandbox, and how many there may be to sandboxes. A client of HTTP/2 can have many of those.
+fn within_descriptors(limits: Limits) -> Result<(Limits, usize)> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("cannot ask for the limit of open files")?;
     if let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
         tracing::warn!(%error, "cannot raise the limit of open files");
     }
     let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE).context("cannot ask for the limit of open files")?;
     let most = usize::try_from(soft).unwrap_or(usize::MAX);
-    let connections = most.saturating_sub(OTHER_DESCRIPTORS).max(most / 2) / 3;
+    let descriptors = most.saturating_sub(OTHER_DESCRIPTORS).max(most / 2);
+    let connections = descriptors / 3;
     if connections < limits.connections {
         tracing::warn!(
             asked = limits.connections,
@@ -174,8 +176,12 @@ fn within_descriptors(limits: Limits) -> Result<Limits> {
             "fewer connections at once: there are no more descriptors"
         );
     }
-    Ok(Limits {
-        connections: limits.connections.min(connections.max(1)),
+    let connections = limits.connections.min(connections.max(1));
+    // Two for each: the second while it is made.
+    let inward = descriptors.saturating_sub(connections) / 2;
+    let limits = Limits {
+        connections,
         ..limits
-    })
+    };
+    Ok((limits, inward.max(1)))
 }

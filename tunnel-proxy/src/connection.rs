@@ -44,6 +44,9 @@ use crate::{
 
 /// How long a connection may wait for its next request. Published clients keep connections for 120 s.
 const KEEP_ALIVE: Duration = Duration::from_secs(150);
+/// The same, in times for a head, as long as nothing on the connection was allowed: one to begin the first request in,
+/// one for its head.
+const STRANGER_HEAD_TIMES: u32 = 2;
 /// How long a client that has closed its half may wait in silence: it may be gone altogether, which cannot be told.
 const HALF_CLOSED: Duration = Duration::from_secs(60);
 /// Longest sleep between two looks at the time.
@@ -88,6 +91,10 @@ pub struct Connection {
     requests: Activity,
     under_way: AtomicUsize,
     half_closed: AtomicBool,
+    /// A tunnel has let a request on it through.
+    is_allowed: AtomicBool,
+    /// Of HTTP/2: cancelled when it takes no new requests.
+    dismissed: CancellationToken,
     /// The tunnel of its entrance had ended when it came.
     was_over: bool,
     /// Its place among all connections.
@@ -120,7 +127,7 @@ pub struct UnderWay {
 
 impl Drop for UnderWay {
     fn drop(&mut self) {
-        self.connection.requests.touch();
+        self.connection.asked();
         self.connection.under_way.fetch_sub(1, Ordering::Relaxed);
         if let Some(notes) = &self.notes {
             notes.answer_ended();
@@ -153,6 +160,8 @@ impl Connection {
             requests: Activity::default(),
             under_way: AtomicUsize::new(0),
             half_closed: AtomicBool::new(false),
+            is_allowed: AtomicBool::new(false),
+            dismissed: CancellationToken::new(),
             was_over,
             _place: Box::new(place),
         })
@@ -161,10 +170,33 @@ impl Connection {
     /// Counts a request until the guard is dropped.
     pub fn begin(self: &Arc<Self>, notes: Option<Arc<Notes>>) -> UnderWay {
         self.under_way.fetch_add(1, Ordering::Relaxed);
-        self.requests.touch();
+        self.asked();
         UnderWay {
             connection: Arc::clone(self),
             notes,
+        }
+    }
+
+    /// A tunnel lets a request on it through: from here on it may wait for more.
+    pub fn allow(&self) {
+        self.is_allowed.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether one has.
+    pub fn is_allowed(&self) -> bool {
+        self.is_allowed.load(Ordering::Relaxed)
+    }
+
+    /// Takes no new requests (GOAWAY, RFC 9113 6.8), and ends after what is under way.
+    pub fn dismiss(&self) {
+        self.dismissed.cancel();
+    }
+
+    /// A request begins or ends. One more from a stranger that was told to go does not buy it time: GOAWAY takes
+    /// effect only when the client has answered a PING.
+    fn asked(&self) {
+        if self.is_allowed() || !self.dismissed.is_cancelled() {
+            self.requests.touch();
         }
     }
 
@@ -262,13 +294,17 @@ impl Connection {
             () = self.kill.cancelled() => return self.resets.set(),
             () = self.overdue() => return self.resets.set(),
             () = self.proxy.tasks.shutdown().cancelled_owned() => None,
+            () = self.dismissed.cancelled() => None,
             () = self.ended() => Some(LAST_WORDS),
         };
         finish(serving.as_mut());
         let last = async {
             match graceful {
                 Some(time) => tokio::time::sleep(time).await,
-                None => self.ended().await,
+                None => {
+                    self.ended().await;
+                    tokio::time::sleep(LAST_WORDS).await;
+                }
             }
         };
         tokio::select! {
@@ -294,11 +330,25 @@ impl Connection {
         }
     }
 
+    /// How long it may wait for its next request: whoever was let in nowhere yet takes a place from others.
+    fn keep_alive(&self) -> Duration {
+        if self.is_allowed() {
+            KEEP_ALIVE
+        } else {
+            let stranger = self
+                .proxy
+                .limits
+                .header_timeout
+                .saturating_mul(STRANGER_HEAD_TIMES);
+            KEEP_ALIVE.min(stranger)
+        }
+    }
+
     /// Nothing has happened for too long.
     async fn overdue(&self) {
         loop {
             let (silent, limit) = if self.under_way.load(Ordering::Relaxed) == 0 {
-                (self.requests.since(), KEEP_ALIVE)
+                (self.requests.since(), self.keep_alive())
             } else if self.half_closed.load(Ordering::Relaxed) {
                 (self.activity.since(), HALF_CLOSED)
             } else {

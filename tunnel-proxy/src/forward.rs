@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use http::{
     HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version,
-    header::{CONTENT_LENGTH, HOST},
+    header::{CONNECTION, CONTENT_LENGTH, HOST},
     request::Parts,
     uri,
 };
@@ -23,7 +23,7 @@ use self::{
     headers::Hop,
 };
 use crate::{
-    access::Verdict,
+    access::{Access, Verdict},
     account::{Account, Spoken},
     answer::{self, Problem, REQUEST_ID},
     connection::{Connection, Entrance},
@@ -65,7 +65,18 @@ pub async fn answer(
         Ok(response) => response,
         Err(problem) => {
             account.refused(&problem);
-            problem.answer(&account.request_id, page, http1.is_some())
+            let mut answer = problem.answer(&account.request_id, page, http1.is_some());
+            // Whoever was let in nowhere yet does not keep its place.
+            if !connection.is_allowed() {
+                if http1.is_some() {
+                    answer
+                        .headers_mut()
+                        .insert(CONNECTION, HeaderValue::from_static("close"));
+                } else {
+                    connection.dismiss();
+                }
+            }
+            answer
         }
     };
     if let Some(http1) = http1.filter(|_| upgrades) {
@@ -101,6 +112,7 @@ async fn exchange(
     }
     let host = authority(&parts)?;
     let tunnel = find(connection, account, &host, &parts.headers)?;
+    connection.allow();
     let place = tunnel
         .enter(connection.kill.clone())
         .map_err(|_full| Problem::TunnelFull)?;
@@ -113,12 +125,13 @@ async fn exchange(
         host: &host,
         request_id: &account.request_id,
     };
-    headers::to_sandbox(&mut parts.headers, &tunnel.access, &hop);
+    let accesses = accesses(connection, &tunnel);
+    headers::to_sandbox(&mut parts.headers, &accesses, &hop);
     if let Some(protocol) = &asked {
         headers::upgrade_to(&mut parts.headers, protocol.clone());
     }
     parts.extensions.clear();
-    let request = Request::from_parts(parts, body.boxed_unsync());
+    let request = Request::from_parts(parts, body.to_sandbox(accesses).boxed_unsync());
 
     let upstream = &connection.proxy.upstream;
     let sending = async {
@@ -172,7 +185,7 @@ async fn exchange(
     }
     let resets = http1.map(|_| connection.resets.clone());
     let end = tunnel.end().clone();
-    let body = Downward::new(body, Arc::clone(account), end, home, resets);
+    let body = Downward::new(body, Arc::clone(account), end, home, resets).to_client(host);
     Ok(Response::from_parts(parts, body.boxed_unsync()))
 }
 
@@ -202,6 +215,15 @@ fn authority(request: &Parts) -> Result<HeaderValue, Problem> {
         (None, Some(authority)) if authority.contains('@') => Err(malformed()),
         (None, Some(authority)) => HeaderValue::from_str(authority).map_err(|_invalid| malformed()),
     }
+}
+
+/// Of every tunnel to the same port: a token of any of them opens that port, and none is for the program behind it.
+fn accesses(connection: &Connection, tunnel: &Tunnel) -> Vec<Access> {
+    let table = &connection.proxy.table;
+    let all = table.by_port(tunnel.sandbox_id.clone(), tunnel.port);
+    // It may just have been removed.
+    let own = std::iter::once(tunnel.access.clone());
+    own.chain(all.iter().map(|other| other.access.clone())).collect()
 }
 
 /// The tunnel that a request is for and may use.

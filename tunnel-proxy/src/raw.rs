@@ -95,7 +95,7 @@ async fn relay(
             .upstream
             .connect(tunnel)
             .await
-            .map_err(|failure| Problem::dial(&failure, tunnel.port))?;
+            .map_err(|error| Problem::upstream(&error, tunnel.port))?;
         if is_private {
             account.answered(StatusCode::OK);
             if near.write_all(ESTABLISHED).await.is_err() {
@@ -117,7 +117,7 @@ async fn relay(
         });
         if ended != End::Closed {
             reset(near);
-            reset(&far);
+            reset(far.socket());
         }
         Ok(())
     };

@@ -34,7 +34,7 @@ pub struct Table {
 struct Inner {
     revision: Option<Revision>,
     by_id: HashMap<TunnelId, Served>,
-    by_host: HashMap<(SandboxId, u16), Vec<Arc<Tunnel>>>,
+    by_port: HashMap<(SandboxId, u16), Vec<Arc<Tunnel>>>,
     errors: HashMap<TunnelId, String>,
 }
 
@@ -123,9 +123,17 @@ impl Table {
 
     /// The tunnels that a host name leads to: several when their tokens differ.
     pub fn by_host(&self, sandbox_id: SandboxId, port: u16) -> Vec<Arc<Tunnel>> {
+        let mut tunnels = self.by_port(sandbox_id, port);
+        // Bytes have no host.
+        tunnels.retain(|tunnel| tunnel.protocol != TunnelProtocol::Tcp);
+        tunnels
+    }
+
+    /// The tunnels to a port, whatever is spoken on them.
+    pub fn by_port(&self, sandbox_id: SandboxId, port: u16) -> Vec<Arc<Tunnel>> {
         let inner = self.read();
         inner
-            .by_host
+            .by_port
             .get(&(sandbox_id, port))
             .cloned()
             .unwrap_or_default()
@@ -193,14 +201,8 @@ impl Inner {
         match Tunnel::new(&route, each) {
             Ok(tunnel) => {
                 let tunnel = Arc::new(tunnel);
-                match route.protocol {
-                    TunnelProtocol::Http | TunnelProtocol::H2c => {
-                        let host = (route.sandbox_id.clone(), route.port);
-                        self.by_host.entry(host).or_default().push(Arc::clone(&tunnel));
-                    }
-                    // Bytes have no host.
-                    TunnelProtocol::Tcp => {}
-                }
+                let port = (route.sandbox_id.clone(), route.port);
+                self.by_port.entry(port).or_default().push(Arc::clone(&tunnel));
                 self.by_id.insert(id, Served { route, tunnel });
             }
             Err(error) => {
@@ -214,11 +216,11 @@ impl Inner {
     fn remove(&mut self, id: &TunnelId) -> Option<Arc<Tunnel>> {
         self.errors.remove(id);
         let Served { tunnel, .. } = self.by_id.remove(id)?;
-        let host = (tunnel.sandbox_id.clone(), tunnel.port);
-        if let Some(others) = self.by_host.get_mut(&host) {
+        let port = (tunnel.sandbox_id.clone(), tunnel.port);
+        if let Some(others) = self.by_port.get_mut(&port) {
             others.retain(|other| other.id != *id);
             if others.is_empty() {
-                self.by_host.remove(&host);
+                self.by_port.remove(&port);
             }
         }
         Some(tunnel)

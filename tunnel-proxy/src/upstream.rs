@@ -2,6 +2,8 @@
 //! time. They are made by netd and passed here as descriptors; no address is ever dialled. A connection belongs to one
 //! tunnel and ends with it.
 
+pub mod far;
+
 use std::{
     fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -11,7 +13,7 @@ use std::{
 use futures_util::future::BoxFuture;
 use http::{
     HeaderValue, Method, Request, Response, Uri, Version,
-    header::{COOKIE, HOST, TE},
+    header::{CONTENT_LENGTH, COOKIE, HOST, TE, TRANSFER_ENCODING},
     uri::{Authority, PathAndQuery, Scheme},
 };
 use http_body_util::{BodyExt as _, Empty};
@@ -24,9 +26,10 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use sandgate_api::id::SandboxId;
 use sandgate_daemon::tasks::Tasks;
 use sandgate_relay::inward::{DialFailure, Dialer};
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, sync::Semaphore};
 use tokio_util::sync::CancellationToken;
 
+use self::far::Far;
 use crate::{forward::body::Body, metrics::Metrics, tunnel::Tunnel};
 
 /// Connections of one tunnel that wait for another request.
@@ -63,6 +66,9 @@ impl Dial for Dialer {
 /// A request got no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum UpstreamError {
+    /// As many connections are open, to all sandboxes, as there is room for.
+    #[error("too many connections to sandboxes at once")]
+    Full,
     /// No connection.
     #[error(transparent)]
     Dial(#[from] DialFailure),
@@ -150,28 +156,38 @@ impl Home {
 #[derive(Clone)]
 pub struct Upstream {
     dial: Arc<dyn Dial>,
+    /// For every connection that is open or made.
+    places: Arc<Semaphore>,
     tasks: Tasks,
     metrics: Arc<Metrics>,
 }
 
 impl Upstream {
-    /// Connects through `dial`, which is counted; connections live among the tasks.
-    pub fn new(dial: Arc<dyn Dial>, tasks: Tasks, metrics: Arc<Metrics>) -> Self {
-        Self { dial, tasks, metrics }
+    /// Connects through `dial`, which is counted; at most `most` connections at once, which live among the tasks.
+    pub fn new(dial: Arc<dyn Dial>, most: usize, tasks: Tasks, metrics: Arc<Metrics>) -> Self {
+        Self {
+            dial,
+            places: Arc::new(Semaphore::new(most.min(Semaphore::MAX_PERMITS))),
+            tasks,
+            metrics,
+        }
     }
 
     /// A connection by itself, for bytes.
     ///
     /// # Errors
-    /// What netd says.
-    pub async fn connect(&self, tunnel: &Tunnel) -> Result<TcpStream, DialFailure> {
+    /// What netd says, or that there is no room.
+    pub async fn connect(&self, tunnel: &Tunnel) -> Result<Far, UpstreamError> {
+        let place = Arc::clone(&self.places)
+            .try_acquire_owned()
+            .map_err(|_none| UpstreamError::Full)?;
         let began = Instant::now();
         let dialled = self.dial.dial(&tunnel.sandbox_id, tunnel.port).await;
         self.metrics.dialled(&dialled, began.elapsed());
         let stream = dialled?;
         // A missing TCP_NODELAY costs latency, nothing else.
         drop(stream.set_nodelay(true));
-        Ok(stream)
+        Ok(Far::new(stream, place))
     }
 
     /// Sends a request of HTTP/1.1 whose target is a path, and waits for the head of its answer. A connection that was
@@ -343,8 +359,14 @@ fn for_http1(request: &mut Request<Body>) {
     *request.version_mut() = Version::HTTP_11;
     let path = request.uri().path_and_query().cloned();
     *request.uri_mut() = Uri::from(path.unwrap_or_else(|| PathAndQuery::from_static("/")));
+    let is_unmeasured = !request.body().is_end_stream() && request.body().size_hint().exact().is_none();
     let headers = request.headers_mut();
     headers.remove(TE);
+    if is_unmeasured {
+        // hyper would take a GET or a HEAD for one without a body, and drop it.
+        headers.remove(CONTENT_LENGTH);
+        headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+    }
     // HTTP/2 may cut the field into several (RFC 9113 8.2.3).
     let cookies: Vec<&[u8]> = headers
         .get_all(COOKIE)

@@ -17,7 +17,9 @@ use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use sandgate_daemon::tasks::Tasks;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
+use super::headers::{to_client, trailers_to_sandbox};
 use crate::{
+    access::Access,
     account::{Account, Outcome},
     connection::Resets,
     upstream::Home,
@@ -40,6 +42,8 @@ pub struct Upward {
     account: Arc<Account>,
     tasks: Tasks,
     broken: Broken,
+    /// Whose tokens its trailers may not carry on.
+    accesses: Vec<Access>,
 }
 
 /// Whether a request's body was not what its framing said.
@@ -62,8 +66,16 @@ impl Upward {
             account,
             tasks,
             broken: broken.clone(),
+            accesses: Vec::new(),
         };
         (body, broken)
+    }
+
+    /// The same without the tokens of `accesses` in its trailers.
+    #[must_use]
+    pub fn to_sandbox(mut self, accesses: Vec<Access>) -> Self {
+        self.accesses = accesses;
+        self
     }
 }
 
@@ -80,8 +92,11 @@ impl HttpBody for Upward {
         };
         match ready!(Pin::new(inner).poll_frame(cx)) {
             None => Poll::Ready(None),
-            Some(Ok(frame)) => {
+            Some(Ok(mut frame)) => {
                 let length = frame.data_ref().map_or(0, Bytes::len);
+                if let Some(trailers) = frame.trailers_mut() {
+                    trailers_to_sandbox(trailers, &self.accesses);
+                }
                 self.account.traffic.add_up(length);
                 Poll::Ready(Some(Ok(frame)))
             }
@@ -138,6 +153,8 @@ pub struct Downward {
     home: Option<Home>,
     resets: Option<Resets>,
     is_over: bool,
+    /// The authority that the client asked for.
+    host: String,
 }
 
 impl Downward {
@@ -156,7 +173,15 @@ impl Downward {
             home,
             resets,
             is_over: false,
+            host: String::new(),
         }
+    }
+
+    /// The same for a client that asked for `host`: its trailers follow the rules of its headers.
+    #[must_use]
+    pub fn to_client(mut self, host: &str) -> Self {
+        host.clone_into(&mut self.host);
+        self
     }
 
     fn is_served(&mut self) {
@@ -196,8 +221,11 @@ impl HttpBody for Downward {
                 self.is_served();
                 Poll::Ready(None)
             }
-            Some(Ok(frame)) => {
+            Some(Ok(mut frame)) => {
                 let length = frame.data_ref().map_or(0, Bytes::len);
+                if let Some(trailers) = frame.trailers_mut() {
+                    to_client(trailers, &self.host);
+                }
                 self.account.traffic.add_down(length);
                 if self.inner.is_end_stream() {
                     self.is_served();

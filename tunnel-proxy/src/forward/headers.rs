@@ -9,7 +9,11 @@ use http::{
 };
 use sandgate_relay::headers::{strip_alt_svc, strip_hop_by_hop};
 
-use crate::{access::Access, answer::REQUEST_ID, config::Scheme};
+use crate::{
+    access::{self, Access},
+    answer::REQUEST_ID,
+    config::Scheme,
+};
 
 /// What is said about the hop before.
 #[derive(Debug)]
@@ -28,15 +32,9 @@ pub struct Hop<'a> {
 const OURS: [&str; 2] = ["x-forwarded-", "x-sandgate-"];
 const REAL_IP: HeaderName = HeaderName::from_static("x-real-ip");
 
-/// Makes the fields of a request those for the sandbox.
-pub fn to_sandbox(headers: &mut HeaderMap, access: &Access, hop: &Hop<'_>) {
-    strip_hop_by_hop(headers);
-    access.strip(headers);
-    strip_ours(headers);
-    // The client gets its 100 from us once the body is wanted.
-    for name in [FORWARDED, REAL_IP, EXPECT] {
-        headers.remove(name);
-    }
+/// Makes the fields of a request those for the sandbox, without the tokens of `accesses`.
+pub fn to_sandbox(headers: &mut HeaderMap, accesses: &[Access], hop: &Hop<'_>) {
+    strip_for_sandbox(headers, accesses);
     headers.insert(HOST, hop.host.clone());
     headers.insert("x-forwarded-host", hop.host.clone());
     headers.insert("x-forwarded-proto", HeaderValue::from_static(hop.scheme.as_str()));
@@ -48,7 +46,25 @@ pub fn to_sandbox(headers: &mut HeaderMap, access: &Access, hop: &Hop<'_>) {
     }
 }
 
-/// Makes the fields of an answer those for the client, who asked for `host`.
+/// Makes the trailers of a request those for the sandbox: many programs take them for headers (RFC 9110 6.5.1).
+pub fn trailers_to_sandbox(trailers: &mut HeaderMap, accesses: &[Access]) {
+    strip_for_sandbox(trailers, accesses);
+    for name in [HOST, REQUEST_ID] {
+        trailers.remove(name);
+    }
+}
+
+fn strip_for_sandbox(headers: &mut HeaderMap, accesses: &[Access]) {
+    strip_hop_by_hop(headers);
+    access::strip(accesses, headers);
+    strip_ours(headers);
+    // The client gets its 100 from us once the body is wanted.
+    for name in [FORWARDED, REAL_IP, EXPECT] {
+        headers.remove(name);
+    }
+}
+
+/// Makes the fields of an answer, or its trailers, those for the client, who asked for `host`.
 pub fn to_client(headers: &mut HeaderMap, host: &str) {
     strip_hop_by_hop(headers);
     // Another way to the same name would not pass here.
@@ -149,7 +165,7 @@ mod tests {
             host: &host,
             request_id: "id",
         };
-        to_sandbox(&mut sent, &Access::Public, &hop);
+        to_sandbox(&mut sent, &[Access::Public], &hop);
         assert_eq!(
             sent,
             headers(&[

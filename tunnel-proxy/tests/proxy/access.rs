@@ -3,7 +3,7 @@
 use jiff::{Timestamp, ToSpan as _};
 use sandgate_api::{control::DialError, tunnel::TunnelProtocol};
 
-use tokio::io::AsyncWriteExt as _;
+use tokio::{io::AsyncWriteExt as _, net::TcpStream};
 
 use crate::world::{
     DialFailureKind, OK, SANDBOX, TOKEN, World, header, private, public, read_until, recorder, route, status,
@@ -128,7 +128,7 @@ async fn an_expired_tunnel_says_so() {
 #[tokio::test]
 async fn two_tunnels_of_one_port_have_tokens_of_their_own() {
     let world = World::start().await;
-    let (program, _heard) = recorder(OK).await;
+    let (program, heard) = recorder(OK).await;
     let host = world
         .open_as(3000, Ok(program), TunnelProtocol::Http, private())
         .await;
@@ -145,6 +145,30 @@ async fn two_tunnels_of_one_port_have_tokens_of_their_own() {
     );
     assert_eq!(status(&world.get(&host, "X-Tunnel-Token: third\r\n").await), 403);
     assert_eq!(status(&world.get(&host, "").await), 401);
+    // The program gets neither, whichever of them opened, on the tunnels' own ports too.
+    let mut ports = world.own_ports().await;
+    ports.follow(true).await;
+    let own = World::own_address(&ports, 3000);
+    let both = [TOKEN, "second"].map(|token| format!("Authorization: Bearer {token}\r\n"));
+    let fields = format!("{}{}Authorization: Bearer mine\r\n", both[0], both[1]);
+    heard.lock().expect("a lock").clear();
+    assert_eq!(status(&world.get(&host, &fields).await), 200);
+    let mut client = TcpStream::connect(own).await.expect("connected");
+    client
+        .write_all(format!("GET / HTTP/1.1\r\nHost: any.test\r\n{fields}\r\n").as_bytes())
+        .await
+        .expect("written");
+    assert_eq!(status(&read_until(&mut client, "ok").await), 200);
+    for request in heard.lock().expect("a lock").drain(..) {
+        let shown: Vec<&str> = request
+            .lines()
+            .filter(|line| line.to_ascii_lowercase().starts_with("authorization:"))
+            .collect();
+        assert!(
+            matches!(shown[..], [one] if one.ends_with("Bearer mine")),
+            "{request}"
+        );
+    }
     world.close(3000).await;
     assert_eq!(status(&world.get(&host, "X-Tunnel-Token: second\r\n").await), 200);
     assert_eq!(
@@ -202,8 +226,8 @@ async fn who_is_refused_while_still_sending_learns_why() {
     let host = world
         .open_as(3000, Ok(program), TunnelProtocol::Http, private())
         .await;
-    let mut client = world.connect().await;
     for _ in 0..2 {
+        let mut client = world.connect().await;
         let head = format!("POST / HTTP/1.1\r\nHost: {host}\r\nContent-Length: 4000000\r\n\r\n");
         client.write_all(head.as_bytes()).await.expect("written");
         client

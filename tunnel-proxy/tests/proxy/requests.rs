@@ -511,3 +511,122 @@ async fn answers_without_bodies_keep_what_they_say_about_them() {
     );
     assert!(answer.ends_with("\r\n\r\n"), "{answer}");
 }
+
+/// A program that says in a header how many bytes it got.
+async fn measuring() -> std::net::SocketAddr {
+    program(|stream| async move {
+        let service = service_fn(|request: Request<Incoming>| async move {
+            let body = request.into_body().collect().await.expect("a body").to_bytes();
+            let mut answer = Response::new(Full::new(Bytes::new()));
+            answer
+                .headers_mut()
+                .insert("x-got", HeaderValue::from(body.len()));
+            Ok::<_, Infallible>(answer)
+        });
+        let serving =
+            hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+        drop(serving.await);
+    })
+    .await
+}
+
+#[tokio::test]
+async fn a_body_of_unknown_length_arrives_whatever_the_method() {
+    let world = World::start().await;
+    let host = world.open(3000, measuring().await).await;
+    let mut sender = http2(&world).await;
+    for method in ["GET", "HEAD", "DELETE", "POST"] {
+        let frames = [
+            Ok(Frame::data(Bytes::from("hel"))),
+            Ok(Frame::data(Bytes::from("lo"))),
+        ];
+        let body = StreamBody::new(futures_util::stream::iter(frames)).boxed_unsync();
+        let mut streamed = request(&host, body);
+        *streamed.method_mut() = method.parse().expect("a method");
+        let answer = sender.send_request(streamed).await.expect("an answer");
+        assert_eq!(
+            (answer.status().as_u16(), &answer.headers()["x-got"]),
+            (200, &HeaderValue::from(5)),
+            "{method}"
+        );
+
+        let chunked = format!(
+            "{method} / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n\
+             3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n"
+        );
+        let answer = world.say(chunked.as_bytes()).await;
+        assert_eq!(header(&answer, "x-got"), Some("5"), "{method}: {answer}");
+    }
+}
+
+/// A program of HTTP/2 that tells the names of the trailers it got, and has some of its own.
+async fn trailing() -> std::net::SocketAddr {
+    program(|stream| async move {
+        let service = service_fn(|request: Request<Incoming>| async move {
+            let collected = request.into_body().collect().await.expect("a body");
+            let got = collected.trailers().expect("trailers");
+            let mut names: Vec<String> = got
+                .iter()
+                .map(|(name, value)| format!("{name}={}", value.to_str().expect("text")))
+                .collect();
+            names.sort();
+            let mut trailers = HeaderMap::new();
+            for name in ["grpc-status", "x-sandgate-error", "x-forwarded-for", "alt-svc"] {
+                trailers.insert(name, HeaderValue::from_static("0"));
+            }
+            let frames = [
+                Ok::<_, Infallible>(Frame::data(Bytes::from(names.join(" ")))),
+                Ok(Frame::trailers(trailers)),
+            ];
+            Ok::<_, Infallible>(Response::new(StreamBody::new(futures_util::stream::iter(frames))))
+        });
+        let serving = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+            .serve_connection(TokioIo::new(stream), service);
+        drop(serving.await);
+    })
+    .await
+}
+
+#[tokio::test]
+async fn trailers_say_no_more_than_headers_may() {
+    let world = World::start().await;
+    let host = world
+        .open_as(50051, Ok(trailing().await), TunnelProtocol::H2c, private())
+        .await;
+    let mut trailers = HeaderMap::new();
+    for (name, value) in [
+        ("x-sent", "by the client"),
+        ("x-tunnel-token", TOKEN),
+        ("x-forwarded-for", "198.51.100.7"),
+        ("x-sandgate-user", "root"),
+        ("x-real-ip", "198.51.100.7"),
+        ("forwarded", "for=198.51.100.7"),
+        ("x-request-id", "another"),
+    ] {
+        trailers.insert(name, HeaderValue::from_static(value));
+    }
+    let bearer = HeaderValue::from_str(&format!("Bearer {TOKEN}")).expect("a value");
+    trailers.append("authorization", bearer);
+    trailers.append("authorization", HeaderValue::from_static("Bearer mine"));
+    let frames = [
+        Ok(Frame::data(Bytes::from("message"))),
+        Ok(Frame::trailers(trailers)),
+    ];
+    let body = StreamBody::new(futures_util::stream::iter(frames)).boxed_unsync();
+    let mut call = request(&host, body);
+    call.headers_mut()
+        .insert("x-tunnel-token", HeaderValue::from_static(TOKEN));
+    let answer = http2(&world).await.send_request(call).await.expect("an answer");
+    let collected = answer.into_body().collect().await.expect("a body");
+    let got: Vec<String> = collected
+        .trailers()
+        .expect("trailers")
+        .keys()
+        .map(ToString::to_string)
+        .collect();
+    assert_eq!(got, ["grpc-status"]);
+    assert_eq!(
+        collected.to_bytes(),
+        "authorization=Bearer mine x-sent=by the client"
+    );
+}

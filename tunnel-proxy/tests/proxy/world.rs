@@ -90,6 +90,8 @@ pub(crate) const LIMITS: Limits = Limits {
     idle_timeout: Duration::from_secs(3600),
 };
 
+const INWARD: usize = 1000;
+
 impl World {
     pub(crate) async fn start() -> Self {
         Self::start_with(LIMITS).await
@@ -107,7 +109,7 @@ impl World {
             domain: "localhost".to_owned(),
             scheme: Scheme::Http,
             limits,
-            upstream: Upstream::new(dial, late.clone(), Arc::clone(&metrics)),
+            upstream: Upstream::new(dial, INWARD, late.clone(), Arc::clone(&metrics)),
             tasks: tasks.clone(),
             metrics,
         });
@@ -124,6 +126,11 @@ impl World {
     }
 
     pub(crate) async fn start_with(limits: Limits) -> Self {
+        Self::start_bounded(limits, INWARD).await
+    }
+
+    /// With so many connections to programs at once.
+    pub(crate) async fn start_bounded(limits: Limits, inward: usize) -> Self {
         let tasks = Tasks::new(CancellationToken::new());
         let late = Tasks::new(CancellationToken::new());
         let programs = Arc::new(Programs::default());
@@ -135,6 +142,7 @@ impl World {
             limits,
             upstream: Upstream::new(
                 Arc::clone(&programs) as Arc<dyn Dial>,
+                inward,
                 late.clone(),
                 Arc::clone(&metrics),
             ),
