@@ -12,8 +12,8 @@ use rustix::mount::{UnmountFlags, unmount};
 
 use crate::{app, backend::LocalBackend, config::Config, lifecycle::Cause, store::Store, up::InstanceLock};
 
-/// Takes every sandbox away, then what netd left: the router namespace, and the pins that kept its programs
-/// in the kernel.
+/// Takes every sandbox away, then what netd left: the router namespace, the pins that kept its programs
+/// in the kernel, and the routes of tunnels.
 ///
 /// # Errors
 /// When the instance runs, or something could not be taken away; calling it again goes on.
@@ -37,7 +37,7 @@ pub fn run(config: Config) -> Result<()> {
         unmount(&mount_point, UnmountFlags::DETACH)
             .with_context(|| format!("unmounting {}", mount_point.display()))?;
     }
-    for name in ["netns", "bpf", "netd"] {
+    for name in ["netns", "bpf", "netd", "tunnel-proxy"] {
         let path = config.run_dir.join(name);
         match fs::remove_dir_all(&path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {

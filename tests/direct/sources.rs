@@ -64,6 +64,7 @@ fn walk() -> String {
         "netd-ebpf",
         "sandboxd",
         "tests",
+        "tunnel-proxy",
     ];
     let mut open: Vec<PathBuf> = places.iter().map(PathBuf::from).collect();
     let mut paths = String::new();

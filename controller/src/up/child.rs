@@ -115,9 +115,14 @@ impl Child {
             command.arg("--user").arg(user.to_string());
         }
         command.arg("--").arg(&self.program).args(&self.arguments);
-        let seen = std::env::vars_os().filter(|(name, _)| name.to_str().is_some_and(self.inherits));
+        // An empty variable counts as unset, for every program alike.
+        let seen = std::env::vars_os()
+            .filter(|(name, value)| !value.is_empty() && name.to_str().is_some_and(self.inherits));
         command.env_clear().envs(seen);
-        let given = self.variables.iter().filter(|(name, _)| (self.inherits)(name));
+        let given = self
+            .variables
+            .iter()
+            .filter(|(name, value)| !value.is_empty() && (self.inherits)(name));
         command.envs(given.map(|(name, value)| (*name, value)));
         // Copies that are not closed on exec exist only until the child is there. Nothing else is started
         // meanwhile: this is the only thread.

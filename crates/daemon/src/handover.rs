@@ -86,14 +86,6 @@ impl Channel {
         Ok(Self { socket })
     }
 
-    /// [`inherited`] and [`Channel::from_fd`] in one.
-    ///
-    /// # Errors
-    /// Theirs.
-    pub fn from_environment(variable: &str) -> io::Result<Option<Self>> {
-        inherited(variable)?.map(Self::from_fd).transpose()
-    }
-
     /// Sends one packet. Waits while the peer's queue is full.
     ///
     /// # Errors

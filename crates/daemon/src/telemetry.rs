@@ -27,11 +27,12 @@ pub enum TelemetryError {
 /// # Errors
 /// When an environment variable is malformed, or logging has been started already.
 pub fn init(program: &'static str) -> Result<(), TelemetryError> {
-    let filter = match std::env::var(FILTER_VARIABLE) {
-        Ok(directives) => EnvFilter::try_new(directives).map_err(TelemetryError::Filter)?,
-        Err(_) => EnvFilter::new("info"),
+    let set = |variable| std::env::var(variable).ok().filter(|value| !value.is_empty());
+    let filter = match set(FILTER_VARIABLE) {
+        Some(directives) => EnvFilter::try_new(directives).map_err(TelemetryError::Filter)?,
+        None => EnvFilter::new("info"),
     };
-    let format = std::env::var(FORMAT_VARIABLE).unwrap_or_else(|_| "text".to_owned());
+    let format = set(FORMAT_VARIABLE).unwrap_or_else(|| "text".to_owned());
     let registry = tracing_subscriber::registry().with(filter);
     let started = match format.as_str() {
         "text" => registry

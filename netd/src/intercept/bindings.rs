@@ -81,11 +81,6 @@ impl Bindings {
         self.0.iter().map(host).collect()
     }
 
-    /// Whether any binding is about this port.
-    pub fn concern_port(&self, port: u16) -> bool {
-        self.0.iter().any(|bound| bound.ports.contains(&port))
-    }
-
     /// The bindings for a host, whatever is asked of it.
     pub fn for_host(&self, name: &DomainName, port: u16) -> impl Iterator<Item = &Bound> {
         self.0.iter().filter(move |bound| {

@@ -20,6 +20,7 @@ fn child(directory: &Path, line: &str) -> Child {
         variables: vec![
             ("SANDGATE_TEST_DIRECTORY", directory.display().to_string()),
             ("SANDGATE_TEST_SECRET", "secret".to_owned()),
+            ("SANDGATE_TEST_EMPTY", String::new()),
         ],
         inherits: |name| name != "HOME" && name != "SANDGATE_TEST_SECRET",
         user: None,
@@ -96,7 +97,7 @@ async fn a_child_inherits_what_it_is_given_and_not_what_is_kept() {
     let (kept, given) = (link(&ours), link(&theirs));
     let line = "readlink /proc/self/fd/$SANDGATE_TEST_FD > \"$SANDGATE_TEST_DIRECTORY/fd\"; \
                 ls -l /proc/$$/fd > \"$SANDGATE_TEST_DIRECTORY/all\"; \
-                echo \"[$HOME$SANDGATE_TEST_SECRET]\" > \"$SANDGATE_TEST_DIRECTORY/home\"; exit 64";
+                echo \"[$HOME$SANDGATE_TEST_SECRET${SANDGATE_TEST_EMPTY-unset}]\" > \"$SANDGATE_TEST_DIRECTORY/home\"; exit 64";
     let mut child = child(directory.path(), line);
     child.descriptors.push(("SANDGATE_TEST_FD", theirs));
     child.supervise(&CancellationToken::new()).await;
@@ -108,7 +109,7 @@ async fn a_child_inherits_what_it_is_given_and_not_what_is_kept() {
     };
     assert_eq!(read("fd"), given);
     assert!(!read("all").contains(&kept), "{}", read("all"));
-    assert_eq!(read("home"), "[]");
+    assert_eq!(read("home"), "[unset]");
 }
 
 #[tokio::test]
