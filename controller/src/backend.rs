@@ -89,8 +89,13 @@ pub enum BackendError {
     #[error("{0}")]
     Unusable(String),
     /// The promised disk would not fit, or no address is free. A conflict, not a failure.
-    #[error("no capacity: {0}")]
-    NoCapacity(String),
+    #[error("no capacity: {message}")]
+    NoCapacity {
+        /// What there is too little of.
+        message: String,
+        /// Bytes of disk that are missing; 0 when it is something else.
+        missing: u64,
+    },
     /// There is already a sandbox of that id.
     #[error("{0} already exists")]
     Exists(SandboxId),

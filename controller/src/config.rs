@@ -11,7 +11,7 @@ use ipnet::Ipv4Net;
 use sandgate_daemon::metrics::{InvalidPlace, Place};
 use sandgate_policy::{Platform, PrivateException};
 
-pub use tunnels::{MAX_TUNNELS, Scheme, Tunnels};
+pub use tunnels::{MAX_TUNNELS, MAX_TUNNELS_OF_ORGANIZATION, Scheme, Tunnels};
 
 use crate::{
     metrics::ADDRESS_VARIABLE,

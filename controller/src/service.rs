@@ -154,7 +154,8 @@ impl From<StoreError> for ServiceError {
             Conflict::QuotaReached { .. }
             | Conflict::TooManyKeys { .. }
             | Conflict::TooManySecrets { .. }
-            | Conflict::TooManyTunnels { .. } => Self::Quota(conflict.to_string()),
+            | Conflict::TooManyTunnels { .. }
+            | Conflict::TooManyTunnelsOfOrganization { .. } => Self::Quota(conflict.to_string()),
             Conflict::NoTunnelLeft => Self::Unavailable(conflict.to_string()),
             Conflict::NoSuchSecret { .. } => Self::NotFound("secret of this name".to_owned()),
             Conflict::StaleRevision { current } => Self::Stale { current },

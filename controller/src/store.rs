@@ -122,6 +122,12 @@ pub enum Conflict {
         /// The limit.
         limit: u32,
     },
+    /// The organisation has as many tunnels as it may have.
+    #[error("the organisation has reached its limit of {limit} tunnels")]
+    TooManyTunnelsOfOrganization {
+        /// The limit.
+        limit: u32,
+    },
     /// There are as many tunnels as there can be.
     #[error("there are as many tunnels as this installation can serve")]
     NoTunnelLeft,

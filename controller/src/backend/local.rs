@@ -315,18 +315,21 @@ impl Shared {
         let id = &spec.sandbox_id;
         let record = self.leases.take(id).map_err(|reason| match reason {
             NoLease::Taken => BackendError::Exists(id.clone()),
-            NoLease::Exhausted => BackendError::NoCapacity(format!(
-                "every sandbox address of {} is in use",
-                self.config.sandbox_cidr
-            )),
+            NoLease::Exhausted => BackendError::NoCapacity {
+                message: format!("every sandbox address of {} is in use", self.config.sandbox_cidr),
+                missing: 0,
+            },
         })?;
         let promised = self.budget.promise(&self.layout, id.as_str(), spec.disk_bytes);
         let refusal = match promised {
             Ok(Ok(())) => return Ok(record),
-            Ok(Err(overdrawn)) => BackendError::NoCapacity(format!(
-                "a disk of {} bytes is wanted and {} are left to promise",
-                overdrawn.wanted, overdrawn.left
-            )),
+            Ok(Err(overdrawn)) => BackendError::NoCapacity {
+                message: format!(
+                    "a disk of {} bytes is wanted and {} are left to promise",
+                    overdrawn.wanted, overdrawn.left
+                ),
+                missing: overdrawn.wanted.saturating_sub(overdrawn.left),
+            },
             Err(error) => failed("asking for free disk space", error),
         };
         self.leases.release(id);

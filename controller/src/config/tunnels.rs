@@ -18,6 +18,9 @@ const USERS: std::ops::RangeInclusive<u64> = 1..=999_999;
 /// its restarts ([`sandgate_daemon::keep::MAX_SOCKETS`]).
 pub const MAX_TUNNELS: u32 = 1_000;
 
+/// Open tunnels of one organisation, so that none takes them all; more if one sandbox alone may have more.
+pub const MAX_TUNNELS_OF_ORGANIZATION: u32 = 100;
+
 /// How tunnels are served.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tunnels {

@@ -126,6 +126,7 @@ impl World {
         };
         let limits = TunnelLimits {
             of_sandbox: 9,
+            of_organization: 9,
             in_all: 9,
         };
         let revision = self.store.open_tunnel(&tunnel, limits).await.expect("opened");

@@ -82,6 +82,23 @@ pub(super) struct Keeper {
 }
 
 impl Keeper {
+    /// One without a task: what it is asked for, and what can be seen of it, are the test's.
+    #[cfg(test)]
+    pub(super) fn without_task(state: State) -> (Self, mpsc::Receiver<Cause>, watch::Sender<Progress>) {
+        let (ends, ending) = mpsc::channel(1);
+        let (sender, progress) = watch::channel(Progress {
+            state,
+            failure: None,
+            breakdown: StartupBreakdown::default(),
+        });
+        let keeper = Self {
+            ends,
+            progress,
+            released: CancellationToken::new(),
+        };
+        (keeper, ending, sender)
+    }
+
     /// Asks for the end. The first cause counts.
     pub(super) fn end(&self, cause: Cause) -> watch::Receiver<Progress> {
         // Full or closed: an end is under way already.
@@ -383,9 +400,14 @@ impl Work {
                 Err(error) => error,
             };
             // What nobody has asked for makes room for what somebody has.
-            let is_full = matches!(error, BackendError::NoCapacity(_));
             let is_owned = matches!(self.subject, Subject::Owned(_));
-            if !(is_full && is_owned && self.shared.pool.make_room().await) {
+            let has_room = match &error {
+                BackendError::NoCapacity { missing, .. } if is_owned => {
+                    self.shared.pool.make_room(*missing).await
+                }
+                _ => false,
+            };
+            if !has_room {
                 return self.backend_failed("prepare", &error);
             }
         }
@@ -589,7 +611,7 @@ impl Work {
 
     fn backend_failed(&self, step: &'static str, error: &BackendError) -> Outcome {
         match error {
-            BackendError::NoCapacity(message) => {
+            BackendError::NoCapacity { message, .. } => {
                 tracing::warn!(sandbox_id = %self.id(), message, "no capacity for a sandbox");
                 failed(Failure::NoCapacity(message.clone()))
             }

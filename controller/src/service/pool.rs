@@ -154,13 +154,21 @@ impl Pool {
         }
     }
 
-    /// Takes a member away for a sandbox that somebody asked for and that finds no room. False when there is none.
-    pub(super) async fn make_room(&self) -> bool {
+    /// Takes a member away for a sandbox that somebody asked for and that finds no room: so many bytes of disk are
+    /// missing, or something else that every member holds one of. False when there is none, or when all of them
+    /// together hold too little: whoever asks for more than there is takes nothing away from others.
+    pub(super) async fn make_room(&self, missing: u64) -> bool {
         let ending = {
             let mut state = self.lock();
             // The youngest has had the least use.
-            let free = state.members.values().filter(|member| !member.taken);
-            let youngest = free.max_by_key(|member| member.record.created_at);
+            let free = || state.members.values().filter(|member| !member.taken);
+            let held = free().fold(0_u64, |held, member| {
+                held.saturating_add(member.record.spec.disk.bytes())
+            });
+            if missing > held {
+                return false;
+            }
+            let youngest = free().max_by_key(|member| member.record.created_at);
             let ending = youngest.map(|member| {
                 tracing::info!(sandbox_id = %member.record.id, "a sandbox of the pool makes room");
                 member.keeper.end(Cause::Retired)
@@ -407,11 +415,58 @@ impl Service {
 
 #[cfg(test)]
 mod tests {
+    use tokio::sync::mpsc;
+
     use super::*;
     use crate::{
         config::{Config, Settings},
         spec::Size,
+        store::AuthorityRecord,
     };
+
+    /// A pool with a member that runs and holds a disk of a gibibyte, and what its keeper is asked for.
+    fn pool_of_one() -> (Pool, SandboxId, mpsc::Receiver<Cause>, watch::Sender<Progress>) {
+        let config = Config::new(&Settings::default()).expect("defaults");
+        let pool = Pool::new(PoolConfig {
+            enabled: true,
+            size: 1,
+        });
+        let mut spec = default_spec(&config.sandbox);
+        spec.disk = Size::disk("1Gi").expect("disk");
+        let record = PoolRecord {
+            id: SandboxId::random(),
+            status: PoolStatus::Ready,
+            spec,
+            build: "1".to_owned(),
+            created_at: Timestamp::now(),
+            authority: AuthorityRecord {
+                generation: 1,
+                certificate: "PEM".to_owned(),
+            },
+        };
+        let id = record.id.clone();
+        let (keeper, ending, progress) = Keeper::without_task(State::Running);
+        pool.insert(record, keeper);
+        (pool, id, ending, progress)
+    }
+
+    #[tokio::test]
+    async fn who_asks_for_more_than_members_hold_takes_none_of_them() {
+        let (pool, id, mut ending, progress) = pool_of_one();
+        assert!(!pool.make_room((1 << 30) + 1).await);
+        assert!(ending.try_recv().is_err(), "it was left alone");
+
+        let (has_room, cause) = tokio::join!(pool.make_room(1 << 30), async {
+            let cause = ending.recv().await;
+            progress.send_modify(|progress| progress.state = State::Ended(Cause::Retired));
+            cause
+        });
+        assert!(has_room);
+        assert_eq!(cause, Some(Cause::Retired));
+
+        pool.remove(&id);
+        assert!(!pool.make_room(0).await, "none is left");
+    }
 
     #[test]
     fn only_who_asks_for_what_is_there_gets_it() {

@@ -16,7 +16,7 @@ use tokio::sync::oneshot;
 
 use super::{Service, ServiceError};
 use crate::{
-    config::{MAX_TUNNELS, Tunnels},
+    config::{MAX_TUNNELS, MAX_TUNNELS_OF_ORGANIZATION, Tunnels},
     ingress::Serving,
     node::Enforcement,
     store::{TunnelLimits, TunnelRecord},
@@ -114,8 +114,10 @@ impl Service {
     }
 
     async fn store_and_serve(&self, record: TunnelRecord) -> Result<TunnelRecord, ServiceError> {
+        let of_sandbox = self.shared.config.tunnels.max_per_sandbox;
         let limits = TunnelLimits {
-            of_sandbox: self.shared.config.tunnels.max_per_sandbox,
+            of_sandbox,
+            of_organization: of_sandbox.max(MAX_TUNNELS_OF_ORGANIZATION),
             in_all: MAX_TUNNELS,
         };
         let revision = self.shared.store.open_tunnel(&record, limits).await?;
@@ -190,10 +192,12 @@ impl Service {
             .collect())
     }
 
-    /// Closes a tunnel, of this sandbox if one is named, and waits until its connections are cut.
+    /// Closes a tunnel, of this sandbox if one is named, and waits until its connections are cut. That is for
+    /// tunnel-proxy to say: to the node, the port stays open as long as another tunnel leads to it.
     ///
     /// # Errors
-    /// No such sandbox or tunnel.
+    /// No such sandbox or tunnel; [`ServiceError::Unavailable`] when the cut was not heard of in time: the tunnel
+    /// is closed then, and closing it again waits for the cut again.
     pub async fn close_tunnel(
         &self,
         org_id: &OrgId,
@@ -203,14 +207,24 @@ impl Service {
         let missing = || ServiceError::NotFound(format!("tunnel {id}"));
         if let Some(sandbox_id) = of {
             self.record(org_id, sandbox_id).await?;
-            let tunnel = self.shared.store.tunnel(org_id, id).await?.ok_or_else(missing)?;
-            if tunnel.sandbox_id != *sandbox_id {
+            let tunnel = self.shared.store.tunnel(org_id, id).await?;
+            let led_to = match tunnel {
+                Some(tunnel) => Some(tunnel.sandbox_id),
+                None => self.not_yet_cut(org_id, id).await?.map(|(_, led_to)| led_to),
+            };
+            if led_to.as_ref() != Some(sandbox_id) {
                 return Err(missing());
             }
         }
-        let closed = self.shared.store.close_tunnel(org_id, id).await?;
-        let (revision, sandbox_id) = closed.ok_or_else(missing)?;
-        tracing::info!(target: "audit", org_id = %org_id, sandbox_id = %sandbox_id, tunnel_id = %id, "tunnel closed");
+        let (revision, sandbox_id) = match self.shared.store.close_tunnel(org_id, id).await? {
+            Some(closed) => {
+                tracing::info!(
+                    target: "audit", org_id = %org_id, sandbox_id = %closed.1, tunnel_id = %id, "tunnel closed"
+                );
+                closed
+            }
+            None => self.not_yet_cut(org_id, id).await?.ok_or_else(missing)?,
+        };
         let concerns = [sandbox_id];
         let (enforced, served) = tokio::join!(
             self.shared.node.enforced(revision, &concerns, APPLY_TIMEOUT),
@@ -223,7 +237,24 @@ impl Service {
             );
         }
         self.shared.proxy.forget(id);
+        if served == Serving::Pending {
+            return Err(ServiceError::Unavailable(
+                "the tunnel is closed, but tunnel-proxy did not say in time that its connections are cut"
+                    .to_owned(),
+            ));
+        }
         Ok(())
+    }
+
+    /// A tunnel that is closed, and of which tunnel-proxy has not said that it is cut.
+    async fn not_yet_cut(
+        &self,
+        org_id: &OrgId,
+        id: &TunnelId,
+    ) -> Result<Option<(Revision, SandboxId)>, ServiceError> {
+        let closed = self.shared.store.closed_tunnel(org_id, id).await?;
+        let acknowledged = self.shared.proxy.state().acknowledged;
+        Ok(closed.filter(|(revision, _)| *revision > acknowledged))
     }
 
     /// Takes expired tunnels away, until the controller drains.

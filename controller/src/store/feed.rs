@@ -31,18 +31,17 @@ pub struct FeedChange {
 }
 
 impl Store {
-    /// Makes the position if this is a new database. It starts at the clock, so that a node that followed
-    /// an earlier database of the same machine is never thought to be up to date.
+    /// Begins a history. It starts at the clock and after all that is stored, so that whoever followed an
+    /// earlier one gets a snapshot: that could have been of another database of the same machine, or have had
+    /// commits that the machine lost with its power, whose numbers must not be given to others.
     pub(super) async fn open_feed(&self) -> Result<Revision, StoreError> {
-        let start = millis(Timestamp::now());
-        sqlx::query("INSERT INTO feed (one, revision, horizon) VALUES (1, ?, ?) ON CONFLICT DO NOTHING")
-            .bind(start)
-            .bind(start)
-            .execute(&self.writer)
-            .await?;
-        let revision: i64 = sqlx::query_scalar("SELECT revision FROM feed")
-            .fetch_one(&self.writer)
-            .await?;
+        let revision: i64 = sqlx::query_scalar(
+            "INSERT INTO feed (one, revision, horizon) VALUES (1, ?1, ?1) ON CONFLICT DO UPDATE SET \
+             revision = max(revision + 1, ?1), horizon = max(revision + 1, ?1) RETURNING revision",
+        )
+        .bind(millis(Timestamp::now()))
+        .fetch_one(&self.writer)
+        .await?;
         to_revision(revision)
     }
 

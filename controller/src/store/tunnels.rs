@@ -14,7 +14,7 @@ use sqlx::{Row as _, Sqlite, SqliteConnection, Transaction, sqlite::SqliteRow};
 use super::{
     Conflict, Store, StoreError,
     feed::{next_revision, position},
-    millis, parse, timestamp, to_stored,
+    millis, parse, timestamp, to_revision, to_stored,
 };
 
 /// How long the URL of an expired tunnel says so.
@@ -55,6 +55,8 @@ pub struct TunnelRecord {
 pub struct TunnelLimits {
     /// Open ones of one sandbox.
     pub of_sandbox: u32,
+    /// Open ones of one organisation.
+    pub of_organization: u32,
     /// In all, with those that have expired and still say so: these give way.
     pub in_all: u32,
 }
@@ -73,7 +75,7 @@ impl Store {
     ///
     /// # Errors
     /// [`Conflict::WrongState`] when the sandbox does not run; [`Conflict::TooManyTunnels`];
-    /// [`Conflict::NoTunnelLeft`].
+    /// [`Conflict::TooManyTunnelsOfOrganization`]; [`Conflict::NoTunnelLeft`].
     pub async fn open_tunnel(
         &self,
         tunnel: &TunnelRecord,
@@ -100,6 +102,18 @@ impl Store {
         if open >= i64::from(limits.of_sandbox) {
             return Err(Conflict::TooManyTunnels {
                 limit: limits.of_sandbox,
+            }
+            .into());
+        }
+        let open: i64 =
+            sqlx::query_scalar("SELECT count(*) FROM tunnels WHERE org_id = ? AND expires_at > ?")
+                .bind(tunnel.org_id.as_str())
+                .bind(millis(tunnel.created_at))
+                .fetch_one(&mut *transaction)
+                .await?;
+        if open >= i64::from(limits.of_organization) {
+            return Err(Conflict::TooManyTunnelsOfOrganization {
+                limit: limits.of_organization,
             }
             .into());
         }
@@ -148,6 +162,28 @@ impl Store {
         revise_sandbox(&mut transaction, &sandbox_id, revision).await?;
         self.commit_revision(transaction, revision).await?;
         Ok(Some((revision, sandbox_id)))
+    }
+
+    /// A tunnel that the organisation had, as long as its removal is remembered: the revision that says so, and
+    /// where it led.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn closed_tunnel(
+        &self,
+        org_id: &OrgId,
+        id: &TunnelId,
+    ) -> Result<Option<(Revision, SandboxId)>, StoreError> {
+        let closed: Option<(i64, String)> = sqlx::query_as(
+            "SELECT revision, sandbox_id FROM tunnel_removals WHERE tunnel_id = ? AND org_id = ?",
+        )
+        .bind(id.as_str())
+        .bind(org_id.as_str())
+        .fetch_optional(&self.readers)
+        .await?;
+        closed
+            .map(|(revision, sandbox_id)| Ok((to_revision(revision)?, parse("sandbox id", &sandbox_id)?)))
+            .transpose()
     }
 
     /// The tunnel, if the organisation has it.
@@ -349,13 +385,16 @@ async fn remove(
     revision: Revision,
 ) -> Result<(), StoreError> {
     for id in ids {
+        sqlx::query(
+            "INSERT OR REPLACE INTO tunnel_removals (tunnel_id, revision, org_id, sandbox_id) \
+             SELECT id, ?, org_id, sandbox_id FROM tunnels WHERE id = ?",
+        )
+        .bind(to_stored(revision))
+        .bind(id)
+        .execute(&mut **transaction)
+        .await?;
         sqlx::query("DELETE FROM tunnels WHERE id = ?")
             .bind(id)
-            .execute(&mut **transaction)
-            .await?;
-        sqlx::query("INSERT OR REPLACE INTO tunnel_removals (tunnel_id, revision) VALUES (?, ?)")
-            .bind(id)
-            .bind(to_stored(revision))
             .execute(&mut **transaction)
             .await?;
     }

@@ -195,7 +195,10 @@ async fn promises_that_would_not_fit_are_refused_and_leave_nothing() {
             ..world.spec()
         })
         .await;
-    assert!(matches!(second, Err(BackendError::NoCapacity(_))), "{second:?}");
+    assert!(
+        matches!(second, Err(BackendError::NoCapacity { missing: 1.., .. })),
+        "{second:?}"
+    );
     assert_eq!(world.backend.inventory().await.unwrap().len(), 1);
     world.backend.destroy(&most.sandbox_id).await.unwrap();
     let third = world.spec();

@@ -211,6 +211,42 @@ async fn without_tunnel_proxy_nothing_is_left_open() {
 }
 
 #[tokio::test]
+async fn closing_says_so_when_nobody_has_cut_and_can_be_asked_again() {
+    let world = world().await;
+    let owner = world.tenant("a@b").await;
+    let stranger = world.tenant("c@d").await;
+    let id = world.stored_sandbox(&owner).await;
+    let path = format!("/sandbox/{id}/tunnels");
+    let mut both = Both::new(&world).await;
+    let opened = both
+        .answering(world.call(&owner, "POST", &path, &json!({"port": 3000})))
+        .await;
+    let tunnel = opened.body["tunnel_id"].as_str().expect("an id").to_owned();
+    let (short, long) = (format!("/tunnels/{tunnel}"), format!("{path}/{tunnel}"));
+
+    // Nobody answers; the second time it is no longer in the list.
+    let (first, second) = tokio::join!(world.call(&owner, "DELETE", &short, &Value::Null), async {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let listed = world.call(&owner, "GET", &path, &Value::Null).await;
+        assert_eq!(listed.body, json!({"tunnels": []}));
+        world.call(&owner, "DELETE", &long, &Value::Null).await
+    });
+    assert_eq!(first.refusal(), (503, "UNAVAILABLE", None));
+    assert_eq!(second.refusal(), (503, "UNAVAILABLE", None));
+    let asked = world.call(&stranger, "DELETE", &short, &Value::Null).await;
+    assert_eq!(asked.refusal(), (404, "NOT_FOUND", None));
+
+    let closed = both
+        .answering(world.call(&owner, "DELETE", &long, &Value::Null))
+        .await;
+    assert_eq!(closed.body, json!({"success": true}));
+    for path in [short, long] {
+        let again = world.call(&owner, "DELETE", &path, &Value::Null).await;
+        assert_eq!(again.refusal(), (404, "NOT_FOUND", None), "it is cut");
+    }
+}
+
+#[tokio::test]
 async fn another_organisations_tunnels_do_not_exist() {
     let world = world().await;
     let owner = world.tenant("a@b").await;

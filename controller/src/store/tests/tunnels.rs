@@ -10,6 +10,7 @@ use crate::store::{EXPIRED_SHOWN, TunnelLimits, TunnelRecord};
 
 const LIMITS: TunnelLimits = TunnelLimits {
     of_sandbox: 2,
+    of_organization: 8,
     in_all: 4,
 };
 
@@ -92,6 +93,7 @@ async fn opening_and_closing_are_told_to_both_in_one_revision() {
     assert_eq!(close(&first).await.1, id);
     assert_eq!(ports(&world, None).await, [[3000]]);
     let (revision, _) = close(&second).await;
+    let second_id = second.id.clone();
     assert_eq!(ports(&world, Some(revision - 1)).await, [[0_u16; 0]]);
     let change = world.store.tunnels_since(Some(opened)).await.expect("a change");
     assert_eq!(
@@ -104,6 +106,10 @@ async fn opening_and_closing_are_told_to_both_in_one_revision() {
     );
     let again = world.store.close_tunnel(&world.org, &first.id).await;
     assert_eq!(again.expect("asked"), None);
+    let closed = async |org: &OrgId| world.store.closed_tunnel(org, &second_id).await.expect("asked");
+    assert_eq!(closed(&world.org).await, Some((revision, id)));
+    let stranger = organization(&world.store, "second@example.org").await;
+    assert_eq!(closed(&stranger).await, None);
 }
 
 #[tokio::test]
@@ -205,6 +211,46 @@ async fn there_are_limits_and_expired_ones_give_way() {
 }
 
 #[tokio::test]
+async fn one_organisation_leaves_tunnels_to_others() {
+    let world = world().await;
+    let limits = TunnelLimits {
+        of_organization: 2,
+        ..LIMITS
+    };
+    let try_open = async |tunnel: &TunnelRecord| world.store.open_tunnel(tunnel, limits).await;
+    let (one, other) = (running(&world, 1).await, running(&world, 2).await);
+    let expired = TunnelRecord {
+        created_at: now() - SignedDuration::from_secs(9),
+        expires_at: now() - SignedDuration::from_secs(1),
+        ..tunnel(&world.org, &one, 1, 0)
+    };
+    let first = tunnel(&world.org, &one, 2, 60);
+    for record in [&expired, &first, &tunnel(&world.org, &other, 3, 60)] {
+        try_open(record).await.expect("opened");
+    }
+    let third = tunnel(&world.org, &other, 4, 60);
+    assert!(matches!(
+        try_open(&third).await,
+        Err(StoreError::Conflict(Conflict::TooManyTunnelsOfOrganization {
+            limit: 2
+        }))
+    ));
+
+    let stranger = organization(&world.store, "second@example.org").await;
+    let theirs = new_sandbox(&stranger, None);
+    let theirs = world.store.insert_sandbox(&theirs, 9).await.expect("inserted").id;
+    world
+        .store
+        .announce(&theirs, &endpoint(3))
+        .await
+        .expect("announced");
+    world.store.mark_running(&theirs).await.expect("running");
+    try_open(&tunnel(&stranger, &theirs, 5, 60))
+        .await
+        .expect("others are not concerned");
+}
+
+#[tokio::test]
 async fn an_expired_tunnel_loses_its_port_and_says_so_for_an_hour() {
     let world = world().await;
     let id = running(&world, 1).await;
@@ -258,8 +304,18 @@ async fn tunnels_and_their_ports_are_there_after_a_restart() {
             ..own
         }
     );
-    assert_eq!(
-        store.tunnels_since(None).await.expect("a change").revision,
-        revision
+    // The last history may have had more than this store knows of.
+    let routes = store.tunnels_since(Some(revision)).await.expect("a change");
+    assert!(matches!(routes.frame, TunnelFrame::Snapshot { .. }), "{routes:?}");
+    assert!(routes.revision > revision);
+    let sandboxes = store.feed_since(Some(revision)).await.expect("a change");
+    assert!(
+        matches!(sandboxes.frame, FeedFrame::Snapshot { .. }),
+        "{sandboxes:?}"
     );
+    let current = store
+        .tunnels_since(Some(routes.revision))
+        .await
+        .expect("a change");
+    assert!(matches!(current.frame, TunnelFrame::Delta { .. }), "{current:?}");
 }
