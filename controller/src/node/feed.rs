@@ -1,6 +1,6 @@
 //! The feed server: HTTP/1.1 on sockets that netd passed in.
 
-use std::{convert::Infallible, io, sync::atomic::Ordering, time::Duration};
+use std::{convert::Infallible, sync::atomic::Ordering, time::Duration};
 
 use axum::{
     Router,
@@ -220,9 +220,5 @@ fn failed(error: &StoreError) -> Response {
         error = error as &dyn std::error::Error,
         "audit records cannot be stored"
     );
-    (
-        StatusCode::SERVICE_UNAVAILABLE,
-        io::Error::other("the store failed").to_string(),
-    )
-        .into_response()
+    (StatusCode::SERVICE_UNAVAILABLE, "the store failed").into_response()
 }

@@ -210,13 +210,16 @@ impl Enforcer {
                     &[]
                 };
                 let opened = open_ports(&self.datapath, &sandbox, ports).await;
-                self.sandboxes.insert(sandbox);
+                self.sandboxes.insert(Arc::clone(&sandbox));
                 match broken.map_or(opened, Err) {
                     Ok(()) => {
                         tracing::info!(sandbox_id = %id, interface = wanted.endpoint.interface, "enforced");
                         self.succeeded(wanted);
                     }
-                    Err(error) => self.fail(id, &error),
+                    Err(error) => {
+                        self.deny(&sandbox, &wanted).await;
+                        self.fail(id, &error);
+                    }
                 }
             }
             Err(error) => self.fail(id, &error),
@@ -250,18 +253,23 @@ impl Enforcer {
                 self.succeeded(wanted);
             }
             Err(error) => {
-                // Whatever is half done: nothing may pass.
-                if let Ok(nothing) = Rules::nothing(&self.platform, wanted.org_id.clone())
-                    && let Err(error) = self.replace(&sandbox, nothing).await
-                {
-                    tracing::error!(sandbox_id = %id, %error, "cannot deny a sandbox in whole");
-                }
-                if let Err(error) = open_ports(&self.datapath, &sandbox, &[]).await {
-                    tracing::error!(sandbox_id = %id, %error, "cannot close a sandbox's tunnels");
-                }
+                self.deny(&sandbox, &wanted).await;
                 self.actual.remove(&id);
                 self.fail(id, &error);
             }
+        }
+    }
+
+    /// Whatever is half done: nothing may pass, as the controller is told.
+    async fn deny(&self, sandbox: &Arc<Sandbox>, wanted: &FeedSandbox) {
+        let id = &wanted.sandbox_id;
+        if let Ok(nothing) = Rules::nothing(&self.platform, wanted.org_id.clone())
+            && let Err(error) = self.replace(sandbox, nothing).await
+        {
+            tracing::error!(sandbox_id = %id, %error, "cannot deny a sandbox in whole");
+        }
+        if let Err(error) = open_ports(&self.datapath, sandbox, &[]).await {
+            tracing::error!(sandbox_id = %id, %error, "cannot close a sandbox's tunnels");
         }
     }
 
@@ -279,6 +287,7 @@ impl Enforcer {
                 self.succeeded(wanted);
             }
             Err(error) => {
+                self.deny(&sandbox, &wanted).await;
                 self.actual.remove(&id);
                 self.fail(id, &error);
             }
