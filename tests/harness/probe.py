@@ -5,6 +5,7 @@
 
 The test judges by what the outside world saw; these outcomes only tell what a client would feel.
 """
+import contextlib
 import errno
 import json
 import os
@@ -91,32 +92,50 @@ def tls(attempt, result):
         context.set_alpn_protocols(["http/1.1"] + [f"protocol-{number:06}" for number in range(attempt["bloat"])])
     request = f"GET {attempt.get('path', '/')} HTTP/1.1\r\nHost: {attempt['host']}\r\nConnection: close\r\n\r\n"
     with open_tcp(attempt, result) as stream:
-        if "crumbs" in attempt:
-            stream = crumble(stream, attempt["crumbs"])
-        with context.wrap_socket(stream, server_hostname=attempt["sni"]) as secured:
+        carrier = Crumbled(stream, attempt["crumbs"]) if "crumbs" in attempt else contextlib.nullcontext(stream)
+        with carrier as carried, context.wrap_socket(carried, server_hostname=attempt["sni"]) as secured:
             exchange(secured, request.encode(), result)
 
 
-def crumble(stream, size):
-    """A socket whose bytes reach `stream` in crumbs of `size`: TLS on one end of a pair, a pump on the other."""
-    near, far = socket.socketpair()
-    near.settimeout(TIMEOUT)
-    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+class Crumbled:
+    """A socket whose bytes reach `stream` in crumbs of `size`: TLS on one end of a pair, a pump on the other.
 
-    def up():
-        while data := far.recv(65536):
-            for at in range(0, len(data), size):
-                stream.sendall(data[at : at + size])
-                time.sleep(0.005)
+    Its threads have ended when it is left: one that still writes to stderr while the interpreter goes down
+    makes that abort."""
 
-    def down():
-        while data := stream.recv(65536):
-            far.sendall(data)
-        far.shutdown(socket.SHUT_WR)
+    def __init__(self, stream, size):
+        self.stream, self.size = stream, size
+        self.near, self.far = socket.socketpair()
+        self.near.settimeout(TIMEOUT)
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.pumps = [threading.Thread(target=pump) for pump in (self.up, self.down)]
 
-    for pump in (up, down):
-        threading.Thread(target=pump, daemon=True).start()
-    return near
+    def __enter__(self):
+        for pump in self.pumps:
+            pump.start()
+        return self.near
+
+    def __exit__(self, *_error):
+        for end in (self.near, self.far, self.stream):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        for pump in self.pumps:
+            pump.join()
+        self.near.close()
+        self.far.close()
+
+    def up(self):
+        with contextlib.suppress(OSError):
+            while data := self.far.recv(65536):
+                for at in range(0, len(data), self.size):
+                    self.stream.sendall(data[at : at + self.size])
+                    time.sleep(0.005)
+
+    def down(self):
+        with contextlib.suppress(OSError):
+            while data := self.stream.recv(65536):
+                self.far.sendall(data)
+            self.far.shutdown(socket.SHUT_WR)
 
 
 def udp(attempt, result):
