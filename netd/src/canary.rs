@@ -12,7 +12,7 @@ use std::{
 };
 
 use ipnet::Ipv4Net;
-use sandgate_policy::{KernelAction, KernelTable, PortRange, PrefixEntry};
+use sandgate_policy::{KernelAction, KernelTable, PortRange, PrefixEntry, Protocol};
 
 use self::endpoint::{Throwaway, ThrowawayError};
 use crate::kernel::{Datapath, DatapathError};
@@ -100,13 +100,14 @@ pub fn fly(datapath: &Datapath, sandbox_cidr: Ipv4Net, greeting: &Greeting) -> R
 
 fn table() -> KernelTable {
     let range = PortRange {
+        protocol: Protocol::Tcp,
         first: REDIRECTED,
         last: REDIRECTED,
         action: KernelAction::Proxy,
     };
     KernelTable {
         entries: vec![PrefixEntry {
-            prefix: Ipv4Net::default(),
+            prefix: Ipv4Net::default().into(),
             ranges: vec![range],
         }],
     }

@@ -126,6 +126,7 @@ pub async fn acknowledge(
                 revision: enforced.revision,
                 ready: readiness.is_ok(),
                 not_ready_reason: readiness.err(),
+                kernel_pass: false,
                 errors: enforced.errors,
             })
         };

@@ -168,6 +168,7 @@ mod tests {
                 ifindex: u32::from(place) + 1,
                 interface: format!("sg{place}"),
                 address: Ipv4Addr::new(10, 213, 0, place),
+                address6: None,
                 mac: [2, 0, 0, 0, 0, place],
                 agent_port: 1024,
             },

@@ -22,7 +22,7 @@ use nix::{
 };
 use sandgate_api::feed::Endpoint;
 use sandgate_policy::{
-    KernelAction, KernelTable, Platform, PortRange, PrefixEntry, PrivateException, Reason,
+    KernelAction, KernelTable, Platform, PortRange, PrefixEntry, PrivateException, Protocol, Reason,
 };
 
 /// Whether the tests can run. Says so when they cannot, and fails when they must.
@@ -178,6 +178,7 @@ impl Sandbox {
                 ifindex,
                 interface,
                 address,
+                address6: None,
                 mac,
                 agent_port: 7000,
             },
@@ -300,7 +301,12 @@ pub(crate) fn table(entries: &[Entry<'_>]) -> KernelTable {
             prefix: prefix.parse().expect("a prefix"),
             ranges: ranges
                 .iter()
-                .map(|&(first, last, action)| PortRange { first, last, action })
+                .map(|&(first, last, action)| PortRange {
+                    protocol: Protocol::Tcp,
+                    first,
+                    last,
+                    action,
+                })
                 .collect(),
         })
         .collect();

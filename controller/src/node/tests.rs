@@ -113,6 +113,7 @@ impl World {
             ifindex: 7,
             interface: "sg7".to_owned(),
             address: std::net::Ipv4Addr::new(10, 213, 0, 7),
+            address6: None,
             mac: [2, 83, 71, 1, 0, 7],
             agent_port: 9111,
         };
@@ -169,6 +170,7 @@ impl World {
             revision,
             ready: true,
             not_ready_reason: None,
+            kernel_pass: false,
             errors,
         };
         assert_eq!(self.post("/feed/ack", &ack).await, 200);

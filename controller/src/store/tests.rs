@@ -103,6 +103,7 @@ fn endpoint(last: u8) -> Endpoint {
         ifindex: u32::from(last),
         interface: format!("sg{last}"),
         address: std::net::Ipv4Addr::new(10, 213, 0, last),
+        address6: None,
         mac: [2, 83, 71, 1, 0, last],
         agent_port: 9111,
     }

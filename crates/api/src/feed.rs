@@ -6,7 +6,7 @@
 //! `POST /feed/audit` delivers [`AuditBatch`]es; for leases see [`crate::credential`]. Acknowledged
 //! means: kernel maps written, DNS and proxy tables swapped, forbidden flows cut.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use sandgate_policy::Policy;
 use serde::{Deserialize, Serialize};
@@ -86,6 +86,9 @@ pub struct Endpoint {
     pub interface: String,
     /// The only source address this interface may use.
     pub address: Ipv4Addr,
+    /// The only IPv6 source address it may use: a unique local one (RFC 4193). `None`: every IPv6 frame is dropped.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address6: Option<Ipv6Addr>,
     /// Ethernet address of the sandbox's end, six bytes.
     pub mac: [u8; 6],
     /// TCP port on which `sandboxd` listens inside.
@@ -126,6 +129,9 @@ pub struct FeedAck {
     /// Why not, when `ready` is false.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub not_ready_reason: Option<String>,
+    /// Whether packets may leave this node without passing through netd, which rules for UDP need.
+    #[serde(default)]
+    pub kernel_pass: bool,
     /// Sandboxes that could not be enforced as asked; they are denied everything.
     #[serde(default)]
     pub errors: Vec<FeedError>,

@@ -324,7 +324,7 @@ impl SandboxPolicy {
         kernel::reading(strictest, self.read.contains(to.port()))
     }
 
-    /// The table for the kernel: TCP over IPv4, without the platform's ranges.
+    /// The table for the kernel, without the platform's ranges.
     pub fn kernel_table(&self) -> KernelTable {
         self.table.clone()
     }

@@ -3,18 +3,20 @@
 //! Ordered rules and a longest-prefix look-up agree because every prefix that any rule mentions has an entry of its own,
 //! which holds the answer of the whole list for the addresses that no longer prefix covers.
 
-use std::{collections::BTreeSet, net::Ipv4Addr};
+use std::{collections::BTreeSet, net::IpAddr};
 
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-use crate::{document::Policy, error::PolicyError, ports::PortSet, reason::Reason, tier::Tier};
+use crate::{
+    decide::Protocol, document::Policy, error::PolicyError, ports::PortSet, reason::Reason, tier::Tier,
+};
 
 /// Port ranges of one prefix.
 pub const MAX_RANGES: usize = 16;
 /// Prefixes of one sandbox.
 pub const MAX_PREFIXES: usize = 512;
 
-/// What the kernel does with a TCP packet.
+/// What the kernel does with a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KernelAction {
     /// Refuses it: no name could change that.
@@ -26,12 +28,15 @@ pub enum KernelAction {
     /// The same, and nothing is allowed unless the address is pinned by DNS for this sandbox; refused with
     /// [`Reason::AddressNotBound`] otherwise.
     ProxyBound,
+    /// Forwarded without a look inside, and recorded as a denial with this reason that was not carried out: only
+    /// tiers in audit mode deny it. Of TCP userland records such, so this stands for UDP alone.
+    Audit(Reason),
 }
 
-/// The table of one sandbox, for TCP over IPv4. The platform's denied ranges are not in it: they come before it.
+/// The table of one sandbox, for TCP and UDP. The platform's denied ranges are not in it: they come before it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KernelTable {
-    /// Ordered by prefix, each once. Always one for 0.0.0.0/0; at most [`MAX_PREFIXES`].
+    /// Ordered by prefix, each once. Always one for 0.0.0.0/0 and one for ::/0; at most [`MAX_PREFIXES`].
     pub entries: Vec<PrefixEntry>,
 }
 
@@ -39,14 +44,17 @@ pub struct KernelTable {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PrefixEntry {
     /// The prefix.
-    pub prefix: Ipv4Net,
-    /// Ordered, disjoint, at most [`MAX_RANGES`]. What lies between is denied with [`Reason::DefaultDeny`].
+    pub prefix: IpNet,
+    /// Ordered by protocol and port, disjoint, at most [`MAX_RANGES`]. What lies between is denied: TCP with
+    /// [`Reason::DefaultDeny`], UDP with [`Reason::ProtocolDenied`].
     pub ranges: Vec<PortRange>,
 }
 
 /// The action for some ports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PortRange {
+    /// Whose ports.
+    pub protocol: Protocol,
     /// The first port.
     pub first: u16,
     /// The last port, inclusive.
@@ -57,7 +65,7 @@ pub struct PortRange {
 
 impl KernelTable {
     /// Looks up as the kernel does.
-    pub fn lookup(&self, address: Ipv4Addr, port: u16) -> KernelAction {
+    pub fn lookup(&self, address: IpAddr, protocol: Protocol, port: u16) -> KernelAction {
         let longest = self
             .entries
             .iter()
@@ -68,9 +76,17 @@ impl KernelTable {
                 entry
                     .ranges
                     .iter()
-                    .find(|range| (range.first..=range.last).contains(&port))
+                    .find(|range| range.protocol == protocol && (range.first..=range.last).contains(&port))
             })
-            .map_or(KernelAction::Deny(Reason::DefaultDeny), |range| range.action)
+            .map_or(KernelAction::Deny(unlisted(protocol)), |range| range.action)
+    }
+}
+
+/// Why a port is denied that no range holds.
+fn unlisted(protocol: Protocol) -> Reason {
+    match protocol {
+        Protocol::Tcp => Reason::DefaultDeny,
+        Protocol::Udp => Reason::ProtocolDenied,
     }
 }
 
@@ -78,7 +94,7 @@ impl KernelTable {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Excess {
     Prefixes(usize),
-    Ranges(Ipv4Net),
+    Ranges(IpNet),
 }
 
 impl Excess {
@@ -94,7 +110,7 @@ impl Excess {
                 ];
                 let field = lists.into_iter().max().map_or("rules", |(_, field)| field);
                 let message = format!(
-                    "all tiers together list {count} different IPv4 ranges; the limit for one sandbox is {MAX_PREFIXES}"
+                    "all tiers together list {count} different ranges; the limit for one sandbox is {MAX_PREFIXES}"
                 );
                 PolicyError::new(field, message)
             }
@@ -122,6 +138,9 @@ pub(crate) fn strictest(actions: impl Iterator<Item = KernelAction>) -> KernelAc
             (KernelAction::Deny(reason), _) | (_, KernelAction::Deny(reason)) => KernelAction::Deny(reason),
             (KernelAction::ProxyBound, _) | (_, KernelAction::ProxyBound) => KernelAction::ProxyBound,
             (KernelAction::Proxy, _) | (_, KernelAction::Proxy) => KernelAction::Proxy,
+            (KernelAction::Audit(reason), _) | (_, KernelAction::Audit(reason)) => {
+                KernelAction::Audit(reason)
+            }
             (KernelAction::Pass, KernelAction::Pass) => KernelAction::Pass,
         };
     }
@@ -134,16 +153,13 @@ pub(crate) fn table(tiers: &[Tier], read: &PortSet) -> Result<KernelTable, Exces
         .iter()
         .flat_map(|tier| &tier.rules)
         .flat_map(|rule| &rule.networks);
-    let listed = networks.filter_map(|network| match network {
-        IpNet::V4(prefix) => Some(*prefix),
-        IpNet::V6(_) => None,
-    });
-    let prefixes: BTreeSet<Ipv4Net> = listed.chain([Ipv4Net::default()]).collect();
+    let everywhere = [IpNet::V4(Ipv4Net::default()), IpNet::V6(Ipv6Net::default())];
+    let prefixes: BTreeSet<IpNet> = networks.copied().chain(everywhere).collect();
     if prefixes.len() > MAX_PREFIXES {
         return Err(Excess::Prefixes(prefixes.len()));
     }
     let mut entries: Vec<PrefixEntry> = Vec::with_capacity(prefixes.len());
-    // The entries that contain the prefix at hand, the longest last. The order of `Ipv4Net` puts a prefix before those
+    // The entries that contain the prefix at hand, the longest last. The order of `IpNet` puts a prefix before those
     // inside it.
     let mut around: Vec<usize> = Vec::new();
     for prefix in prefixes {
@@ -167,13 +183,9 @@ pub(crate) fn table(tiers: &[Tier], read: &PortSet) -> Result<KernelTable, Exces
     Ok(KernelTable { entries })
 }
 
-fn ranges(tiers: &[Tier], prefix: Ipv4Net, read: &PortSet) -> Result<Vec<PortRange>, Excess> {
+fn ranges(tiers: &[Tier], prefix: IpNet, read: &PortSet) -> Result<Vec<PortRange>, Excess> {
     // A rule's range either contains the whole prefix or nothing of it that a longer entry does not cover.
-    let concerns = |networks: &[IpNet]| {
-        networks
-            .iter()
-            .any(|network| network.contains(&IpNet::V4(prefix)))
-    };
+    let concerns = |networks: &[IpNet]| networks.iter().any(|network| network.contains(&prefix));
     let matches: Vec<Vec<bool>> = tiers
         .iter()
         .map(|tier| tier.rules.iter().map(|rule| concerns(&rule.networks)).collect())
@@ -201,7 +213,12 @@ fn ranges(tiers: &[Tier], prefix: Ipv4Net, read: &PortSet) -> Result<Vec<PortRan
         let action = reading(strictest(answers), read.contains(first));
         match exact.last_mut() {
             Some(before) if before.action == action => before.last = last,
-            Some(_) | None => exact.push(PortRange { first, last, action }),
+            Some(_) | None => exact.push(PortRange {
+                protocol: Protocol::Tcp,
+                first,
+                last,
+                action,
+            }),
         }
     }
     // Reading more ports than needed costs time and denies nothing, so it never makes a policy too large.
@@ -214,7 +231,11 @@ fn ranges(tiers: &[Tier], prefix: Ipv4Net, read: &PortSet) -> Result<Vec<PortRan
 pub(crate) fn reading(action: KernelAction, read: bool) -> KernelAction {
     match action {
         KernelAction::Pass if read => KernelAction::Proxy,
-        KernelAction::Pass | KernelAction::Proxy | KernelAction::ProxyBound | KernelAction::Deny(_) => action,
+        KernelAction::Pass
+        | KernelAction::Proxy
+        | KernelAction::ProxyBound
+        | KernelAction::Audit(_)
+        | KernelAction::Deny(_) => action,
     }
 }
 

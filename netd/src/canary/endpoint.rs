@@ -93,6 +93,7 @@ impl Throwaway {
             ifindex,
             interface,
             address,
+            address6: None,
             mac: MAC,
             agent_port: 1,
         };

@@ -4,8 +4,9 @@
 use std::time::{Duration, Instant};
 
 use aya::maps::{LpmTrie, MapData, lpm_trie::Key};
+use ipnet::{IpNet, Ipv4Net};
 use netd_common::{POLICY_BITS, PolicyKey, PortRange, PortTable, action, limit, reason, wire};
-use sandgate_policy::{KernelAction, KernelTable, PrefixEntry};
+use sandgate_policy::{KernelAction, KernelTable, PrefixEntry, Protocol};
 
 use super::{DatapathError, error::on_map, events::is_missing, reasons};
 
@@ -37,7 +38,11 @@ impl Policies {
         let entries: Vec<_> = table
             .entries
             .iter()
-            .map(|entry| encode(id, entry))
+            .filter_map(|entry| match entry.prefix {
+                IpNet::V4(prefix) => Some(encode(id, prefix, entry)),
+                // Every IPv6 frame is dropped.
+                IpNet::V6(_) => None,
+            })
             .collect::<Result<_, _>>()?;
         let mut written = Vec::with_capacity(entries.len());
         for (key, ports) in entries {
@@ -100,7 +105,11 @@ impl Drop for Policies {
     }
 }
 
-fn encode(id: u32, entry: &PrefixEntry) -> Result<(Key<PolicyKey>, PortTable), DatapathError> {
+fn encode(
+    id: u32,
+    prefix: Ipv4Net,
+    entry: &PrefixEntry,
+) -> Result<(Key<PolicyKey>, PortTable), DatapathError> {
     if entry.ranges.len() > limit::RANGES {
         return Err(DatapathError::Table(format!(
             "{} port ranges for {}, at most {} fit",
@@ -110,9 +119,13 @@ fn encode(id: u32, entry: &PrefixEntry) -> Result<(Key<PolicyKey>, PortTable), D
         )));
     }
     let mut ports = PortTable::default();
-    for (slot, range) in ports.ranges.iter_mut().zip(&entry.ranges) {
+    let tcp = entry
+        .ranges
+        .iter()
+        .filter(|range| range.protocol == Protocol::Tcp);
+    for (slot, range) in ports.ranges.iter_mut().zip(tcp) {
         let (action, code) = match range.action {
-            KernelAction::Deny(why) => (
+            KernelAction::Deny(why) | KernelAction::Audit(why) => (
                 action::DENY,
                 reasons::to_code(why).ok_or_else(|| {
                     DatapathError::Table(format!("{why} cannot be decided by address and port"))
@@ -132,7 +145,7 @@ fn encode(id: u32, entry: &PrefixEntry) -> Result<(Key<PolicyKey>, PortTable), D
         };
         ports.len += 1;
     }
-    let address = wire(entry.prefix.trunc().addr().octets());
-    let length = POLICY_BITS + u32::from(entry.prefix.prefix_len());
+    let address = wire(prefix.trunc().addr().octets());
+    let length = POLICY_BITS + u32::from(prefix.prefix_len());
     Ok((Key::new(length, PolicyKey { policy: id, address }), ports))
 }

@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use aya::TestRunOptions;
 use netd::{kernel::Datapath, sockets::Listeners};
 use netd_common::mark;
-use sandgate_policy::{KernelAction, KernelTable, PortRange, PrefixEntry};
+use sandgate_policy::{KernelAction, KernelTable, PortRange, PrefixEntry, Protocol};
 
 use super::Effort;
 use crate::{
@@ -92,8 +92,9 @@ pub(crate) fn program(effort: Effort) -> Result<Vec<Table>> {
 /// The allowed destination and so many other prefixes.
 fn policy(rules: u16) -> KernelTable {
     let entry = |address: Ipv4Addr, last| PrefixEntry {
-        prefix: ipnet::Ipv4Net::new_assert(address, 32),
+        prefix: ipnet::Ipv4Net::new_assert(address, 32).into(),
         ranges: vec![PortRange {
+            protocol: Protocol::Tcp,
             first: 443,
             last,
             action: KernelAction::Proxy,

@@ -51,6 +51,7 @@ impl World {
             ifindex: 7,
             interface: "sg7".to_owned(),
             address: std::net::Ipv4Addr::new(10, 213, 0, 7),
+            address6: None,
             mac: [2, 83, 71, 1, 0, 7],
             agent_port: 9111,
         };

@@ -76,6 +76,7 @@ impl Both {
             revision,
             ready: true,
             not_ready_reason: None,
+            kernel_pass: false,
             errors: vec![],
         };
         post(&mut self.node, "/feed/ack", &ack).await;

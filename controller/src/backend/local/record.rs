@@ -58,6 +58,7 @@ impl Record {
             ifindex: self.ifindex,
             interface: self.interface.clone(),
             address: self.address,
+            address6: None,
             mac: self.mac,
             agent_port: AGENT_PORT,
         })

@@ -367,7 +367,7 @@ fn deny_all_denies_all_but_its_rules() {
     }
     denied(&policy.decide_name(&name("ok.test")), Reason::NameDenied);
     let table = policy.kernel_table();
-    assert_eq!((table.entries.len(), table.entries[0].ranges.len()), (1, 0));
+    assert_eq!((table.entries.len(), table.entries[0].ranges.len()), (2, 0));
 }
 
 #[test]
@@ -567,10 +567,12 @@ fn bindings_on_many_ports_never_make_a_policy_too_large() {
     for (_, port) in &ports {
         let found = policy
             .kernel_table()
-            .lookup("203.0.113.5".parse().unwrap(), *port);
+            .lookup(SERVER.parse().unwrap(), Protocol::Tcp, *port);
         assert_eq!(found, KernelAction::Proxy, "{port}");
     }
-    let denied = policy.kernel_table().lookup("203.0.113.5".parse().unwrap(), 2500);
+    let denied = policy
+        .kernel_table()
+        .lookup(SERVER.parse().unwrap(), Protocol::Tcp, 2500);
     assert!(matches!(denied, KernelAction::Deny(_)));
 }
 

@@ -520,7 +520,7 @@ fn sizes_have_limits() {
     refused(
         with("rules", many(3, wide)),
         "rules",
-        "different IPv4 ranges; the limit for one sandbox is 512",
+        "different ranges; the limit for one sandbox is 512",
     );
     refused(
         with("rules", many(11, wide)),

@@ -1,6 +1,6 @@
 //! Laws of random policies: the table is the decision, and tiers only narrow.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 
 use proptest::{collection::vec, prelude::*, sample::select};
 use serde_json::{Value, json};
@@ -281,7 +281,7 @@ fn answers(policy: &SandboxPolicy, to: SocketAddr) -> Vec<(Vec<DomainName>, Opti
 fn strictness(action: KernelAction) -> u8 {
     match action {
         KernelAction::Pass => 0,
-        KernelAction::Proxy => 1,
+        KernelAction::Audit(_) | KernelAction::Proxy => 1,
         KernelAction::ProxyBound => 2,
         KernelAction::Deny(_) => 3,
     }
@@ -290,7 +290,9 @@ fn strictness(action: KernelAction) -> u8 {
 fn coarse(action: KernelAction) -> KernelAction {
     match action {
         KernelAction::Deny(_) => KernelAction::Deny(Reason::DefaultDeny),
-        KernelAction::Pass | KernelAction::Proxy | KernelAction::ProxyBound => action,
+        KernelAction::Pass | KernelAction::Proxy | KernelAction::ProxyBound | KernelAction::Audit(_) => {
+            action
+        }
     }
 }
 
@@ -303,7 +305,7 @@ proptest! {
     ) {
         let policy = compile_with(&tiers, &bindings);
         let table = policy.kernel_table();
-        prop_assert_eq!(table.entries[0].prefix, Ipv4Net::default());
+        prop_assert_eq!(table.entries[0].prefix, IpNet::V4(Ipv4Net::default()));
         prop_assert!(table.entries.windows(2).all(|pair| pair[0].prefix < pair[1].prefix));
         for entry in &table.entries {
             prop_assert!(entry.ranges.len() <= MAX_RANGES);
@@ -311,7 +313,7 @@ proptest! {
             prop_assert!(entry.ranges.windows(2).all(|pair| pair[0].last < pair[1].first));
         }
         for (address, port) in destinations().chain([(Ipv4Addr::from_bits(random.0), random.1)]) {
-            let found = table.lookup(address, port);
+            let found = table.lookup(address.into(), Protocol::Tcp, port);
             let decided = policy.decide_address_port(SocketAddr::from((address, port)));
             if decided == KernelAction::Deny(Reason::PlatformDenied) {
                 continue;
@@ -343,6 +345,7 @@ proptest! {
                     prop_assert!(!verdict.allowed && !verdict.needs_name, "{}", context);
                 }
                 KernelAction::ProxyBound | KernelAction::Proxy => {}
+                KernelAction::Audit(_) => prop_assert!(false, "{}", context),
             }
         }
     }
@@ -443,7 +446,9 @@ proptest! {
                 prop_assert!(answers.iter().any(|(_, _, verdict)| verdict.allowed));
                 prop_assert!(answers.iter().any(|(_, _, verdict)| !verdict.allowed));
             }
-            KernelAction::Proxy => prop_assert!(false, "nothing makes a name necessary"),
+            KernelAction::Proxy | KernelAction::Audit(_) => {
+                prop_assert!(false, "nothing makes a name necessary");
+            }
             KernelAction::Deny(_) | KernelAction::Pass => {}
         }
     }
@@ -514,7 +519,7 @@ fn reasons_give_way_before_ports_do() {
     let reason = |policy| {
         compile(&[policy])
             .kernel_table()
-            .lookup(Ipv4Addr::new(203, 0, 113, 5), 80)
+            .lookup(Ipv4Addr::new(203, 0, 113, 5).into(), Protocol::Tcp, 80)
     };
     assert_eq!(reason(few), KernelAction::Deny(Reason::PortDenied));
     assert_eq!(reason(many), KernelAction::Deny(Reason::DefaultDeny));
@@ -524,7 +529,7 @@ fn reasons_give_way_before_ports_do() {
 fn prefixes_that_say_nothing_new_are_left_out() {
     let document = json!({"mode": "allow_all", "allowed_cidrs": ["203.0.113.0/24", "198.51.100.0/24"]});
     let table = compile(&[Policy::parse(&document).unwrap()]).kernel_table();
-    assert_eq!(table.entries.len(), 1, "{table:?}");
+    assert_eq!(table.entries.len(), 2, "{table:?}");
 }
 
 #[test]
@@ -535,7 +540,7 @@ fn a_prefix_that_says_what_a_distant_one_says_is_kept() {
     ]);
     let document = json!({"mode": "allow_all", "rules": rules});
     let table = compile(&[Policy::parse(&document).unwrap()]).kernel_table();
-    let at = |address: &str| table.lookup(address.parse().unwrap(), 443);
+    let at = |address: &str| table.lookup(address.parse().unwrap(), Protocol::Tcp, 443);
     assert_eq!(at("203.0.112.5"), KernelAction::Pass);
     assert_eq!(at("203.0.113.6"), KernelAction::Deny(Reason::DeniedByRule));
     assert_eq!(at("203.0.113.5"), KernelAction::Pass);
