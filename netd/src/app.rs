@@ -89,6 +89,7 @@ impl Ground {
         let place = DatapathConfig {
             run_dir: config.run_dir.clone(),
             sandbox_cidr: config.sandbox_cidr,
+            sandbox_cidr6: None,
         };
         let datapath = Datapath::open(&place, &platform).context("cannot set up the kernel half")?;
         let listeners = Listeners::open(datapath.router())?;

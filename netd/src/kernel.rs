@@ -8,7 +8,7 @@
 
 use std::{
     collections::BTreeSet,
-    net::{Ipv4Addr, SocketAddrV4},
+    net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4},
     os::fd::BorrowedFd,
     path::PathBuf,
     sync::{Mutex, MutexGuard, PoisonError},
@@ -16,10 +16,10 @@ use std::{
 };
 
 use aya::{TestRun as _, TestRunOptions, TestRunResult};
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use netd_common::{PortSpan, listener, wire};
 use sandgate_api::feed::Endpoint;
-use sandgate_policy::{KernelTable, Platform, Reason};
+use sandgate_policy::{KernelTable, Platform, Protocol, Reason};
 
 pub use self::{error::DatapathError, events::EventReader};
 use self::{
@@ -50,6 +50,17 @@ pub struct DatapathConfig {
     pub run_dir: PathBuf,
     /// Addresses of local sandboxes; none of them may reach another.
     pub sandbox_cidr: Ipv4Net,
+    /// Their IPv6 addresses, if they have any.
+    pub sandbox_cidr6: Option<Ipv6Net>,
+}
+
+/// The way out of the router namespace, for what the kernel forwards itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Uplink {
+    /// Index of its end in the router namespace.
+    pub ifindex: u32,
+    /// Ethernet address of its other end.
+    pub peer_mac: [u8; 6],
 }
 
 /// An attached endpoint. Stays valid until [`Datapath::detach`], also across restarts of netd.
@@ -71,18 +82,58 @@ pub struct DenyEvent {
     pub ifindex: u32,
     /// IEEE 802 number: 0x0800 is IPv4, 0x86dd IPv6, 0x0806 ARP; 0 in an aggregate of unknown type.
     pub ethertype: u16,
-    /// IP protocol number; 0 when it is not IPv4.
+    /// IP protocol number; 0 when it is neither IPv4 nor IPv6.
     pub protocol: u8,
-    /// Unspecified when it is not IPv4, port 0 where there is none.
-    pub src: SocketAddrV4,
+    /// Unspecified when it is neither IPv4 nor IPv6, port 0 where there is none.
+    pub src: SocketAddr,
     /// The same.
-    pub dst: SocketAddrV4,
+    pub dst: SocketAddr,
     /// Why. `upstream_unreachable` means: allowed, but netd was not listening at that moment.
     pub reason: Reason,
+    /// True: it was let through, for only tiers in audit mode deny it.
+    pub audit: bool,
     /// How many packets this stands for; at least 1.
     pub repeated: u64,
     /// When, on the monotonic clock; for an aggregate, when it was read.
     pub monotonic: Duration,
+}
+
+/// Why a flow that the kernel forwarded has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FlowEnd {
+    /// Both sides have sent a FIN.
+    Closed,
+    /// One side has sent a reset.
+    Reset,
+    /// Nothing was seen for longer than such a flow may be silent.
+    Idle,
+    /// The endpoint was detached.
+    EndpointGone,
+    /// A packet of it met a policy that no longer allows it.
+    PolicyTightened,
+}
+
+/// A flow that the kernel forwarded without netd, after its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EndedFlow {
+    /// Whose. It may be detached already.
+    pub endpoint: EndpointHandle,
+    /// TCP or UDP.
+    pub protocol: Protocol,
+    /// The sandbox's end.
+    pub src: SocketAddr,
+    /// The other end.
+    pub dst: SocketAddr,
+    /// When it began, on the monotonic clock.
+    pub began: Duration,
+    /// From its first packet to its last.
+    pub lasted: Duration,
+    /// Bytes of the frames from the sandbox.
+    pub up: u64,
+    /// Bytes of the frames to the sandbox.
+    pub down: u64,
+    /// How it ended.
+    pub why: FlowEnd,
 }
 
 /// Packets since the pins exist, summed over CPUs and endpoints.
@@ -240,13 +291,20 @@ impl Datapath {
     }
 
     /// Adds an address to those that DNS answers gave to the endpoint.
-    pub fn bind_address(&self, endpoint: EndpointHandle, address: Ipv4Addr) -> Result<(), DatapathError> {
-        self.state().tables.bind(endpoint, address)
+    pub fn bind_address(&self, endpoint: EndpointHandle, address: IpAddr) -> Result<(), DatapathError> {
+        match address.to_canonical() {
+            IpAddr::V4(address) => self.state().tables.bind(endpoint, address),
+            // Every IPv6 frame is dropped.
+            IpAddr::V6(_) => Ok(()),
+        }
     }
 
     /// Takes it away again: new connections to it are refused, open ones go on.
-    pub fn unbind_address(&self, endpoint: EndpointHandle, address: Ipv4Addr) -> Result<(), DatapathError> {
-        self.state().tables.unbind(endpoint, address)
+    pub fn unbind_address(&self, endpoint: EndpointHandle, address: IpAddr) -> Result<(), DatapathError> {
+        match address.to_canonical() {
+            IpAddr::V4(address) => self.state().tables.unbind(endpoint, address),
+            IpAddr::V6(_) => Ok(()),
+        }
     }
 
     /// Admits one connection that netd is about to open from `local` to `sandbox_port`, by the socket with this
@@ -288,9 +346,28 @@ impl Datapath {
 
     /// Replaces the set of this node's own addresses, which no sandbox may reach (unless an operator's exception names
     /// that very address).
-    pub fn set_node_addresses(&self, addresses: &[Ipv4Addr]) -> Result<(), DatapathError> {
-        let entries = self.ranges.flatten(&addresses.iter().copied().collect())?;
+    pub fn set_node_addresses(&self, addresses: &[IpAddr]) -> Result<(), DatapathError> {
+        let addresses = addresses
+            .iter()
+            .filter_map(|address| match address.to_canonical() {
+                IpAddr::V4(address) => Some(address),
+                // Every IPv6 frame is dropped.
+                IpAddr::V6(_) => None,
+            });
+        let entries = self.ranges.flatten(&addresses.collect())?;
         self.state().tables.write_platform(&entries, false)
+    }
+
+    /// Says where packets leave that the kernel may forward itself. `None`: there is no such way, so what address and
+    /// port alone allow goes to netd if it is TCP, and is refused if it is UDP. Holds from the next packet on.
+    pub fn set_uplink(&self, _uplink: Option<Uplink>) -> Result<(), DatapathError> {
+        // Nothing is forwarded by the kernel.
+        Ok(())
+    }
+
+    /// Flows that the kernel forwarded and that have ended since the last call, each once. Call it every second.
+    pub fn ended_flows(&self) -> Result<Vec<EndedFlow>, DatapathError> {
+        Ok(Vec::new())
     }
 
     /// A reader of denials, also of those that happened while no netd ran.

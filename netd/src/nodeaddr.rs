@@ -105,7 +105,7 @@ impl NodeAddresses {
             addresses.clone_from(&found);
         }
         tracing::info!(count = found.len(), "the node's addresses changed");
-        let list: Vec<Ipv4Addr> = found.into_iter().collect();
+        let list: Vec<IpAddr> = found.into_iter().map(IpAddr::V4).collect();
         if let Err(error) = datapath.set_node_addresses(&list) {
             // Forgotten, so that the next reading tells the datapath again.
             self.addresses

@@ -155,10 +155,10 @@ impl Sandbox {
         let (log, mut pins) = PinLog::open(pin_file, now).map_err(PinError::Log)?;
         let forgotten = pins.sweep(now, |name| rules.judge_name(name).is_allowed());
         for address in forgotten {
-            datapath.unbind_address(handle, address)?;
+            datapath.unbind_address(handle, address.into())?;
         }
         for address in pins.addresses() {
-            datapath.bind_address(handle, address)?;
+            datapath.bind_address(handle, address.into())?;
         }
         let limits = Limits {
             flows: Arc::new(Semaphore::new(FLOWS_MAX)),
@@ -387,13 +387,13 @@ impl State {
         let pins = self.enforced.pins();
         let pinned = pins.pin(name, address, now);
         if pinned.is_new_address
-            && let Err(error) = datapath.bind_address(handle, address)
+            && let Err(error) = datapath.bind_address(handle, address.into())
         {
             pins.unpin(name, address);
             return Err(error.into());
         }
         if let Some(evicted) = pinned.evicted {
-            datapath.unbind_address(handle, evicted)?;
+            datapath.unbind_address(handle, evicted.into())?;
         }
         if pinned.must_be_logged
             && let Some(log) = &mut self.log
@@ -411,7 +411,7 @@ impl State {
         }
         for address in unbound {
             // Left in the kernel it only brings the connection to netd, which refuses it.
-            if let Err(error) = datapath.unbind_address(handle, *address) {
+            if let Err(error) = datapath.unbind_address(handle, (*address).into()) {
                 tracing::warn!(sandbox_id = %id, %error, "cannot unbind an address in the kernel");
             }
         }

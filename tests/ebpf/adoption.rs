@@ -50,7 +50,7 @@ fn loader_process() {
     let handle = datapath.attach(&endpoint).expect("attached");
     datapath.set_policy(handle, &allow_443()).expect("a policy");
     datapath
-        .bind_address(handle, Ipv4Addr::new(198, 51, 100, 7))
+        .bind_address(handle, Ipv4Addr::new(198, 51, 100, 7).into())
         .expect("bound");
     let _listeners = Listeners::serve(&datapath);
     println!("\nloader-ready");
@@ -119,7 +119,7 @@ fn a_killed_netd_leaves_the_wall_standing_and_the_next_one_adopts_it() {
     assert!(
         events
             .iter()
-            .any(|event| event.reason == Reason::UpstreamUnreachable && event.dst == allowed)
+            .any(|event| event.reason == Reason::UpstreamUnreachable && event.dst == allowed.into())
     );
     assert!(events.iter().any(|event| event.reason == Reason::PlatformDenied));
     // The policy is in force before anything is announced again; announcing it again changes nothing.
@@ -242,7 +242,7 @@ fn an_address_that_is_used_again_inherits_nothing() {
     let to = at([203, 0, 113, 10], 443);
     let local = at([169, 254, 1, 1], 50_000);
     datapath.set_policy(old, &bound_only).expect("a policy");
-    datapath.bind_address(old, *to.ip()).expect("bound");
+    datapath.bind_address(old, (*to.ip()).into()).expect("bound");
     datapath.admit_inbound(old, 7000, local, 1).expect("admitted");
     let _listeners = Listeners::serve(datapath);
     assert!(sandbox.run(|| ask(to)).is_ok());
@@ -256,7 +256,7 @@ fn an_address_that_is_used_again_inherits_nothing() {
         Err(DatapathError::Detached { .. })
     ));
     assert!(matches!(
-        datapath.bind_address(old, *to.ip()),
+        datapath.bind_address(old, (*to.ip()).into()),
         Err(DatapathError::Detached { .. })
     ));
 
@@ -265,7 +265,7 @@ fn an_address_that_is_used_again_inherits_nothing() {
     refused(sandbox, to);
     datapath.set_policy(new, &bound_only).expect("a policy");
     refused(sandbox, to);
-    datapath.bind_address(new, *to.ip()).expect("bound");
+    datapath.bind_address(new, (*to.ip()).into()).expect("bound");
     assert!(sandbox.run(|| ask(to)).is_ok());
 }
 

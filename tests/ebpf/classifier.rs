@@ -78,9 +78,9 @@ fn every_packet_meets_its_fate() {
     let (sandbox, handle) = world.first();
     let datapath = &world.datapath;
     datapath.set_policy(handle, &cases::policy()).expect("a policy");
-    datapath.bind_address(handle, cases::BOUND).expect("bound");
+    datapath.bind_address(handle, cases::BOUND.into()).expect("bound");
     datapath
-        .set_node_addresses(&[cases::NODE])
+        .set_node_addresses(&[cases::NODE.into()])
         .expect("node addresses");
 
     let mut reader = datapath.take_events().expect("a reader");

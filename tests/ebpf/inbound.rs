@@ -99,7 +99,9 @@ fn one_sandbox_cannot_reach_another() {
     for handle in [one_handle, two_handle] {
         datapath.set_policy(*handle, &open_table()).expect("a policy");
         // Not even an address that DNS handed out opens it.
-        datapath.bind_address(*handle, two.address()).expect("bound");
+        datapath
+            .bind_address(*handle, two.address().into())
+            .expect("bound");
     }
     for port in [AGENT, 22, 443, 15001] {
         let (result, _) = one.run(|| connect(at(two.address().octets(), port)));

@@ -145,7 +145,7 @@ fn protocols_that_cannot_be_allowed_are_dropped_and_reported() {
         (events[0].reason, events[0].protocol),
         (Reason::ProtocolDenied, 1)
     );
-    assert_eq!(events[0].dst.ip().octets(), [203, 0, 113, 10]);
+    assert_eq!(events[0].dst, "203.0.113.10:0".parse().expect("an address"));
 }
 
 #[test]

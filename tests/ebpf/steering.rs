@@ -100,12 +100,14 @@ fn an_address_is_open_while_it_is_bound() {
         assert_eq!(result.expect_err("refused").kind(), ErrorKind::ConnectionRefused);
     };
     refused(sandbox);
-    datapath.bind_address(handle, *to.ip()).expect("bound");
+    datapath.bind_address(handle, (*to.ip()).into()).expect("bound");
     // One that stays open while its address is unbound goes on.
     let (held, _) = sandbox.run(|| connect(to));
     let mut held: TcpStream = held.expect("accepted");
     refused(&world.sandboxes[1].0);
-    datapath.unbind_address(handle, *to.ip()).expect("unbound");
+    datapath
+        .unbind_address(handle, (*to.ip()).into())
+        .expect("unbound");
     refused(sandbox);
     let mut answer = String::new();
     std::io::Read::read_to_string(&mut held, &mut answer).expect("an answer");

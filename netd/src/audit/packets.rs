@@ -1,11 +1,6 @@
 //! Turns the kernel's denials into records. The reader waits on a thread of its own: it blocks.
 
-use std::{
-    net::{Ipv4Addr, SocketAddrV4},
-    sync::Arc,
-    thread,
-    time::Duration,
-};
+use std::{net::SocketAddr, sync::Arc, thread, time::Duration};
 
 use sandgate_policy::Reason;
 use tokio_util::sync::CancellationToken;
@@ -69,8 +64,8 @@ fn record(audit: &Audit, sandbox: &Sandbox, event: &DenyEvent) {
 
 /// The kernel knows the reason and not the rule: the rules say which one, where they come to the same.
 fn decision(sandbox: &Sandbox, event: &DenyEvent) -> Decision {
-    let judged = match event.protocol {
-        TCP | UDP => sandbox.judge_packet(event.protocol == UDP, event.dst),
+    let judged = match (event.protocol, event.dst) {
+        (TCP | UDP, SocketAddr::V4(to)) => sandbox.judge_packet(event.protocol == UDP, to),
         _ => return Decision::of(event.reason),
     };
     if judged.reason == event.reason {
@@ -97,8 +92,10 @@ fn attempt(event: &DenyEvent) -> Attempt {
         Reason::UpstreamUnreachable => Some("netd was not listening".to_owned()),
         _ => detail,
     };
-    let known = |to: &SocketAddrV4| *to.ip() != Ipv4Addr::UNSPECIFIED;
-    let to = Some(event.dst).filter(known);
+    let to = match event.dst {
+        SocketAddr::V4(to) if !to.ip().is_unspecified() => Some(to),
+        SocketAddr::V4(_) | SocketAddr::V6(_) => None,
+    };
     Attempt {
         protocol,
         ip: to.map(|to| *to.ip()),

@@ -1,7 +1,7 @@
 //! Denials, read from the kernel: single ones from the ring, and those that were too fast for it from their counters.
 
 use std::{
-    net::{Ipv4Addr, SocketAddrV4},
+    net::{Ipv4Addr, SocketAddr, SocketAddrV4},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
     time::{Duration, Instant},
@@ -72,11 +72,12 @@ fn decode(bytes: &[u8]) -> Option<DenyEvent> {
         monotonic: Duration::from_nanos(u64::from_ne_bytes(time)),
         ordinal: u32::from_ne_bytes(word(8)),
         ifindex: u32::from_ne_bytes(word(12)),
-        src: SocketAddrV4::new(Ipv4Addr::from(word(16)), half(24)),
-        dst: SocketAddrV4::new(Ipv4Addr::from(word(20)), half(26)),
+        src: SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::from(word(16)), half(24))),
+        dst: SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::from(word(20)), half(26))),
         ethertype: half(28),
         protocol: fields[30],
         reason: reasons::from_code(fields[31]),
+        audit: false,
         repeated: 1,
     })
 }
@@ -201,11 +202,13 @@ fn aggregate(ordinal: u32, code: usize, repeated: u64, latest: &Suppressed) -> D
         ifindex: 0,
         ethertype: if latest.destination == 0 { 0 } else { 0x0800 },
         protocol: latest.protocol,
-        src: SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0),
-        dst: SocketAddrV4::new(
+        src: (Ipv4Addr::UNSPECIFIED, 0).into(),
+        dst: (
             Ipv4Addr::from(latest.destination.to_ne_bytes()),
             latest.destination_port,
-        ),
+        )
+            .into(),
+        audit: false,
         reason: reasons::from_code(u8::try_from(code).unwrap_or(0)),
         repeated,
         monotonic: Duration::from_nanos(latest.time_ns),
