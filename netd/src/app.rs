@@ -3,7 +3,7 @@
 
 use std::{
     fs,
-    os::{fd::AsFd as _, unix::fs::DirBuilderExt as _},
+    os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
@@ -38,7 +38,7 @@ use crate::{
     nodeaddr::NodeAddresses,
     privileges,
     sandbox::Sandboxes,
-    sockets::Listeners,
+    sockets::{Family, Listeners},
 };
 
 /// Time for flows to end when netd does.
@@ -179,7 +179,7 @@ pub async fn run(config: Config, ground: Ground, shown: Option<std::net::TcpList
         sandbox_cidr: config.sandbox_cidr,
         tasks: tasks.clone(),
     });
-    listen(&tasks, &datapath, listeners, egress, resolver)?;
+    listen(&tasks, &datapath, listeners, &egress, &resolver)?;
     let denials = packets::follow(
         datapath
             .take_events()
@@ -267,23 +267,28 @@ fn listen(
     tasks: &Tasks,
     datapath: &Datapath,
     listeners: Listeners,
-    egress: Arc<Egress>,
-    resolver: Arc<Resolver>,
+    egress: &Arc<Egress>,
+    resolver: &Arc<Resolver>,
 ) -> Result<()> {
     datapath
-        .set_listeners(
-            listeners.tcp.as_fd(),
-            listeners.dns_udp.as_fd(),
-            listeners.dns_tcp.as_fd(),
-        )
+        .set_listeners(&listeners.indexed())
         .context("the kernel did not take the listeners")?;
-    let tcp = TcpListener::from_std(listeners.tcp).context("the TCP listener")?;
-    let dns_tcp = TcpListener::from_std(listeners.dns_tcp).context("the DNS listener")?;
-    tasks.spawn("egress", egress.serve(tcp));
-    tasks.spawn("dns over tcp", Arc::clone(&resolver).serve_tcp(dns_tcp));
-    let questions = UdpSocket::from_std(listeners.dns_udp).context("the DNS socket")?;
-    let answers = UdpSocket::from_std(listeners.dns_answers).context("the DNS answer socket")?;
-    let end = tasks.shutdown();
+    let families = [Some(listeners.v4), listeners.v6];
+    for family in families.into_iter().flatten() {
+        serve(tasks, family, egress, resolver)?;
+    }
+    Ok(())
+}
+
+/// Serves the listeners of one family.
+fn serve(tasks: &Tasks, family: Family, egress: &Arc<Egress>, resolver: &Arc<Resolver>) -> Result<()> {
+    let tcp = TcpListener::from_std(family.tcp).context("the TCP listener")?;
+    let dns_tcp = TcpListener::from_std(family.dns_tcp).context("the DNS listener")?;
+    tasks.spawn("egress", Arc::clone(egress).serve(tcp));
+    tasks.spawn("dns over tcp", Arc::clone(resolver).serve_tcp(dns_tcp));
+    let questions = UdpSocket::from_std(family.dns_udp).context("the DNS socket")?;
+    let answers = UdpSocket::from_std(family.dns_answers).context("the DNS answer socket")?;
+    let (resolver, end) = (Arc::clone(resolver), tasks.shutdown());
     tasks.spawn("dns over udp", async move {
         if let Err(error) = resolver.serve_udp(questions, answers).await {
             tracing::error!(%error, "DNS over UDP broke; ending, so that netd is started anew");

@@ -17,7 +17,7 @@ use std::{
 
 use aya::{TestRun as _, TestRunOptions, TestRunResult};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use netd_common::{PortSpan, listener, wire};
+use netd_common::{PortSpan, wire};
 use sandgate_api::feed::Endpoint;
 use sandgate_policy::{KernelTable, Platform, Protocol, Reason};
 
@@ -210,21 +210,12 @@ impl Datapath {
         &self.router
     }
 
-    /// Gives the kernel netd's transparent sockets (made in the router namespace, bound, TCP ones listening). It
-    /// forgets each when it is closed, and then refuses.
-    pub fn set_listeners(
-        &self,
-        tcp: BorrowedFd<'_>,
-        dns_udp: BorrowedFd<'_>,
-        dns_tcp: BorrowedFd<'_>,
-    ) -> Result<(), DatapathError> {
+    /// Gives the kernel netd's transparent sockets (made in the router namespace, bound, TCP ones listening), each
+    /// under its index of [`netd_common::listener`]. It forgets each when it is closed, and then refuses.
+    pub fn set_listeners(&self, sockets: &[(u32, BorrowedFd<'_>)]) -> Result<(), DatapathError> {
         let mut state = self.state();
-        for (index, socket) in [
-            (listener::TCP, tcp),
-            (listener::DNS_UDP, dns_udp),
-            (listener::DNS_TCP, dns_tcp),
-        ] {
-            state.tables.set_listener(index, socket)?;
+        for (index, socket) in sockets {
+            state.tables.set_listener(*index, *socket)?;
         }
         Ok(())
     }

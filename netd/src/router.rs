@@ -7,7 +7,7 @@
 use std::{
     fs::File,
     io,
-    net::Ipv4Addr,
+    net::{Ipv4Addr, Ipv6Addr},
     os::fd::{AsFd, BorrowedFd},
     path::{Path, PathBuf},
     thread,
@@ -25,6 +25,9 @@ pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(
     netd_common::GATEWAY[2],
     netd_common::GATEWAY[3],
 );
+
+/// The same for IPv6.
+pub const GATEWAY6: Ipv6Addr = Ipv6Addr::from_octets(netd_common::GATEWAY6);
 
 /// How many ports the kernel chooses from in the router namespace: all that [`settings`] leaves to it. Every connection
 /// into a sandbox holds one.

@@ -6,11 +6,11 @@ mod destroy;
 
 use std::{
     io,
-    net::{Ipv4Addr, SocketAddrV4, TcpListener, UdpSocket},
-    os::fd::AsFd,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, TcpListener, UdpSocket},
+    os::fd::{AsFd, BorrowedFd},
 };
 
-use netd_common::mark;
+use netd_common::{listener as place, mark};
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -18,12 +18,12 @@ pub use destroy::destroy;
 
 use crate::router::{GATEWAY, RouterError, RouterNamespace};
 
-/// Where redirected TCP connections arrive. Nothing outside netd can address it.
-const TCP: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 15001);
+/// Port where redirected TCP connections arrive, on loopback: nothing outside netd can address it.
+const TCP: u16 = 15001;
 /// Where DNS arrives, over UDP and TCP.
-const DNS: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 15053);
+const DNS: u16 = 15053;
 /// Where DNS answers over UDP leave: the port must be the one that the sandbox asked.
-const DNS_ANSWERS: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 53);
+const DNS_ANSWERS: u16 = 53;
 
 const BACKLOG: i32 = 4096;
 /// Bytes that the kernel may queue of DNS queries: enough for a burst of all sandboxes.
@@ -32,6 +32,15 @@ const DNS_QUEUE: usize = 4 << 20;
 /// netd's sockets in the router namespace.
 #[derive(Debug)]
 pub struct Listeners {
+    /// Those for IPv4.
+    pub v4: Family,
+    /// Those for IPv6; none on a kernel without it.
+    pub v6: Option<Family>,
+}
+
+/// netd's sockets for one family of addresses.
+#[derive(Debug)]
+pub struct Family {
     /// Takes redirected TCP connections.
     pub tcp: TcpListener,
     /// Takes DNS queries and tells the address they were sent to.
@@ -65,24 +74,51 @@ impl Listeners {
     /// When the namespace cannot be entered or a socket cannot be made.
     pub fn open(router: &RouterNamespace) -> Result<Self, SocketError> {
         router.run(|| {
+            let v6 = match Family::open(Ipv6Addr::LOCALHOST.into()) {
+                Ok(sockets) => Some(sockets),
+                Err(SocketError::Make { source, .. })
+                    if source.raw_os_error() == Some(libc::EAFNOSUPPORT) =>
+                {
+                    None
+                }
+                Err(error) => return Err(error),
+            };
             Ok(Self {
-                tcp: listener(TCP).map_err(|source| SocketError::Make { what: "TCP", source })?,
-                dns_udp: queries(DNS).map_err(|source| SocketError::Make {
-                    what: "DNS over UDP",
-                    source,
-                })?,
-                dns_tcp: listener(DNS).map_err(|source| SocketError::Make {
-                    what: "DNS over TCP",
-                    source,
-                })?,
-                dns_answers: datagrams(DNS_ANSWERS)
-                    .map_err(|source| SocketError::Make {
-                        what: "DNS answer",
-                        source,
-                    })?
-                    .into(),
+                v4: Family::open(Ipv4Addr::LOCALHOST.into())?,
+                v6,
             })
         })?
+    }
+
+    /// Those that take packets, each with its index of [`netd_common::listener`].
+    pub fn indexed(&self) -> Vec<(u32, BorrowedFd<'_>)> {
+        let v4 = [
+            (place::TCP, self.v4.tcp.as_fd()),
+            (place::DNS_UDP, self.v4.dns_udp.as_fd()),
+            (place::DNS_TCP, self.v4.dns_tcp.as_fd()),
+        ];
+        let v6 = self.v6.as_ref().map(|v6| {
+            [
+                (place::TCP6, v6.tcp.as_fd()),
+                (place::DNS_UDP6, v6.dns_udp.as_fd()),
+                (place::DNS_TCP6, v6.dns_tcp.as_fd()),
+            ]
+        });
+        v4.into_iter().chain(v6.into_iter().flatten()).collect()
+    }
+}
+
+impl Family {
+    /// Makes them in this thread's namespace, for the family of `loopback`.
+    fn open(loopback: IpAddr) -> Result<Self, SocketError> {
+        let at = |port| SocketAddr::new(loopback, port);
+        let failed = |what| move |source| SocketError::Make { what, source };
+        Ok(Self {
+            tcp: listener(at(TCP)).map_err(failed("TCP"))?,
+            dns_udp: queries(at(DNS)).map_err(failed("DNS over UDP"))?,
+            dns_tcp: listener(at(DNS)).map_err(failed("DNS over TCP"))?,
+            dns_answers: datagrams(at(DNS_ANSWERS)).map_err(failed("DNS answer"))?.into(),
+        })
     }
 }
 
@@ -109,8 +145,8 @@ pub fn inward(router: &RouterNamespace) -> Result<(Socket, SocketAddrV4), Socket
     })
 }
 
-fn listener(address: SocketAddrV4) -> io::Result<TcpListener> {
-    let socket = transparent(Type::STREAM, Protocol::TCP)?;
+fn listener(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = transparent(address, Type::STREAM, Protocol::TCP)?;
     socket.set_tcp_nodelay(true)?;
     socket.set_keepalive(true)?;
     socket.bind(&address.into())?;
@@ -118,24 +154,33 @@ fn listener(address: SocketAddrV4) -> io::Result<TcpListener> {
     Ok(socket.into())
 }
 
-fn queries(address: SocketAddrV4) -> io::Result<UdpSocket> {
+fn queries(address: SocketAddr) -> io::Result<UdpSocket> {
     let socket = datagrams(address)?;
-    setsockopt(&socket.as_fd(), sockopt::Ipv4OrigDstAddr, &true)?;
+    match address {
+        SocketAddr::V4(_) => setsockopt(&socket.as_fd(), sockopt::Ipv4OrigDstAddr, &true)?,
+        SocketAddr::V6(_) => setsockopt(&socket.as_fd(), sockopt::Ipv6OrigDstAddr, &true)?,
+    }
     // Without the privilege to go over the limit the default must do.
     let _limited = socket.set_recv_buffer_size(DNS_QUEUE);
     Ok(socket.into())
 }
 
-fn datagrams(address: SocketAddrV4) -> io::Result<Socket> {
-    let socket = transparent(Type::DGRAM, Protocol::UDP)?;
+fn datagrams(address: SocketAddr) -> io::Result<Socket> {
+    let socket = transparent(address, Type::DGRAM, Protocol::UDP)?;
     socket.bind(&address.into())?;
     Ok(socket)
 }
 
-fn transparent(kind: Type, protocol: Protocol) -> io::Result<Socket> {
-    let socket = Socket::new(Domain::IPV4, kind.nonblocking(), Some(protocol))?;
+fn transparent(address: SocketAddr, kind: Type, protocol: Protocol) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), kind.nonblocking(), Some(protocol))?;
     socket.set_reuse_address(true)?;
-    socket.set_ip_transparent_v4(true)?;
+    match address {
+        SocketAddr::V4(_) => socket.set_ip_transparent_v4(true)?,
+        SocketAddr::V6(_) => {
+            socket.set_only_v6(true)?;
+            socket.set_ip_transparent_v6(true)?;
+        }
+    }
     socket.set_mark(mark::NETD)?;
     Ok(socket)
 }

@@ -9,7 +9,7 @@ use std::{
 };
 
 use netd::{kernel::Datapath, router::RouterNamespace};
-use netd_common::mark;
+use netd_common::{listener, mark};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, SockaddrIn, recvmsg, setsockopt, sockopt};
 use socket2::{Domain, Socket, Type};
 
@@ -88,11 +88,11 @@ impl Listeners {
             })
             .expect("router");
         datapath
-            .set_listeners(
-                listeners.tcp.as_fd(),
-                listeners.dns_udp.as_fd(),
-                listeners.dns_tcp.as_fd(),
-            )
+            .set_listeners(&[
+                (listener::TCP, listeners.tcp.as_fd()),
+                (listener::DNS_UDP, listeners.dns_udp.as_fd()),
+                (listener::DNS_TCP, listeners.dns_tcp.as_fd()),
+            ])
             .expect("known to the kernel");
         answer(&listeners.tcp, "tcp");
         answer(&listeners.dns_tcp, "dns");

@@ -1,18 +1,23 @@
 //! What makes the namespace a wall: sysctls, the gateway address, routing rules, and the nftables table that answers
 //! refused packets. Run on a thread inside the namespace; idempotent.
 //!
-//! Forwarding is closed four times: `ip_forward` is 0, the routing rules hold no route for a packet that came in
-//! (only `local` ones), the forward chain drops, and the programs let nothing through without a mark.
+//! Forwarding is closed four times: the sysctls say no, the routing rules hold no route for a packet that came in
+//! (only `local` ones), the forward chain drops, and the programs let nothing through without a mark. All of it holds
+//! for both families.
+//!
+//! IPv6 is off but on `lo` and on the interfaces of sandboxes that have an address, where the controller turns it on;
+//! those get no address of their own, so that the kernel has nothing to say there by itself.
 
 use std::{
     fs,
     io::{self, Write},
+    path::Path,
     process::{Command, Stdio},
 };
 
 use netd_common::mark;
 
-use super::{GATEWAY, RouterError};
+use super::{GATEWAY, GATEWAY6, RouterError};
 
 /// Routing table whose only route delivers everything to the local host.
 const LOCAL_TABLE: u32 = 133;
@@ -46,11 +51,31 @@ const REQUIRED: &[(&str, &str)] = &[
     ("net/ipv4/icmp_ratelimit", "0"),
 ];
 
-/// Settings that only make it faster or more robust; a kernel may lack them, or not have them per namespace.
-const WISHED: &[(&str, &str)] = &[
+/// The same for IPv6, where the kernel has it. Interfaces inherit `default` when they appear.
+const REQUIRED6: &[(&str, &str)] = &[
+    // `all` overwrites every interface, so it comes first, and only in a namespace where it was not yet so.
     ("net/ipv6/conf/all/disable_ipv6", "1"),
     ("net/ipv6/conf/default/disable_ipv6", "1"),
+    ("net/ipv6/conf/lo/disable_ipv6", "0"),
     ("net/ipv6/conf/all/forwarding", "0"),
+    ("net/ipv6/conf/default/forwarding", "0"),
+    ("net/ipv6/conf/all/accept_ra", "0"),
+    ("net/ipv6/conf/default/accept_ra", "0"),
+    ("net/ipv6/conf/default/autoconf", "0"),
+    // No link-local address, and so nothing that would have to be announced or asked for.
+    ("net/ipv6/conf/default/addr_gen_mode", "1"),
+    ("net/ipv6/conf/default/router_solicitations", "0"),
+    ("net/ipv6/conf/default/dad_transmits", "0"),
+    ("net/ipv6/conf/all/accept_redirects", "0"),
+    ("net/ipv6/conf/default/accept_redirects", "0"),
+    ("net/ipv6/conf/all/accept_source_route", "-1"),
+    ("net/ipv6/conf/default/accept_source_route", "-1"),
+    ("net/ipv6/fwmark_reflect", "1"),
+    ("net/ipv6/icmp/ratelimit", "0"),
+];
+
+/// Settings that only make it faster or more robust; a kernel may lack them, or not have them per namespace.
+const WISHED: &[(&str, &str)] = &[
     ("net/ipv4/icmp_msgs_per_sec", "100000"),
     ("net/ipv4/icmp_msgs_burst", "10000"),
     // The sandbox's end is one hop away, so nothing old can arrive late; and a SYN that reuses the four-tuple of a
@@ -68,7 +93,9 @@ const WISHED: &[(&str, &str)] = &[
 
 /// Applies everything.
 pub(super) fn apply() -> Result<(), RouterError> {
-    for (name, value) in REQUIRED {
+    let has_v6 = Path::new("/proc/sys/net/ipv6").exists();
+    let required6 = if has_v6 { REQUIRED6 } else { &[] };
+    for (name, value) in REQUIRED.iter().chain(required6) {
         set(name, value).map_err(|source| RouterError::Sysctl {
             name: (*name).to_owned(),
             value,
@@ -81,8 +108,15 @@ pub(super) fn apply() -> Result<(), RouterError> {
         }
     }
     feed(&["nft", "-f", "-"], &ruleset())?;
-    addresses()?;
-    rules()
+    let ends = [
+        ("-4", format!("{GATEWAY}/32"), "0.0.0.0/0"),
+        ("-6", format!("{GATEWAY6}/128 nodad"), "::/0"),
+    ];
+    for (family, gateway, everywhere) in ends.iter().take(if has_v6 { 2 } else { 1 }) {
+        addresses(family, gateway, everywhere)?;
+        rules(family)?;
+    }
+    Ok(())
 }
 
 fn set(name: &str, value: &str) -> io::Result<()> {
@@ -110,7 +144,6 @@ table inet sandgate {{
   chain prerouting {{
     type filter hook prerouting priority raw; policy drop;
     iif lo drop
-    meta nfproto ipv6 drop
     meta mark {proxy:#x} accept
     meta mark {inbound:#x} accept
     meta l4proto tcp reject with tcp reset
@@ -128,18 +161,17 @@ table inet sandgate {{
     )
 }
 
-fn addresses() -> Result<(), RouterError> {
-    feed(
-        &["ip", "-batch", "-"],
-        &format!(
-            "link set lo up\naddress replace {GATEWAY}/32 dev lo\nroute replace local default dev lo table {LOCAL_TABLE}\n"
-        ),
-    )
+/// Gives the namespace its gateway address, and the table of steered packets its only route.
+fn addresses(family: &str, gateway: &str, everywhere: &str) -> Result<(), RouterError> {
+    let commands = format!(
+        "link set lo up\naddress replace {gateway} dev lo\nroute replace local {everywhere} dev lo table {LOCAL_TABLE}\n"
+    );
+    feed(&["ip", family, "-batch", "-"], &commands)
 }
 
 /// Which table a packet asks, by order. Packets that the namespace sends itself (`iif lo`) come first, so that the
 /// mark that an answer reflects does not route it back to the local host.
-fn rules() -> Result<(), RouterError> {
+fn rules(family: &str) -> Result<(), RouterError> {
     let wanted = [
         (10, "iif lo lookup local".to_owned()),
         (11, "iif lo lookup main".to_owned()),
@@ -149,7 +181,7 @@ fn rules() -> Result<(), RouterError> {
         (40, format!("fwmark {:#x} lookup local", mark::INBOUND)),
         (50, "prohibit".to_owned()),
     ];
-    let present = output(&["ip", "-4", "rule", "show"])?;
+    let present = output(&["ip", family, "rule", "show"])?;
     let missing: String = wanted
         .iter()
         .filter(|(priority, _)| {
@@ -160,11 +192,11 @@ fn rules() -> Result<(), RouterError> {
         .map(|(priority, rule)| format!("rule add priority {priority} {rule}\n"))
         .collect();
     if !missing.is_empty() {
-        feed(&["ip", "-4", "-batch", "-"], &missing)?;
+        feed(&["ip", family, "-batch", "-"], &missing)?;
     }
     // The rule that the kernel made for local addresses, before all marks. Last, so that no moment is without it.
     if present.lines().any(|line| line.starts_with("0:")) {
-        feed(&["ip", "-4", "-batch", "-"], "rule del priority 0\n")?;
+        feed(&["ip", family, "-batch", "-"], "rule del priority 0\n")?;
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! What the kernel programs take for a packet, by `BPF_PROG_TEST_RUN`: the mean of many runs, without the
 //! stack around them.
 
-use std::{net::Ipv4Addr, os::fd::AsFd as _};
+use std::net::Ipv4Addr;
 
 use anyhow::{Result, ensure};
 use aya::TestRunOptions;
@@ -29,11 +29,7 @@ pub(crate) fn program(effort: Effort) -> Result<Vec<Table>> {
     let (sandbox, handle) = world.first();
     let datapath = &world.datapath;
     let listeners = Listeners::open(datapath.router())?;
-    datapath.set_listeners(
-        listeners.tcp.as_fd(),
-        listeners.dns_udp.as_fd(),
-        listeners.dns_tcp.as_fd(),
-    )?;
+    datapath.set_listeners(&listeners.indexed())?;
     let (me, mac) = (sandbox.address(), sandbox.endpoint.mac);
     let from = |to: [u8; 4], port| Frame::tcp(me, mac, Ipv4Addr::from(to), port);
     let answer = Frame {
