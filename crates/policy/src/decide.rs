@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 
 use crate::{
     address,
+    dns::DnsBudget,
     document::{FailureMode, Policy, Tls},
     error::PolicyError,
     kernel::{self, KernelAction, KernelTable},
@@ -327,6 +328,12 @@ impl SandboxPolicy {
     /// The table for the kernel, without the platform's ranges.
     pub fn kernel_table(&self) -> KernelTable {
         self.table.clone()
+    }
+
+    /// What may be asked of DNS: of each limit the strictest of all tiers that enforce, and no limit where none does.
+    pub fn dns(&self) -> DnsBudget {
+        let budgets = self.tiers.iter().map(|tier| tier.dns);
+        budgets.fold(DnsBudget::UNLIMITED, DnsBudget::strictest)
     }
 
     /// The strictest of the tiers' modes.

@@ -10,7 +10,13 @@ use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use serde_json::{Map, Value, json};
 
-use crate::{error::PolicyError, names::DomainPattern, ports::PortSpan, request::RequestPattern};
+use crate::{
+    dns::{DnsBudget, DnsType},
+    error::PolicyError,
+    names::DomainPattern,
+    ports::PortSpan,
+    request::RequestPattern,
+};
 
 macro_rules! words {
     ($(#[doc = $doc:literal])+ $name:ident { $($(#[doc = $word_doc:literal])+ $word:ident = $text:literal,)+ }) => {
@@ -195,6 +201,7 @@ pub struct Policy {
     pub(crate) denied_cidrs: Vec<IpNet>,
     pub(crate) allowed_ports: Vec<u16>,
     pub(crate) rules: Vec<Rule>,
+    pub(crate) dns: DnsBudget,
     pub(crate) enforcement: Enforcement,
     pub(crate) failure_mode: FailureMode,
 }
@@ -210,6 +217,7 @@ impl Default for Policy {
             denied_cidrs: Vec::new(),
             allowed_ports: vec![443],
             rules: Vec::new(),
+            dns: DnsBudget::default(),
             enforcement: Enforcement::Enforce,
             failure_mode: FailureMode::FailClosed,
         }
@@ -245,6 +253,7 @@ impl Policy {
             "denied_cidrs": texts(&self.denied_cidrs),
             "allowed_ports": self.allowed_ports,
             "rules": self.rules.iter().map(Rule::to_value).collect::<Vec<_>>(),
+            "dns": budget(&self.dns),
             "enforcement": self.enforcement.as_str(),
             "failure_mode": self.failure_mode.as_str(),
         })
@@ -268,6 +277,11 @@ impl Policy {
     /// What happens while audit or credentials are out of order.
     pub fn failure_mode(&self) -> FailureMode {
         self.failure_mode
+    }
+
+    /// What may be asked of DNS.
+    pub fn dns(&self) -> DnsBudget {
+        self.dns
     }
 
     /// The ordered rules.
@@ -306,6 +320,16 @@ impl Rule {
         }
         Value::Object(value)
     }
+}
+
+fn budget(dns: &DnsBudget) -> Value {
+    json!({
+        "types": dns.types.iter().map(DnsType::as_str).collect::<Vec<_>>(),
+        "unique_names_per_minute": dns.unique_names_per_minute,
+        "query_bytes_per_minute": dns.query_bytes_per_minute,
+        "label_max": dns.label_max,
+        "name_max": dns.name_max,
+    })
 }
 
 fn requests(pattern: &RequestPattern) -> Value {

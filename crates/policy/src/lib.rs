@@ -15,6 +15,7 @@
 
 mod address;
 mod decide;
+mod dns;
 mod document;
 mod error;
 mod kernel;
@@ -27,6 +28,7 @@ mod request;
 mod tier;
 
 pub use decide::{BoundHost, Flow, Protocol, SandboxPolicy, Verdict};
+pub use dns::{DnsBudget, DnsType, DnsTypes};
 pub use document::{Action, Enforcement, FailureMode, Mode, Policy, Rule, RuleProtocol, Tls};
 pub use error::PolicyError;
 pub use kernel::{KernelAction, KernelTable, MAX_PREFIXES, MAX_RANGES, PortRange, PrefixEntry};

@@ -116,6 +116,25 @@ impl DomainName {
         &self.0
     }
 
+    /// The part of the name that one owner registered below a public suffix, such as `example.org` of
+    /// `a.b.example.org`; the whole name where it is a suffix itself. Suffixes of companies that give names to their
+    /// customers do not count, as with wildcards: names below them share one zone.
+    pub fn zone(&self) -> &str {
+        let name = self.as_str();
+        let mut suffix = psl::suffix(name.as_bytes());
+        while let Some(found) = suffix
+            && found.typ() == Some(psl::Type::Private)
+        {
+            let parent = found.as_bytes().iter().position(|byte| *byte == b'.');
+            suffix = parent.and_then(|dot| psl::suffix(&found.as_bytes()[dot + 1..]));
+        }
+        let length = suffix.map_or(0, |suffix| suffix.as_bytes().len());
+        let Some(head) = name.len().checked_sub(length + 1) else {
+            return name;
+        };
+        name[..head].rfind('.').map_or(name, |dot| &name[dot + 1..])
+    }
+
     /// Whether the name is one of the public tree: more than one label, and not below a zone that is reserved for
     /// local use (RFC 6761, 6762, 7686, 8375, 9476; `internal` by ICANN, and the zone of a cluster below `local`).
     /// A wildcard or a default that allows everything means public names; the others must be listed.

@@ -9,6 +9,7 @@ use ipnet::IpNet;
 
 use crate::{
     address,
+    dns::DnsBudget,
     document::{Action, FailureMode, Inside, Mode, Policy, Rule, RuleProtocol},
     kernel::KernelAction,
     names::{DomainName, DomainPattern, DomainSet},
@@ -23,6 +24,7 @@ pub(crate) struct Tier {
     /// Where the mode allows what no rule mentions. `None`: nowhere.
     pub(crate) open: Option<PortSet>,
     pub(crate) failure_mode: FailureMode,
+    pub(crate) dns: DnsBudget,
 }
 
 /// One entry of the ordered list.
@@ -143,6 +145,7 @@ impl Tier {
                 Mode::DenyAll | Mode::Allowlist => None,
             },
             failure_mode: policy.failure_mode,
+            dns: policy.dns,
         }
     }
 

@@ -7,8 +7,8 @@ use sandgate_api::{
     id::OrgId,
 };
 use sandgate_policy::{
-    DomainName, FailureMode, Flow, KernelTable, Platform, Policy, PolicyError, Reason, RequestHead,
-    SandboxPolicy, Verdict,
+    DnsBudget, DomainName, FailureMode, Flow, KernelTable, Platform, Policy, PolicyError, Reason,
+    RequestHead, SandboxPolicy, Verdict,
 };
 
 use crate::intercept::bindings::{BindingError, Bindings};
@@ -158,6 +158,11 @@ impl Rules {
     /// Whether flows go on when they cannot be recorded.
     pub fn failure_mode(&self) -> FailureMode {
         self.policy.failure_mode()
+    }
+
+    /// What may be asked of DNS.
+    pub fn dns(&self) -> DnsBudget {
+        self.policy.dns()
     }
 
     /// Judges a flow.

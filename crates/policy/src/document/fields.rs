@@ -1,6 +1,6 @@
 //! Reads fields of a JSON object strictly, and says what was expected where.
 
-use std::fmt::Write as _;
+use std::{fmt::Write as _, ops::RangeInclusive};
 
 use serde_json::{Map, Value};
 
@@ -95,6 +95,20 @@ impl<'a> Fields<'a> {
             .enumerate()
             .map(|(index, value)| item(format!("{path}[{index}]"), value));
         items.collect::<Result<Vec<T>, PolicyError>>().map(Some)
+    }
+
+    /// A whole number within `range`.
+    pub(super) fn whole(&self, name: &str, range: RangeInclusive<u64>) -> Result<Option<u64>, PolicyError> {
+        let Some(value) = self.get(name) else {
+            return Ok(None);
+        };
+        match value.as_u64().filter(|number| range.contains(number)) {
+            Some(number) => Ok(Some(number)),
+            None => {
+                let expectation = format!("a whole number from {} to {}", range.start(), range.end());
+                Err(expected(self.path(name), &expectation, value))
+            }
+        }
     }
 
     /// A field of a later version: refused, unless it is left at its default.

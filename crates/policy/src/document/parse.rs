@@ -1,5 +1,6 @@
 //! From JSON to [`Policy`]: refuses whatever it does not understand.
 
+mod dns;
 mod inside;
 
 pub(super) use inside::KNOWN_IN_REQUESTS;
@@ -76,7 +77,6 @@ pub(super) fn policy(value: &Value) -> Result<Policy, PolicyError> {
         return fields.refuse("mode", format!("is required: one of {}", words.join(", ")));
     };
     fields.later("ech", &[json!("deny")])?;
-    dns(&fields)?;
     let policy = Policy {
         mode,
         allowed_domains: domains(&fields, "allowed_domains")?,
@@ -87,6 +87,7 @@ pub(super) fn policy(value: &Value) -> Result<Policy, PolicyError> {
             .list("allowed_ports", MAX_PORTS, port)?
             .unwrap_or_else(|| vec![443]),
         rules: fields.list("rules", MAX_RULES, rule)?.unwrap_or_default(),
+        dns: dns::dns(&fields)?,
         enforcement: enforcement(&fields)?,
         failure_mode: fields
             .word("failure_mode", FailureMode::ALL)?
@@ -118,25 +119,6 @@ fn enforcement(fields: &Fields<'_>) -> Result<Enforcement, PolicyError> {
     Ok(fields
         .word("enforcement", Enforcement::ALL)?
         .unwrap_or(Enforcement::Enforce))
-}
-
-/// The DNS budget cannot be changed yet: only what is in force anyway may be written.
-fn dns(fields: &Fields<'_>) -> Result<(), PolicyError> {
-    let Some(value) = fields.get("dns") else {
-        return Ok(());
-    };
-    let defaults = [
-        ("types", json!(["A", "AAAA"])),
-        ("unique_names_per_minute", json!(60)),
-        ("query_bytes_per_minute", json!(8192)),
-        ("label_max", json!(40)),
-        ("name_max", json!(128)),
-    ];
-    let known = defaults.each_ref().map(|(name, _)| *name);
-    let budget = Fields::of(value, fields.path("dns"), &known)?;
-    defaults
-        .iter()
-        .try_for_each(|(name, default)| budget.later(name, std::slice::from_ref(default)))
 }
 
 fn rule(path: String, value: &Value) -> Result<Rule, PolicyError> {

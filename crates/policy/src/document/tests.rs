@@ -309,13 +309,6 @@ fn what_this_version_does_not_enforce_is_refused() {
     let later = "not supported by this version";
     refused(with("enforcement", json!("audit")), "enforcement", later);
     refused(with("ech", json!("allow")), "ech", later);
-    refused(with("dns", json!({"types": ["A", "TXT"]})), "dns.types", later);
-    refused(
-        with("dns", json!({"unique_names_per_minute": 61})),
-        "dns.unique_names_per_minute",
-        later,
-    );
-    refused(with("dns", json!(null)), "dns", "expected an object");
     refused(with_rule("protocol", json!("udp")), "rules[1].protocol", later);
 }
 
@@ -555,4 +548,36 @@ fn an_error_can_be_put_below_the_field_that_holds_the_document() {
         Policy::parse(&json!(1)).unwrap_err().under("network").field,
         "network"
     );
+}
+
+#[test]
+fn what_may_be_asked_of_dns_is_read_strictly() {
+    let budget = |dns: Value| Policy::parse(&with("dns", dns)).unwrap().dns();
+    assert_eq!(budget(json!({})), DnsBudget::default());
+    let written = json!({
+        "types": ["A", "TXT"], "unique_names_per_minute": 600, "query_bytes_per_minute": 1, "label_max": 63, "name_max": 253,
+    });
+    let policy = Policy::parse(&with("dns", written.clone())).unwrap();
+    assert_eq!(policy.to_value()["dns"], written);
+    assert_eq!(budget(json!({"types": []})).types.iter().count(), 0);
+    for (field, bad, says) in [
+        ("unique_names_per_minute", json!(0), "from 1 to 100000, got 0"),
+        ("query_bytes_per_minute", json!(1.5), "a whole number"),
+        ("label_max", json!(64), "from 1 to 63"),
+        ("name_max", json!("128"), "from 1 to 253"),
+        ("types", json!("A"), "a list"),
+    ] {
+        refused(with("dns", json!({field: bad})), &format!("dns.{field}"), says);
+    }
+    refused(
+        with("dns", json!({"types": ["A", "HTTPS"]})),
+        "dns.types[1]",
+        "never answered",
+    );
+    refused(
+        with("dns", json!({"types": ["a"]})),
+        "dns.types[0]",
+        "one of A, AAAA, CAA",
+    );
+    refused(with("dns", json!(null)), "dns", "expected an object");
 }

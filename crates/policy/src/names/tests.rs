@@ -246,3 +246,21 @@ proptest! {
         prop_assert_eq!(DomainSet::new(&patterns).covering(&name), first);
     }
 }
+
+#[test]
+fn a_zone_is_what_one_owner_registered() {
+    for (text, zone) in [
+        ("a.b.example.org", "example.org"),
+        ("example.org", "example.org"),
+        ("org", "org"),
+        ("a.b.example.co.uk", "example.co.uk"),
+        ("co.uk", "co.uk"),
+        ("one.github.io", "github.io"),
+        ("x.y.z.s3.amazonaws.com", "amazonaws.com"),
+        ("a.ok.test", "ok.test"),
+        ("5.113.0.203.in-addr.arpa", "203.in-addr.arpa"),
+        ("host", "host"),
+    ] {
+        assert_eq!(DomainName::parse(text).unwrap().zone(), zone, "{text}");
+    }
+}
