@@ -21,7 +21,7 @@ use netd_common::{PortSpan, wire};
 use sandgate_api::feed::Endpoint;
 use sandgate_policy::{KernelTable, Platform, Protocol, Reason};
 
-pub use self::{error::DatapathError, events::EventReader};
+pub use self::{error::DatapathError, events::EventReader, policies::PolicyContent};
 use self::{
     events::SharedSweep,
     pins::Pins,
@@ -31,6 +31,7 @@ use self::{
 };
 use crate::router::RouterNamespace;
 
+mod batch;
 mod error;
 mod events;
 mod pins;
@@ -261,9 +262,35 @@ impl Datapath {
         })
     }
 
-    /// Puts a new policy in force, in one step.
-    pub fn set_policy(&self, endpoint: EndpointHandle, table: &KernelTable) -> Result<(), DatapathError> {
+    /// Puts a new policy in force, in one step. Endpoints with the same table share it. Gives the name under which
+    /// [`Self::share_policy`] finds it.
+    ///
+    /// # Errors
+    /// When the kernel does not take it, for example because there is no room; the policy of before stays in force.
+    pub fn set_policy(
+        &self,
+        endpoint: EndpointHandle,
+        table: &KernelTable,
+    ) -> Result<PolicyContent, DatapathError> {
         self.state().tables.set_policy(endpoint, table)
+    }
+
+    /// The same with a table that some endpoint has, or had a moment ago. False: none has.
+    ///
+    /// # Errors
+    /// As [`Self::set_policy`].
+    pub fn share_policy(
+        &self,
+        endpoint: EndpointHandle,
+        content: PolicyContent,
+    ) -> Result<bool, DatapathError> {
+        self.state().tables.share_policy(endpoint, content)
+    }
+
+    /// How many different policies are in the kernel, those that wait to be freed included, and how many prefixes they
+    /// have together.
+    pub fn policies(&self) -> (usize, usize) {
+        self.state().tables.policies()
     }
 
     /// Denies the endpoint and forgets everything about it. Not an error when it is gone already.

@@ -275,7 +275,7 @@ impl Sandbox {
         let replaced = state.enforced.replace(rules, seconds());
         state.forget(&self.datapath, self.handle, &self.id, &replaced.unbound);
         drop(state);
-        written.map(|()| replaced.cut)
+        written.map(|_content| replaced.cut)
     }
 
     /// Replaces the ports that tunnels lead to. Connections to others are no longer admitted, also those that an

@@ -10,6 +10,7 @@ mod dials;
 mod inbound;
 mod packet;
 mod passed;
+mod policies;
 mod refusal;
 mod sockets;
 mod steering;

@@ -87,7 +87,6 @@ pub struct SandboxPolicy {
     bindings: Vec<BoundHost>,
     /// The ports of all bindings.
     read: PortSet,
-    table: KernelTable,
 }
 
 impl SandboxPolicy {
@@ -111,6 +110,20 @@ impl SandboxPolicy {
         tiers: &[(String, Policy)],
         bindings: &[BoundHost],
     ) -> Result<Self, PolicyError> {
+        Self::compile_with_table(platform, tiers, bindings).map(|(policy, _table)| policy)
+    }
+
+    /// The same with the kernel's table, which was made on the way and is not kept: a node has many policies, and what
+    /// is in its kernel need not lie in its memory too.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`SandboxPolicy::compile_with`].
+    pub fn compile_with_table(
+        platform: &Platform,
+        tiers: &[(String, Policy)],
+        bindings: &[BoundHost],
+    ) -> Result<(Self, KernelTable), PolicyError> {
         let default = Policy::default();
         let policies: Vec<&Policy> = if tiers.is_empty() {
             vec![&default]
@@ -134,14 +147,14 @@ impl SandboxPolicy {
             }
             error
         })?;
-        Ok(Self {
+        let policy = Self {
             platform: platform.clone(),
             tiers: compiled,
             given: tiers.len(),
             bindings: bindings.to_vec(),
             read,
-            table,
-        })
+        };
+        Ok((policy, table))
     }
 
     /// Decides one flow. Ask without name first; see [`Verdict::needs_name`].
@@ -325,9 +338,13 @@ impl SandboxPolicy {
         kernel::reading(strictest, self.read.contains(to.port()))
     }
 
-    /// The table for the kernel, without the platform's ranges.
+    /// The table for the kernel, without the platform's ranges. Computed anew each time.
+    ///
+    /// # Panics
+    ///
+    /// Never: it fitted when the tiers were compiled.
     pub fn kernel_table(&self) -> KernelTable {
-        self.table.clone()
+        kernel::table(&self.tiers, &self.read).unwrap_or_else(|excess| unreachable!("{excess:?}"))
     }
 
     /// What may be asked of DNS: of each limit the strictest of all tiers that enforce, and no limit where none does.

@@ -120,6 +120,19 @@ pub enum DatapathError {
         /// Of the handle.
         ifindex: u32,
     },
+    /// There is no room for another policy.
+    #[error(
+        "the policy does not fit: its {wanted} prefixes would be beside {present} of other policies, and a node holds \
+         {limit}"
+    )]
+    PoliciesFull {
+        /// Prefixes of the policy.
+        wanted: usize,
+        /// Prefixes of all others.
+        present: usize,
+        /// How many fit.
+        limit: usize,
+    },
     /// The table cannot be put into the kernel.
     #[error("a policy that the kernel cannot hold: {0}")]
     Table(String),

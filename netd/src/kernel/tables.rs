@@ -9,13 +9,16 @@ use std::{
 use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, SockMap, lpm_trie::Key};
 use ipnet::Ipv4Net;
 use netd_common::{
-    BoundKey, Counter, Endpoint, InboundKey, LAYOUT, Meta, PlatformEntry, PolicyKey, Throttle, counter, wire,
+    BoundKey, Counter, Endpoint, InboundKey, LAYOUT, Meta, PlatformEntry, Throttle, counter, wire,
 };
 use sandgate_policy::KernelTable;
 
 use super::{
-    Counters, DatapathError, EndpointHandle, error::on_map, events::is_missing, pins::Pins,
-    policies::Policies,
+    Counters, DatapathError, EndpointHandle,
+    error::on_map,
+    events::is_missing,
+    pins::Pins,
+    policies::{Policies, PolicyContent},
 };
 
 /// Reopens a pinned map under its kind.
@@ -28,7 +31,6 @@ macro_rules! open {
 /// Of one endpoint, beside what stands in its map entry.
 #[derive(Default)]
 struct Belongings {
-    policy: Vec<Key<PolicyKey>>,
     bound: BTreeSet<Ipv4Addr>,
     inbound: Vec<InboundKey>,
 }
@@ -55,7 +57,7 @@ impl Tables {
     pub(super) fn open(pins: &Pins) -> Result<Self, DatapathError> {
         let mut tables = Self {
             endpoints: open!(pins, HashMap, HashMap, "ENDPOINTS"),
-            policies: Policies::new(open!(pins, LpmTrie, LpmTrie, "POLICIES")),
+            policies: Policies::new(open!(pins, LpmTrie, LpmTrie, "POLICIES"), pins.map("POLICIES")?),
             platform: open!(pins, LpmTrie, LpmTrie, "PLATFORM"),
             bound: open!(pins, HashMap, HashMap, "BOUND"),
             inbound: open!(pins, HashMap, HashMap, "INBOUND"),
@@ -76,22 +78,11 @@ impl Tables {
 
     /// Removes what no endpoint owns, and finds what each owns. After a start.
     pub(super) fn tidy(&mut self) -> Result<(), DatapathError> {
-        let by_policy: BTreeMap<u32, u32> = self
-            .known
-            .values()
-            .map(|known| (known.policy, known.ordinal))
-            .collect();
-        let mut unused = Vec::new();
-        for key in self.policies.keys()? {
-            match by_policy
-                .get(&{ key.data() }.policy)
-                .and_then(|ordinal| self.belongings.get_mut(ordinal))
-            {
-                Some(owner) => owner.policy.push(key),
-                None => unused.push(key),
-            }
+        let mut users = BTreeMap::new();
+        for known in self.known.values() {
+            *users.entry(known.policy).or_insert(0) += 1;
         }
-        self.policies.remove(&unused)?;
+        self.policies.adopt(&users)?;
 
         let bound: Vec<BoundKey> = self
             .bound
@@ -128,10 +119,7 @@ impl Tables {
     }
 
     fn change_meta(&mut self, change: impl FnOnce(&mut Meta)) -> Result<Meta, DatapathError> {
-        let mut meta = self.meta.get(&0, 0).map_err(on_map("read", "META"))?;
-        change(&mut meta);
-        self.meta.set(0, meta, 0).map_err(on_map("write", "META"))?;
-        Ok(meta)
+        change_meta(&mut self.meta, change)
     }
 
     /// An ordinal never given out before.
@@ -141,15 +129,6 @@ impl Tables {
         let next = self.meta.get(&0, 0).map_err(on_map("read", "META"))?.last_ordinal;
         let next = next.checked_add(1).ok_or_else(exhausted)?;
         self.change_meta(|meta| meta.last_ordinal = next)?;
-        Ok(next)
-    }
-
-    fn next_policy(&mut self) -> Result<u32, DatapathError> {
-        let exhausted =
-            || DatapathError::Table("all policy ids are used up; `controller down` starts anew".to_owned());
-        let next = self.meta.get(&0, 0).map_err(on_map("read", "META"))?.last_policy;
-        let next = next.checked_add(1).ok_or_else(exhausted)?;
-        self.change_meta(|meta| meta.last_policy = next)?;
         Ok(next)
     }
 
@@ -218,7 +197,11 @@ impl Tables {
     /// Makes the interface unknown; returns the ordinal whose belongings are now to be purged.
     pub(super) fn remove_endpoint(&mut self, ifindex: u32) -> Result<u32, DatapathError> {
         missing_is_fine("ENDPOINTS", self.endpoints.remove(&ifindex))?;
-        Ok(self.known.remove(&ifindex).map_or(0, |known| known.ordinal))
+        let Some(known) = self.known.remove(&ifindex) else {
+            return Ok(0);
+        };
+        self.policies.release(known.policy);
+        Ok(known.ordinal)
     }
 
     /// Removes everything under an ordinal.
@@ -236,7 +219,6 @@ impl Tables {
             };
             missing_is_fine("BOUND", self.bound.remove(&key))?;
         }
-        self.policies.retire(belongings.policy)?;
         missing_is_fine("THROTTLES", self.throttles.remove(&ordinal))
     }
 
@@ -268,18 +250,44 @@ impl Tables {
         &mut self,
         endpoint: EndpointHandle,
         table: &KernelTable,
-    ) -> Result<(), DatapathError> {
+    ) -> Result<PolicyContent, DatapathError> {
+        self.check(endpoint)?;
+        let meta = &mut self.meta;
+        let (policy, content) = self.policies.take(table, || next_policy(meta))?;
+        self.switch(endpoint, policy).map(|()| content)
+    }
+
+    /// The same with a policy that is in the kernel already. False: it is not.
+    pub(super) fn share_policy(
+        &mut self,
+        endpoint: EndpointHandle,
+        content: PolicyContent,
+    ) -> Result<bool, DatapathError> {
+        self.check(endpoint)?;
+        match self.policies.share(content) {
+            Some(policy) => self.switch(endpoint, policy).map(|()| true),
+            None => Ok(false),
+        }
+    }
+
+    /// Switches to a policy that was counted as used by the endpoint.
+    fn switch(&mut self, endpoint: EndpointHandle, policy: u32) -> Result<(), DatapathError> {
         let current = self.check(endpoint)?;
-        let policy = self.next_policy()?;
-        let keys = self.policies.write(policy, table)?;
         let entry = Endpoint { policy, ..current };
-        if let Err(error) = self.endpoints.insert(endpoint.ifindex, entry, 0) {
-            self.policies.remove(&keys)?;
+        if entry != current
+            && let Err(error) = self.endpoints.insert(endpoint.ifindex, entry, 0)
+        {
+            self.policies.release(policy);
             return Err(on_map("write", "ENDPOINTS")(error));
         }
         self.known.insert(endpoint.ifindex, entry);
-        let old = std::mem::replace(&mut self.belongings(endpoint)?.policy, keys);
-        self.policies.retire(old)
+        self.policies.release(current.policy);
+        Ok(())
+    }
+
+    /// How many different policies are in the kernel, and how many prefixes they have together.
+    pub(super) fn policies(&self) -> (usize, usize) {
+        self.policies.size()
     }
 
     pub(super) fn bind(&mut self, endpoint: EndpointHandle, address: Ipv4Addr) -> Result<(), DatapathError> {
@@ -450,6 +458,26 @@ impl Tables {
             suppressed: sum(counter::SUPPRESSED)?,
         })
     }
+}
+
+fn change_meta(
+    notes: &mut Array<MapData, Meta>,
+    change: impl FnOnce(&mut Meta),
+) -> Result<Meta, DatapathError> {
+    let mut meta = notes.get(&0, 0).map_err(on_map("read", "META"))?;
+    change(&mut meta);
+    notes.set(0, meta, 0).map_err(on_map("write", "META"))?;
+    Ok(meta)
+}
+
+/// A policy id never given out before.
+fn next_policy(notes: &mut Array<MapData, Meta>) -> Result<u32, DatapathError> {
+    let exhausted =
+        || DatapathError::Table("all policy ids are used up; `controller down` starts anew".to_owned());
+    let next = notes.get(&0, 0).map_err(on_map("read", "META"))?.last_policy;
+    let next = next.checked_add(1).ok_or_else(exhausted)?;
+    change_meta(notes, |meta| meta.last_policy = next)?;
+    Ok(next)
 }
 
 fn inbound_key(endpoint: EndpointHandle, sandbox_port: u16, local: SocketAddrV4) -> InboundKey {
