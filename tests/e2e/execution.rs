@@ -1,32 +1,29 @@
 //! Commands and files in a sandbox, and the limits around them.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use harness::wait;
 use serde_json::json;
 
 use crate::machine::Machine;
 
-const SOON: Duration = Duration::from_secs(5);
+/// Longest wait for what happens at once.
+const SOON: Duration = Duration::from_secs(60);
 
 pub(crate) fn a_stream_brings_output_as_it_comes_and_ends_with_done(machine: &Machine) {
     let sandbox = machine.organization.sandbox(&json!({}));
-    let command = "echo one; sleep 1; echo two >&2; printf 'a\\342\\200\\250b\\n'; exit 7";
+    // It goes on when the first line has been seen, and not before.
+    let command = "echo one; while [ ! -e seen ]; do sleep 0.05; done; echo two >&2; printf 'a\\342\\200\\250b\\n'; exit 7";
     let call = sandbox
         .client()
         .post(&sandbox.path("/execute"))
         .json(&json!({ "command": command, "stream": true }));
-    let started = Instant::now();
     let mut events = call.events().expect("an event stream");
     assert_eq!(
         events.next(SOON),
         Some(json!({ "type": "stdout", "data": "one\n" }))
     );
-    assert!(
-        started.elapsed() < Duration::from_millis(900),
-        "the first line came after {:?}",
-        started.elapsed()
-    );
+    sandbox.write("/workspace/seen", "");
     let rest = events.rest(SOON);
     let kinds: Vec<_> = rest
         .iter()
@@ -99,11 +96,10 @@ pub(crate) fn a_disconnect_cancels_the_command(machine: &Machine) {
 pub(crate) fn a_command_out_of_time_is_ended_with_everything_it_started(machine: &Machine) {
     let sandbox = machine.organization.sandbox(&json!({}));
     let output = sandbox
-        .execute(&json!({ "command": "echo before; sleep 6543 & sleep 6543; echo after", "timeout": 700 }));
+        .execute(&json!({ "command": "echo before; sleep 6543 & sleep 6543; echo after", "timeout": 3_000 }));
     assert_eq!(output.exit_code, 124, "{output:?}");
     assert_eq!(output.answer["timed_out"], true, "{output:?}");
     assert_eq!(output.stdout, "before\n");
-    assert!(output.took < Duration::from_secs(4), "{:?}", output.took);
     wait::until("its child is gone", SOON, || {
         let all = machine.node.processes_of(&sandbox.id);
         (!all
@@ -132,9 +128,11 @@ pub(crate) fn exit_codes_are_real(machine: &Machine) {
     assert_eq!(placed.stdout, "/tmp\nsandbox call call\n");
     assert_eq!(sandbox.sh_ok("pwd"), "/workspace");
     // Orphans are reaped by the first process, and output is bounded.
-    sandbox.sh_ok("for i in 1 2 3 4 5; do (setsid sh -c 'exit 0' &); done; sleep 0.3");
-    let zombies = sandbox.sh_ok("cat /proc/[0-9]*/stat | awk '$3 == \"Z\"' | wc -l");
-    assert_eq!(zombies, "0");
+    sandbox.sh_ok("for i in 1 2 3 4 5; do (setsid sh -c 'exit 0' &); done");
+    wait::until("orphans are reaped", SOON, || {
+        let zombies = sandbox.sh_ok("cat /proc/[0-9]*/stat | awk '$3 == \"Z\"' | wc -l");
+        (zombies == "0").then_some(())
+    });
     let flood = sandbox.sh("head -c 50000000 /dev/zero | tr '\\0' x");
     assert_eq!(
         flood.answer["output_truncated"],
@@ -276,15 +274,19 @@ pub(crate) fn limits_bite_inside_and_only_there(machine: &Machine) {
     assert_ne!(hog.exit_code, 0, "{hog:?}");
     assert_eq!(sandbox.status(), "running", "the hog took the sandbox with it");
     let forks = "python3 -c '
-import os, time
-made = 0
+import os, signal
+made = []
 try:
-    while made < 300:
-        if os.fork() == 0:
-            time.sleep(2); os._exit(0)
-        made += 1
+    while len(made) < 300:
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+        made.append(child)
 except OSError as error:
-    print(made, error.errno)
+    print(len(made), error.errno)
+for child in made:
+    os.kill(child, signal.SIGKILL)
+    os.wait()
 '";
     let forks = sandbox.sh_ok(forks);
     let (made, errno) = forks

@@ -87,7 +87,7 @@ pub(crate) fn register_create_write_execute_read_restrict_and_stop(machine: &Mac
     sandbox.set_network(&json!({ "mode": "allowlist", "allowed_domains": ["ok.test"] }));
     sandbox.write(probe::CA, machine.world.ca.pem());
     let hello = sandbox.sh_ok(&format!(
-        "curl -sS --max-time 5 --cacert {} https://ok.test/",
+        "curl -sS --max-time 30 --cacert {} https://ok.test/",
         probe::CA
     ));
     assert_eq!(hello, "hello from ok.test at 203.0.113.10");
@@ -105,7 +105,7 @@ pub(crate) fn register_create_write_execute_read_restrict_and_stop(machine: &Mac
         "http://ok.test:8080/",
         "http://169.254.169.254/",
     ] {
-        let refused = sandbox.sh(&format!("curl -sSk --max-time 5 {target}"));
+        let refused = sandbox.sh(&format!("curl -sSk --max-time 30 {target}"));
         assert_ne!(refused.exit_code, 0, "{target}: {refused:?}");
         assert_ne!(refused.exit_code, 28, "{target} ended by timeout");
         assert!(refused.took < probe::AT_ONCE, "{target} took {:?}", refused.took);

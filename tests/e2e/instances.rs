@@ -18,7 +18,7 @@ use serde_json::json;
 use crate::{machine::fixture_policy, outages::wait_until_served};
 
 /// What ends takes its time.
-const SETTLED: Duration = Duration::from_secs(20);
+const SETTLED: Duration = Duration::from_secs(60);
 /// Of an instance that shares the first one's network namespace.
 const ELSEWHERE: [(&str, &str); 6] = [
     ("SANDGATE_API_ADDR", "127.0.0.1:18080"),

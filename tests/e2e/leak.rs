@@ -31,7 +31,7 @@ const WARM_UP: usize = 24;
 /// At the same time.
 const AT_ONCE: usize = 8;
 /// What ends takes its time: loop devices, network namespaces, the sweep of connections into sandboxes.
-const SETTLED: Duration = Duration::from_secs(20);
+const SETTLED: Duration = Duration::from_secs(60);
 /// Longer than the pause of any sweep (netd's is 5 s).
 const QUIET: Duration = Duration::from_secs(7);
 /// Readings of memory within a round.
@@ -159,7 +159,7 @@ fn one(quiet: &Quiet, number: usize) -> String {
                 .json(&json!({ "command": "while :; do echo again; sleep 0.01; done", "stream": true }))
                 .events()
                 .expect("a stream");
-            stream.next(Duration::from_secs(10)).expect("an event");
+            stream.next(SETTLED).expect("an event");
         }
         // Other rules in its life.
         3 => drop(sandbox.set_network(&json!({ "mode": "deny_all" }))),

@@ -8,7 +8,7 @@ use serde_json::json;
 use crate::machine::Machine;
 
 /// Cleaning up takes a moment after the end was reported.
-pub(crate) const CLEANED: Duration = Duration::from_secs(10);
+pub(crate) const CLEANED: Duration = Duration::from_secs(60);
 
 #[track_caller]
 pub(crate) fn assert_gone(machine: &Machine, sandbox: &str) {
@@ -26,7 +26,7 @@ pub(crate) fn a_sandbox_that_expires_is_cleaned_up(machine: &Machine) {
     let sandbox = &machine.mayfly;
     let status = sandbox.client().get(&sandbox.path("/status")).send().ok();
     assert!(status["expires_at"].is_string(), "{status}");
-    wait::until("it expires", Duration::from_secs(75), || {
+    wait::until("it expires", Duration::from_secs(180), || {
         std::thread::sleep(Duration::from_secs(1));
         (sandbox.status() == "terminated").then_some(())
     });
@@ -79,7 +79,7 @@ pub(crate) fn a_sandbox_whose_first_process_dies_is_cleaned_up(machine: &Machine
         .find(|process| process.numbers.last() == Some(&1))
         .expect("a first process");
     machine.node.kill(first).expect("it runs");
-    wait::until("the end is noticed", Duration::from_secs(10), || {
+    wait::until("the end is noticed", CLEANED, || {
         ["error", "terminated"]
             .contains(&sandbox.status().as_str())
             .then_some(())

@@ -25,7 +25,7 @@ const NETD: &str = "127.0.0.1:9465";
 const TUNNEL_PROXY: &str = "127.0.0.1:9466";
 
 /// How long a number may take to follow what happened.
-const FOLLOWS: Duration = Duration::from_secs(10);
+const FOLLOWS: Duration = Duration::from_secs(60);
 
 /// Exit status of a bad configuration.
 const USAGE: i32 = 64;
@@ -220,7 +220,7 @@ pub(crate) fn one_command_one_flow_and_one_question_count_one(observed: &Observe
 
     let allowed: &[_] = &[("protocol", "tls"), ("verdict", "allow"), ("reason", "allowed")];
     let curl = format!(
-        "curl -sS --max-time 5 --resolve ok.test:443:203.0.113.10 --cacert {} https://ok.test/",
+        "curl -sS --max-time 30 --resolve ok.test:443:203.0.113.10 --cacert {} https://ok.test/",
         probe::CA
     );
     let [flows, up, down, questions] = observed.growth(
@@ -243,7 +243,7 @@ pub(crate) fn one_command_one_flow_and_one_question_count_one(observed: &Observe
             ("sandgate_netd_kernel_denials_total", platform),
             ("sandgate_netd_kernel_packets_total", &[("outcome", "refused")]),
         ],
-        || drop(sandbox.sh("curl -sS --max-time 2 http://169.254.169.254/")),
+        || drop(sandbox.sh("curl -sS --max-time 30 http://169.254.169.254/")),
     );
     assert!(denials >= 1.0 && packets >= 1.0, "{denials} {packets}");
 
@@ -280,7 +280,7 @@ pub(crate) fn logs_name_the_request_and_the_sandbox(observed: &Observed) {
     let id = sandbox.id.as_str();
     let request = "an-operator-asks-1";
     let curl = format!(
-        "curl -sS --max-time 5 --resolve ok.test:443:203.0.113.10 --cacert {} https://ok.test/",
+        "curl -sS --max-time 30 --resolve ok.test:443:203.0.113.10 --cacert {} https://ok.test/",
         probe::CA
     );
     let answer = sandbox

@@ -205,7 +205,9 @@ pub(crate) fn netd_is_replaced_under_load_without_a_gap(machine: &Replaceable) {
         wait_until_served(&probe);
         machine.node.wait_ready();
         for (sandbox, before) in sandboxes.iter().zip(counted) {
-            assert!(attempts_of(sandbox) > before, "an attacker was asleep");
+            wait::until("the attacker is awake", RECOVERY, || {
+                (attempts_of(sandbox) > before).then_some(())
+            });
         }
         // Adopted, not made anew: the same pins, maps and links, and one pair of programs.
         let after = wait::within(RECOVERY, || {
@@ -240,10 +242,10 @@ pub(crate) fn connections_that_a_killed_netd_opened_go_on_and_are_forgotten_when
     let mut stream = sandbox
         .client()
         .post(&sandbox.path("/execute"))
-        .json(&json!({ "command": "for i in $(seq 60); do echo $i; sleep 0.1; done", "stream": true }))
+        .json(&json!({ "command": "while [ ! -e enough ]; do echo more; sleep 0.1; done; echo last", "stream": true }))
         .events()
         .expect("a stream");
-    stream.next(Duration::from_secs(10)).expect("output");
+    stream.next(RECOVERY).expect("output");
     for _ in 0..3 {
         sandbox.sh_ok("true");
     }
@@ -253,9 +255,14 @@ pub(crate) fn connections_that_a_killed_netd_opened_go_on_and_are_forgotten_when
         machine.kernel_objects().keys_of("INBOUND") > 0,
         "nothing to forget"
     );
-    let rest = stream.rest(Duration::from_secs(10));
+    wait::until("commands run again", RECOVERY, || {
+        let touch = json!({ "command": "touch enough" });
+        let call = sandbox.client().post(&sandbox.path("/execute")).json(&touch);
+        call.try_send().ok().filter(|answer| answer.status.is_success())
+    });
+    let rest = stream.rest(RECOVERY);
     assert!(
-        rest.iter().any(|event| event["data"] == "60\n")
+        rest.iter().any(|event| event["data"] == "last\n")
             && rest.last().is_some_and(|last| last["type"] == "done"),
         "the stream did not go on: {rest:?}"
     );

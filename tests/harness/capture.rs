@@ -31,6 +31,8 @@ use crate::{namespace::Namespace, wait};
 const OUTGOING: u8 = 4;
 /// Bytes of a frame that are looked at; the rest is counted, not kept.
 const SNAPSHOT: usize = 2048;
+/// Longest wait for a mark of its own.
+const MARKED: Duration = Duration::from_secs(60);
 /// The port of the packets that mark a moment, on the gateway.
 const MARK_PORT: u16 = 9;
 
@@ -130,7 +132,7 @@ impl Capture {
             let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).expect("a socket on the node");
             socket.send_to(&bytes, target).expect("the link is up");
         });
-        wait::until("the capture sees its own mark", Duration::from_secs(5), || {
+        wait::until("the capture sees its own mark", MARKED, || {
             lock(&self.packets)
                 .iter()
                 .position(|packet| packet.payload == text.as_bytes())

@@ -40,7 +40,9 @@ pub use traces::Process;
 /// Where the API listens, as nodes seldom share a network namespace.
 const API: &str = "127.0.0.1:8080";
 /// Longest wait for `ready`.
-const START: Duration = Duration::from_secs(60);
+const START: Duration = Duration::from_secs(120);
+/// Longest wait for the end of a program, or for the one that takes its place.
+const REPLACED: Duration = Duration::from_secs(60);
 /// The programs that run on a node outside sandboxes.
 const PROGRAMS: [&str; 3] = ["controller", "netd", "tunnel-proxy"];
 /// Lines of the log that a failure shows.
@@ -281,9 +283,9 @@ impl Node {
     /// Ends `controller up` as an administrator would and gives how it ended.
     ///
     /// # Errors
-    /// When it does not end within 30 s.
+    /// When it does not end within a minute.
     pub fn stop(&self) -> Result<ExitStatus> {
-        self.end(Signal::SIGTERM, Duration::from_secs(30))
+        self.end(Signal::SIGTERM, REPLACED)
     }
 
     /// Kills `controller up` and waits until it is gone.
@@ -291,7 +293,7 @@ impl Node {
     /// # Errors
     /// When it does not run.
     pub fn kill_up(&self) -> Result<ExitStatus> {
-        self.end(Signal::SIGKILL, Duration::from_secs(5))
+        self.end(Signal::SIGKILL, REPLACED)
     }
 
     fn end(&self, signal: Signal, limit: Duration) -> Result<ExitStatus> {
@@ -385,7 +387,7 @@ impl Node {
     /// Kills a program and waits until another one has taken its place.
     ///
     /// # Panics
-    /// When none does within 20 s.
+    /// When none does within a minute.
     pub fn replace(&self, find: impl Fn(&Self) -> Option<Process>) -> Duration {
         self.replace_by(find, Signal::SIGKILL)
     }
@@ -398,11 +400,9 @@ impl Node {
         let old = find(self).expect("it runs");
         kill(pid(old.pid).expect("a number"), signal).expect("it runs");
         let started = Instant::now();
-        wait::until(
-            "a new process instead of the ended one",
-            Duration::from_secs(20),
-            || find(self).filter(|new| new.pid != old.pid),
-        );
+        wait::until("a new process instead of the ended one", REPLACED, || {
+            find(self).filter(|new| new.pid != old.pid)
+        });
         started.elapsed()
     }
 

@@ -16,7 +16,9 @@ import sys
 import threading
 import time
 
-TIMEOUT = 4.0
+TIMEOUT = 10.0
+# `tcpi_total_retrans` of struct tcp_info (linux/tcp.h).
+RETRANSMITTED = 100
 CA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ca.pem")
 
 NAMES = {
@@ -50,9 +52,19 @@ def open_tcp(attempt, result):
     family, _, _, _, address = socket.getaddrinfo(attempt["to"], attempt["port"], type=socket.SOCK_STREAM)[0]
     stream = socket.socket(family, socket.SOCK_STREAM)
     stream.settimeout(attempt.get("timeout", TIMEOUT))
-    stream.connect(address)
+    try:
+        stream.connect(address)
+    except OSError:
+        result["repeated"] = repeated(stream)
+        stream.close()
+        raise
     result["connected"] = True
     return stream
+
+
+def repeated(stream):
+    """Segments that were sent more than once."""
+    return struct.unpack_from("=I", stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192), RETRANSMITTED)[0]
 
 
 def exchange(stream, data, result):
@@ -141,7 +153,7 @@ class Crumbled:
 def udp(attempt, result):
     family, _, _, _, address = socket.getaddrinfo(attempt["to"], attempt["port"], type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as stream:
-        stream.settimeout(attempt.get("timeout", 0.7))
+        stream.settimeout(attempt.get("timeout", TIMEOUT))
         stream.connect(address)
         stream.send(attempt["send"].encode("latin-1"))
         try:
@@ -170,7 +182,7 @@ def dns(attempt, result):
             message = stream.recv(length, socket.MSG_WAITALL)
     else:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stream:
-            stream.settimeout(attempt.get("timeout", 2.0))
+            stream.settimeout(attempt.get("timeout", TIMEOUT))
             stream.connect((attempt["to"], attempt["port"]))
             stream.send(query)
             message = stream.recv(65536)

@@ -11,7 +11,9 @@ use serde_json::{Value, json};
 use crate::{client::Client, wait};
 
 /// Longest wait for an audit record: they travel in batches.
-const AUDIT: Duration = Duration::from_secs(10);
+const AUDIT: Duration = Duration::from_secs(60);
+/// Longest wait for a program in the background.
+const READY: Duration = Duration::from_secs(60);
 
 /// A registered organisation.
 #[derive(Clone)]
@@ -244,7 +246,7 @@ impl Sandbox {
             "setsid sh -c '{line}' >/workspace/background.log 2>&1 </dev/null & echo started"
         ));
         let started = Instant::now();
-        let ready = wait::within(Duration::from_secs(10), || ready(self).then_some(()));
+        let ready = wait::within(READY, || ready(self).then_some(()));
         ready.unwrap_or_else(|| {
             panic!(
                 "`{line}` is not ready after {:?}: {}",

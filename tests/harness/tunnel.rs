@@ -13,7 +13,7 @@ use serde_json::json;
 use crate::{node::Node, sandbox::Sandbox, world::World};
 
 /// Longest wait for an answer.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// An open tunnel with a loopback port of its own.
 pub struct Tunnel {

@@ -15,7 +15,7 @@ use harness::{
 
 mod servers;
 
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The standard world, or `None` where there is no root and none is required.
 fn world() -> Option<Arc<World>> {

@@ -262,7 +262,7 @@ pub(crate) fn redirects_are_not_followed_and_carry_only_the_placeholder(promise:
     ));
     let follow = |status: u16, target: &str| {
         sandbox.sh(&format!(
-            "curl -sS -i -L --location-trusted --max-time 10 --cacert /workspace/both.pem \
+            "curl -sS -i -L --location-trusted --max-time 30 --cacert /workspace/both.pem \
              -H \"Authorization: Bearer $API_KEY\" \"https://api.test/redirect/{status}?{target}\""
         ))
     };
@@ -332,7 +332,7 @@ pub(crate) fn other_hosts_stay_spliced(promise: &Promise) {
     }
     // Their certificate is the original one to the last byte, and pinned clients go on working.
     let by_name = promise.sandbox.sh_ok(&format!(
-        "curl -sS --max-time 5 --cacert {} https://ok.test/",
+        "curl -sS --max-time 30 --cacert {} https://ok.test/",
         probe::CA
     ));
     assert_eq!(by_name, format!("hello from ok.test at {OK}"));
@@ -344,7 +344,7 @@ pub(crate) fn other_hosts_stay_spliced(promise: &Promise) {
     assert_bearer(&promise.mirror().only(&path), promise.key("API_KEY"));
     wide.write(probe::CA, promise.world.ca.pem());
     let spliced = wide.sh_ok(&format!(
-        "curl -sS --max-time 5 --cacert {} https://ok.test/",
+        "curl -sS --max-time 30 --cacert {} https://ok.test/",
         probe::CA
     ));
     assert_eq!(spliced, format!("hello from ok.test at {OK}"));
@@ -370,7 +370,7 @@ pub(crate) fn large_bodies_stream_both_ways(promise: &Promise) {
             .expect("a number");
         assert!(back > 3_000_000, "{back} bytes came back");
     }
-    let events = sandbox.sh_ok("curl -sSN --max-time 10 https://api.test/events | while read -r line; do date +%s%N; echo \"$line\"; done");
+    let events = sandbox.sh_ok("curl -sSN --max-time 30 https://api.test/events | while read -r line; do date +%s%N; echo \"$line\"; done");
     promise.assert_no_key(&events);
     let times: Vec<u64> = events.lines().filter_map(|line| line.parse().ok()).collect();
     let spread = times.last().expect("events") - times.first().expect("events");
@@ -394,7 +394,7 @@ socket.onmessage = (event) => {
     );
     for host in ["api.test", "old.test"] {
         let output = promise.sandbox.sh(&format!(
-            "timeout 10 node /workspace/clients/socket.js wss://{host}/socket"
+            "timeout 50 node /workspace/clients/socket.js wss://{host}/socket"
         ));
         assert_eq!(output.exit_code, 0, "{host}: {output:?}");
         promise.assert_no_key(&output.stdout);
@@ -424,7 +424,7 @@ pub(crate) fn a_plain_variable_is_what_it_says(promise: &Promise) {
     sandbox.write(probe::CA, promise.world.ca.pem());
     let path = fresh("plain");
     sandbox.sh_ok(&format!(
-        "curl -sS --max-time 5 --cacert {} -H \"X-Value: $PLAIN\" https://api.test{path}",
+        "curl -sS --max-time 30 --cacert {} -H \"X-Value: $PLAIN\" https://api.test{path}",
         probe::CA
     ));
     let heard = promise.mirror().only(&path);

@@ -25,7 +25,7 @@ const FILES: [(&str, &str); 7] = [
         r#"version=$1 url=$2; shift 2
 for header; do shift; set -- "$@" -H "$header"; done
 body=$(mktemp)
-curl -sS --max-time 10 "$version" -o "$body" -w '%{http_code}\n' "$url" "$@" || exit
+curl -sS --max-time 30 "$version" -o "$body" -w '%{http_code}\n' "$url" "$@" || exit
 cat "$body"
 "#,
     ),
@@ -33,7 +33,7 @@ cat "$body"
         "with_requests.py",
         r#"import sys, requests
 headers = dict(header.split(": ", 1) for header in sys.argv[2:])
-answer = requests.get(sys.argv[1], headers=headers, timeout=10)
+answer = requests.get(sys.argv[1], headers=headers, timeout=30)
 print(answer.status_code)
 print(answer.text)
 "#,
@@ -43,7 +43,7 @@ print(answer.text)
         r#"import sys, requests
 session = requests.Session()
 session.headers.update(header.split(": ", 1) for header in sys.argv[2:])
-answer = session.get(sys.argv[1], timeout=10)
+answer = session.get(sys.argv[1], timeout=30)
 print(answer.status_code)
 print(answer.text)
 "#,
@@ -52,7 +52,7 @@ print(answer.text)
         "with_httpx.py",
         r#"import sys, httpx
 headers = dict(header.split(": ", 1) for header in sys.argv[3:])
-with httpx.Client(http2=sys.argv[1] == "2", timeout=10) as client:
+with httpx.Client(http2=sys.argv[1] == "2", timeout=30) as client:
     answer = client.get(sys.argv[2], headers=headers)
 assert answer.http_version == ("HTTP/2" if sys.argv[1] == "2" else "HTTP/1.1"), answer.http_version
 print(answer.status_code)
@@ -64,7 +64,7 @@ print(answer.text)
         r#"import sys, urllib.error, urllib.request
 headers = dict(header.split(": ", 1) for header in sys.argv[2:])
 try:
-    answer = urllib.request.urlopen(urllib.request.Request(sys.argv[1], headers=headers), timeout=10)
+    answer = urllib.request.urlopen(urllib.request.Request(sys.argv[1], headers=headers), timeout=30)
 except urllib.error.HTTPError as refusal:
     answer = refusal
 print(answer.status)
@@ -74,7 +74,7 @@ print(answer.read().decode())
     (
         "fetch.js",
         r#"const headers = Object.fromEntries(process.argv.slice(3).map((header) => header.split(/: (.*)/s).slice(0, 2)));
-fetch(process.argv[2], { headers, signal: AbortSignal.timeout(10000) })
+fetch(process.argv[2], { headers, signal: AbortSignal.timeout(30000) })
   .then(async (answer) => console.log(`${answer.status}\n${await answer.text()}`))
   .catch((error) => { console.error(error, error.cause); process.exit(1); });
 "#,
@@ -82,7 +82,7 @@ fetch(process.argv[2], { headers, signal: AbortSignal.timeout(10000) })
     (
         "https.js",
         r#"const headers = Object.fromEntries(process.argv.slice(3).map((header) => header.split(/: (.*)/s).slice(0, 2)));
-require("https").get(process.argv[2], { headers, timeout: 10000 }, (answer) => {
+require("https").get(process.argv[2], { headers, timeout: 30000 }, (answer) => {
   let body = "";
   answer.on("data", (data) => (body += data));
   answer.on("end", () => console.log(`${answer.statusCode}\n${body}`));

@@ -85,11 +85,11 @@ pub(crate) fn every_client_is_well_whatever_the_policy_says(promise: &Promise) {
         let sent = promise.world.capture().sent_since(mark);
         assert!(sent.is_empty(), "{sent:#?}");
         // Whose it is, inside too.
-        let told = sandbox.sh_ok(&format!("curl -sS --max-time 5 https://{HOST}/"));
+        let told = sandbox.sh_ok(&format!("curl -sS --max-time 30 https://{HOST}/"));
         let told: Value = serde_json::from_str(&told).expect("JSON");
         assert_eq!(told, json!({ "sandgate": "doctor", "sandbox_id": sandbox.id }));
         // The rest is as it was: a refusal comes after every record of the doctor would have.
-        let refused = sandbox.sh("curl -sS --max-time 5 https://evil.test/");
+        let refused = sandbox.sh("curl -sS --max-time 30 https://evil.test/");
         assert_ne!(refused.exit_code, 0, "{refused:?}");
         sandbox.audited(&json!({ "decision": "deny", "host": "evil.test" }));
         let about: Vec<Value> = sandbox.audit("");
@@ -207,9 +207,9 @@ pub(crate) fn the_gateway_has_that_one_host_only(promise: &Promise) {
     }
     // Nothing but the one answer: no upload, no tunnel, no other method.
     for line in [
-        "curl -sS --max-time 5 -X POST -d x",
-        "curl -sS --max-time 5 -X DELETE",
-        "curl -sS --max-time 5 --http2-prior-knowledge -X PUT",
+        "curl -sS --max-time 30 -X POST -d x",
+        "curl -sS --max-time 30 -X DELETE",
+        "curl -sS --max-time 30 --http2-prior-knowledge -X PUT",
     ] {
         let refused = sandbox.sh(&format!("{line} https://{HOST}/"));
         assert!(

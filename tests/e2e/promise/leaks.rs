@@ -277,7 +277,7 @@ pub(crate) fn what_would_hide_the_key_is_not_asked_for(promise: &Promise) {
             ..Script::default()
         },
     );
-    let output = sandbox.sh(&format!("curl -sS -i --raw --max-time 5 https://api.test{path}"));
+    let output = sandbox.sh(&format!("curl -sS -i --raw --max-time 30 https://api.test{path}"));
     promise.assert_no_key(&output.stdout);
     let path = fresh("asked");
     mirror.script(
@@ -288,7 +288,7 @@ pub(crate) fn what_would_hide_the_key_is_not_asked_for(promise: &Promise) {
             ..Script::default()
         },
     );
-    let output = sandbox.sh_ok(&format!("curl -sS -i --max-time 5 https://api.test{path}"));
+    let output = sandbox.sh_ok(&format!("curl -sS -i --max-time 30 https://api.test{path}"));
     assert!(!output.to_lowercase().contains("alt-svc"), "{output}");
     assert!(output.ends_with("elsewhere"), "{output}");
 }

@@ -7,7 +7,7 @@ import sys
 import time
 
 host, path, name, stop = sys.argv[1:]
-connection = http.client.HTTPSConnection(host, timeout=10, context=ssl.create_default_context())
+connection = http.client.HTTPSConnection(host, timeout=30, context=ssl.create_default_context())
 number = connections = 0
 while not os.path.exists(stop):
     number += 1

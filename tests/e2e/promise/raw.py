@@ -15,7 +15,7 @@ import sys
 def converse(attempt):
     data, error = b"", ""
     try:
-        with socket.create_connection((attempt["to"], attempt["port"]), timeout=10) as stream:
+        with socket.create_connection((attempt["to"], attempt["port"]), timeout=30) as stream:
             if attempt["sni"] is not None:
                 context = ssl.create_default_context()
                 if attempt.get("alpn"):

@@ -14,7 +14,7 @@ pub(crate) fn in_clear_or_on_another_port_there_is_no_key(promise: &Promise) {
     // With the placeholder the request is refused, without it there is nothing to inject.
     let refused = |url: &str, header: &str| {
         let output = sandbox.sh(&format!(
-            "curl -sS --max-time 5 -w '%{{http_code}}' \"{url}\" -H \"{header}\""
+            "curl -sS --max-time 30 -w '%{{http_code}}' \"{url}\" -H \"{header}\""
         ));
         assert!(output.took < probe::AT_ONCE, "{output:?}");
         // By an answer, or by an end of the connection.
@@ -55,7 +55,7 @@ pub(crate) fn in_clear_or_on_another_port_there_is_no_key(promise: &Promise) {
     let ca = promise.world.ca.pem();
     sandbox.write(probe::CA, ca);
     sandbox.sh(&format!(
-        "curl -sS --max-time 5 --cacert {} -H \"Authorization: Bearer $API_KEY\" https://api.test:8443{path}",
+        "curl -sS --max-time 30 --cacert {} -H \"Authorization: Bearer $API_KEY\" https://api.test:8443{path}",
         probe::CA
     ));
     for heard in mirror.heard_below(&path) {
@@ -111,7 +111,7 @@ pub(crate) fn other_methods_and_paths_of_a_bound_host_get_no_key(promise: &Promi
     ] {
         let posted = sandbox.sh(&format!(
             "cd /workspace; head -c 1000000 /dev/zero > large; for n in $(seq {times}); do \
-             curl -sS {version} --max-time 5 --data-binary {body} -H \"Authorization: Bearer $LIMITED_KEY\" https://limited.test{path} 2>&1; \
+             curl -sS {version} --max-time 30 --data-binary {body} -H \"Authorization: Bearer $LIMITED_KEY\" https://limited.test{path} 2>&1; \
              echo; done"
         ));
         let refused = posted.stdout.matches("placeholder_misuse").count();
@@ -241,7 +241,7 @@ pub(crate) fn http_rules_hold_for_every_request(promise: &Promise) {
     let good = call(&sandbox, client, &url(&path), &[]);
     assert_eq!(good.status, 200, "{name}: {good:?}");
     assert_bearer(&mirror.only(&path), promise.key("STRICT_KEY"));
-    let good = sandbox.sh_ok(&format!("curl -sS --max-time 5 -d x {}", url("/search")));
+    let good = sandbox.sh_ok(&format!("curl -sS --max-time 30 -d x {}", url("/search")));
     assert!(good.contains("\"method\":\"POST\""), "{good}");
     let before = mirror.heard().len();
     for (method, path, reason) in [
@@ -257,7 +257,7 @@ pub(crate) fn http_rules_hold_for_every_request(promise: &Promise) {
         ("GET", "/search", "_denied"),
     ] {
         let refused = sandbox.sh_ok(&format!(
-            "curl -sS --max-time 5 --path-as-is -X {method} -w '\\n%{{http_code}}' {}",
+            "curl -sS --max-time 30 --path-as-is -X {method} -w '\\n%{{http_code}}' {}",
             url(path)
         ));
         let (body, status) = refused.rsplit_once('\n').unwrap_or_default();
@@ -277,7 +277,7 @@ pub(crate) fn http_rules_hold_for_every_request(promise: &Promise) {
         "/repos/%00",
     ] {
         let refused = sandbox.sh_ok(&format!(
-            "curl -sS -o /dev/null --max-time 5 --path-as-is -w '%{{http_code}}' '{}'",
+            "curl -sS -o /dev/null --max-time 30 --path-as-is -w '%{{http_code}}' '{}'",
             url(path)
         ));
         assert_eq!(refused, "400", "{path}");
@@ -295,7 +295,7 @@ pub(crate) fn http_rules_hold_for_every_request(promise: &Promise) {
     assert!(last.all("x-http-method-override").is_empty(), "{last:?}");
     // An upgrade must be listed.
     let socket = sandbox.sh(
-        "curl -sS --max-time 5 --http1.1 -o /dev/null -w '%{http_code}' -H 'Connection: Upgrade' -H 'Upgrade: websocket' \
+        "curl -sS --max-time 30 --http1.1 -o /dev/null -w '%{http_code}' -H 'Connection: Upgrade' -H 'Upgrade: websocket' \
          -H 'Sec-WebSocket-Version: 13' -H 'Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==' https://strict.test/repos/socket",
     );
     assert_eq!(socket.stdout, "403", "{socket:?}");

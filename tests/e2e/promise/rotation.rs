@@ -18,8 +18,10 @@ use super::{
     fresh, policy,
 };
 
-/// How fast a change takes effect.
-const AT_ONCE: Duration = Duration::from_secs(1);
+/// How long a request may have been under way when a change took effect, on a busy machine.
+const AT_ONCE: Duration = Duration::from_secs(4);
+/// Longest wait for a client that asks all the time.
+const ASKED: Duration = Duration::from_secs(60);
 /// The longest that a node may use a value without the controller.
 const LEASE: Duration = Duration::from_secs(60);
 
@@ -39,7 +41,12 @@ fn while_asking(
     let asked = Instant::now();
     change();
     let changed = Instant::now();
-    thread::sleep(AT_ONCE * 2);
+    thread::sleep(AT_ONCE);
+    let asked_for = || sandbox.read("/workspace/background.log").len();
+    let before = asked_for();
+    wait::until("the client goes on asking", ASKED, || {
+        (asked_for() > before + 64).then_some(())
+    });
     sandbox.sh_ok(&format!("touch {stop}"));
     let log = sandbox.sh_ok("cat /workspace/background.log");
     (promise.mirror().heard_below(&path), log, asked, changed)
@@ -169,7 +176,7 @@ pub(crate) fn without_the_controller_a_key_lives_no_longer_than_its_lease(promis
         "/workspace/warm.log",
         "Authorization: Bearer $API_KEY",
     );
-    wait::until("the lease is there", Duration::from_secs(20), || {
+    wait::until("the lease is there", ASKED, || {
         (promise.mirror().heard_below(&warm).len() > 2).then_some(())
     });
     // A sandbox in which nothing was ever read has no authority to be asked for either.
@@ -184,7 +191,7 @@ pub(crate) fn without_the_controller_a_key_lives_no_longer_than_its_lease(promis
                 &["Authorization: Bearer $COLD_KEY", "X-Other: stays"],
             );
             let script = format!(
-                "cd /workspace; sleep 3; for n in 1 2 3; do {} 2>&1 | tr '\\n' ' '; echo; sleep 1; done",
+                "cd /workspace; sleep 20; for n in 1 2 3; do {} 2>&1 | tr '\\n' ' '; echo; sleep 1; done",
                 call.replace("cd /workspace && ", "").replace("/N", "/$n")
             );
             sandbox.write("/workspace/clients/cold.sh", script);
@@ -194,20 +201,15 @@ pub(crate) fn without_the_controller_a_key_lives_no_longer_than_its_lease(promis
         }
         let _held = Held::new(&promise.node);
         let stopped = Instant::now();
-        wait::until(
-            "the last request with the key",
-            LEASE + Duration::from_secs(20),
-            || {
-                let last = promise.mirror().heard_below(&warm).last().expect("heard").at;
-                (stopped.elapsed() > LEASE + Duration::from_secs(5)
-                    || last.elapsed() > Duration::from_secs(12))
+        wait::until("the last request with the key", LEASE + ASKED, || {
+            let last = promise.mirror().heard_below(&warm).last().expect("heard").at;
+            (stopped.elapsed() > LEASE + Duration::from_secs(20) || last.elapsed() > Duration::from_secs(12))
                 .then_some(())
-            },
-        );
+        });
         let warm = promise.mirror().heard_below(&warm);
         let last = warm.last().expect("heard");
         assert!(
-            last.at < stopped + LEASE + Duration::from_secs(2),
+            last.at < stopped + LEASE + Duration::from_secs(10),
             "the key is used {:?} after the controller was last heard",
             last.at - stopped
         );
@@ -215,7 +217,7 @@ pub(crate) fn without_the_controller_a_key_lives_no_longer_than_its_lease(promis
             .for_each(|heard| assert_bearer(heard, promise.key("API_KEY")));
     }
     promise.node.wait_ready();
-    wait::until("commands run again", Duration::from_secs(20), || {
+    wait::until("commands run again", ASKED, || {
         let call = sandbox
             .client()
             .post(&sandbox.path("/execute"))

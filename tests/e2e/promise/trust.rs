@@ -75,7 +75,7 @@ pub(crate) fn clients_trust_it_without_a_flag_and_go_on_trusting_the_rest(promis
     assert_ne!(written.exit_code, 0, "the bundle can be written");
     // With an environment of nothing, as a daemon or `env -i` would have it.
     for line in [
-        "env -i /usr/bin/curl -sS --max-time 10 -o /dev/null https://api.test/",
+        "env -i /usr/bin/curl -sS --max-time 30 -o /dev/null https://api.test/",
         "env -i /usr/bin/python3 -c 'import urllib.request as u; u.urlopen(\"https://api.test/\", timeout=10)'",
         "env -i /usr/bin/git ls-remote https://git.test/project.git",
         "env -i /usr/bin/openssl s_client -verify_return_error -connect api.test:443 -servername api.test </dev/null",
@@ -93,7 +93,7 @@ pub(crate) fn clients_trust_it_without_a_flag_and_go_on_trusting_the_rest(promis
     }
     // A client that pins a certificate sees that it is another one.
     let pinned = sandbox.sh(&format!(
-        "curl -sS --max-time 5 --cacert {} https://api.test/",
+        "curl -sS --max-time 30 --cacert {} https://api.test/",
         probe::CA
     ));
     assert_ne!(pinned.exit_code, 0, "{pinned:?}");
