@@ -1,9 +1,10 @@
 //! Follows the controller. Owns: the feed connection, its heartbeats and reconnects, and the
-//! acknowledgements. What a frame means for the node is [`enforce`]; what is kept across restarts is
-//! [`state`].
+//! acknowledgements. What a frame means for the node is [`enforce`], whether it may mean anything [`sequence`]; what is
+//! kept across restarts is [`state`].
 
 mod client;
 pub mod enforce;
+mod sequence;
 mod state;
 
 use std::{sync::Arc, time::Duration};
@@ -12,11 +13,11 @@ use sandgate_api::feed::{FeedAck, FeedFrame, HEARTBEAT_SECONDS, Revision};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use self::enforce::Enforcer;
 pub use self::{
     client::{ClientError, Controller},
     state::StateFile,
 };
+use self::{enforce::Enforcer, sequence::Sequence};
 
 /// Silence after which the connection counts as broken.
 const SILENCE: Duration = Duration::from_secs(3 * HEARTBEAT_SECONDS);
@@ -52,12 +53,15 @@ impl Feed {
     pub async fn follow(self, mut enforcer: Enforcer, end: CancellationToken) {
         let mut pause = PAUSE[0];
         let mut connection = 0;
+        let mut anew = false;
         loop {
             connection += 1;
+            let since = enforcer.revision().filter(|_| !anew);
             let failed = tokio::select! {
-                failed = self.connection(&mut enforcer, connection, &mut pause) => failed,
+                failed = self.connection(&mut enforcer, since, connection, &mut pause) => failed,
                 () = end.cancelled() => return,
             };
+            anew = matches!(failed, ClientError::OutOfOrder);
             tracing::warn!(error = %failed, "the feed is interrupted; the last state stays in force");
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
@@ -70,31 +74,28 @@ impl Feed {
     async fn connection(
         &self,
         enforcer: &mut Enforcer,
+        since: Option<Revision>,
         connection: u64,
         pause: &mut Duration,
     ) -> ClientError {
-        let mut frames = match self.controller.frames(&self.node, enforcer.revision()).await {
+        let mut frames = match self.controller.frames(&self.node, since).await {
             Ok(frames) => frames,
             Err(error) => return error,
         };
+        let mut sequence = Sequence::after(since);
         loop {
             let frame = match tokio::time::timeout(SILENCE, frames.next()).await {
                 Ok(Ok(frame)) => frame,
                 Ok(Err(error)) => return error,
                 Err(_elapsed) => return ClientError::Silent,
             };
+            if !sequence.takes(&frame) {
+                return ClientError::OutOfOrder;
+            }
             *pause = PAUSE[0];
-            let heartbeat = match &frame {
-                FeedFrame::Heartbeat { revision } => Some(*revision),
-                FeedFrame::Snapshot { .. } | FeedFrame::Delta { .. } => None,
-            };
-            match heartbeat {
-                None => enforcer.apply(&frame).await,
-                // A controller that is further than we have heard: begin anew, with all we know.
-                Some(revision) if enforcer.revision().is_some_and(|ours| ours < revision) => {
-                    return ClientError::Behind;
-                }
-                Some(_) => enforcer.retry().await,
+            match &frame {
+                FeedFrame::Snapshot { .. } | FeedFrame::Delta { .. } => enforcer.apply(&frame).await,
+                FeedFrame::Heartbeat { .. } => enforcer.retry().await,
             }
             if let Some(revision) = enforcer.revision() {
                 let enforced = Enforced {
@@ -112,7 +113,8 @@ impl Feed {
     }
 }
 
-/// Tells the controller what is in force, whenever that or the readiness changes.
+/// Tells the controller what is in force, whenever that or the readiness changes, and again with every heartbeat: a
+/// netd that says nothing is one that does nothing.
 pub async fn acknowledge(
     controller: Arc<Controller>,
     mut enforced: watch::Receiver<Option<Enforced>>,
@@ -143,6 +145,7 @@ pub async fn acknowledge(
                 let closed = tokio::select! {
                     changed = enforced.changed() => changed.is_err(),
                     changed = ready.changed() => changed.is_err(),
+                    () = tokio::time::sleep(Duration::from_secs(HEARTBEAT_SECONDS)) => false,
                 };
                 if closed {
                     return;

@@ -44,6 +44,7 @@ impl Desired {
                 sandboxes: by_id(sandboxes.iter().cloned()),
             },
             FeedFrame::Delta {
+                since: _,
                 revision,
                 upserts,
                 removed,
@@ -294,6 +295,7 @@ mod tests {
             sandboxes: vec![sandbox(1, 1, &[]), sandbox(2, 2, &[])],
         };
         let delta = FeedFrame::Delta {
+            since: Some(3),
             revision: 5,
             upserts: vec![sandbox(3, 3, &[]), sandbox(2, 2, &[80])],
             removed: vec![sandbox(1, 1, &[]).sandbox_id],

@@ -59,6 +59,7 @@ impl Store {
                 sandboxes: attached_after(&mut transaction, 0).await?,
             },
             Some(since) => FeedFrame::Delta {
+                since: Some(since),
                 revision,
                 upserts: attached_after(&mut transaction, since).await?,
                 removed: removed_after(&mut transaction, since).await?,

@@ -17,7 +17,8 @@ use crate::{
     id::{OrgId, SandboxId},
 };
 
-/// Seconds between two heartbeats. A node that has heard nothing for three of them reconnects.
+/// Seconds between two heartbeats, and between two acknowledgements at most. A node that has heard nothing for three of
+/// them reconnects; one from which nothing was heard for three of them is not ready.
 pub const HEARTBEAT_SECONDS: u64 = 5;
 
 /// A position in the feed. Assigned inside the committing transaction; grows by any step.
@@ -36,6 +37,9 @@ pub enum FeedFrame {
     },
     /// What changed since the frame before.
     Delta {
+        /// The revision that it follows. It means nothing to a node at another one, which must begin anew.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        since: Option<Revision>,
         /// The state's revision after this frame.
         revision: Revision,
         /// New and changed sandboxes, whole.

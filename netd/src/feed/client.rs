@@ -79,9 +79,9 @@ pub enum ClientError {
     /// A lease that cannot be read.
     #[error("the controller's answer is no lease")]
     Lease,
-    /// A delta is missing.
-    #[error("the controller is at a later revision than the frames it sent")]
-    Behind,
+    /// A frame that does not follow the one before.
+    #[error("a frame of the feed does not follow what came before it; all of it is asked for anew")]
+    OutOfOrder,
 }
 
 impl Controller {
@@ -259,6 +259,143 @@ impl Frames {
             if let Ok(data) = frame.into_data() {
                 self.buffer.extend_from_slice(&data);
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+
+    use sandgate_api::control::MAX_PACKET;
+    use sandgate_daemon::handover::{self, Channel};
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::UnixStream,
+    };
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+
+    /// Longest wait for what happens at once.
+    const SOON: Duration = Duration::from_secs(60);
+
+    /// A controller that says what it is told to, byte by byte.
+    struct Scripted {
+        channel: Channel,
+    }
+
+    impl Scripted {
+        fn new() -> (Self, Controller) {
+            let (ours, theirs): (OwnedFd, OwnedFd) = handover::pair().expect("a pair");
+            let control = Control::new(theirs).expect("a channel");
+            let tasks = Tasks::new(CancellationToken::new());
+            let channel = Channel::from_fd(ours).expect("a channel");
+            (Self { channel }, Controller::new(Arc::new(control), tasks))
+        }
+
+        /// Answers the next connection with these bytes and ends it. Gives what was asked.
+        async fn answer(&self, bytes: &[u8]) -> String {
+            let mut packet = [0; MAX_PACKET];
+            let (_, socket) = self.channel.recv(&mut packet).await.expect("an opened feed");
+            let stream = std::os::unix::net::UnixStream::from(socket.expect("a socket"));
+            stream.set_nonblocking(true).expect("non-blocking");
+            let mut stream = UnixStream::from_std(stream).expect("a stream");
+            let mut asked = Vec::new();
+            while !asked.ends_with(b"\r\n\r\n") {
+                asked.push(stream.read_u8().await.expect("a request"));
+            }
+            stream.write_all(bytes).await.expect("written");
+            String::from_utf8(asked).expect("text")
+        }
+    }
+
+    fn script() -> (Vec<u8>, Vec<FeedFrame>) {
+        let frames = vec![
+            FeedFrame::Snapshot {
+                revision: 3,
+                sandboxes: Vec::new(),
+            },
+            FeedFrame::Heartbeat { revision: 3 },
+            FeedFrame::Delta {
+                since: Some(3),
+                revision: 5,
+                upserts: Vec::new(),
+                removed: vec!["sandbox-1".parse().expect("an id")],
+            },
+        ];
+        let mut bytes = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n".to_vec();
+        for frame in &frames {
+            let mut line = serde_json::to_vec(frame).expect("written");
+            line.push(b'\n');
+            // In two chunks, so that frames and chunks do not end together.
+            let (head, tail) = line.split_at(line.len() / 2);
+            for part in [head, tail] {
+                bytes.extend(format!("{:x}\r\n", part.len()).bytes());
+                bytes.extend(part);
+                bytes.extend(b"\r\n");
+            }
+        }
+        (bytes, frames)
+    }
+
+    #[tokio::test]
+    async fn a_feed_that_is_cut_at_any_byte_gives_whole_frames_in_order_and_then_an_error() {
+        let (scripted, controller) = Scripted::new();
+        let (bytes, frames) = script();
+        let mut seen = 0;
+        for cut in 0..=bytes.len() {
+            let following = async {
+                let mut taken = Vec::new();
+                let error = match controller.frames("local", Some(2)).await {
+                    Ok(mut feed) => loop {
+                        match feed.next().await {
+                            Ok(frame) => taken.push(frame),
+                            Err(error) => break error,
+                        }
+                    },
+                    Err(error) => error,
+                };
+                (taken, error)
+            };
+            let both = async { tokio::join!(scripted.answer(&bytes[..cut]), following) };
+            let (asked, (taken, error)) = tokio::time::timeout(SOON, both).await.expect("it ends");
+            assert!(
+                asked.starts_with("GET /feed?node=local&since=2 HTTP/1.1\r\n"),
+                "{asked}"
+            );
+            assert_eq!(taken, frames[..taken.len()], "cut at {cut}");
+            // The more was sent the more is taken.
+            assert!(taken.len() >= seen, "cut at {cut}: {error}");
+            seen = taken.len();
+        }
+        assert_eq!(seen, frames.len());
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_is_no_feed_gives_no_frame() {
+        let (scripted, controller) = Scripted::new();
+        let frame = "{\"type\":\"snapshot\",\"revision\":9,\"sandboxes\":[]}\n";
+        for answer in [
+            format!(
+                "HTTP/1.1 503 Service Unavailable\r\ncontent-length: {}\r\n\r\n{frame}",
+                frame.len()
+            ),
+            format!(
+                "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{}",
+                frame.len(),
+                frame.replace('}', "]")
+            ),
+            frame.to_owned(),
+            "\0".repeat(4096),
+        ] {
+            let following = async {
+                let mut feed = controller.frames("local", None).await?;
+                feed.next().await
+            };
+            let both = async { tokio::join!(scripted.answer(answer.as_bytes()), following) };
+            let (_, taken) = tokio::time::timeout(SOON, both).await.expect("it ends");
+            assert!(taken.is_err(), "{answer:?}: {taken:?}");
         }
     }
 }

@@ -44,6 +44,8 @@ pub struct Enforcer {
     /// Endpoints adopted from an earlier netd, or that could not be detached: gone unless the first frame lists
     /// them. Read once at the start, for netd's canary makes an endpoint of its own later.
     leftovers: Vec<(EndpointHandle, Ipv4Addr)>,
+    /// The file does not hold what is desired.
+    is_unsaved: bool,
 }
 
 /// One sandbox could not be enforced as asked.
@@ -85,6 +87,7 @@ impl Enforcer {
             actual,
             failed,
             leftovers,
+            is_unsaved: false,
         }
     }
 
@@ -125,9 +128,7 @@ impl Enforcer {
         self.desired = self.desired.after(frame);
         self.converge().await;
         self.remove_leftovers();
-        if let Err(error) = self.file.save(&self.desired) {
-            tracing::error!(%error, "cannot save the state: a restart would begin without it");
-        }
+        self.save();
     }
 
     /// Tries again what failed.
@@ -135,6 +136,23 @@ impl Enforcer {
         if !self.failed.is_empty() {
             self.converge().await;
         }
+        if self.is_unsaved {
+            self.save();
+        }
+    }
+
+    fn save(&mut self) {
+        let saved = self.file.save(&self.desired);
+        if let Err(error) = &saved {
+            tracing::error!(
+                %error,
+                "cannot save the state: a restart would begin without it, and refuse what netd decides on until the \
+                 controller is reached"
+            );
+        } else if self.is_unsaved {
+            tracing::info!("the state is saved again");
+        }
+        self.is_unsaved = saved.is_err();
     }
 
     async fn converge(&mut self) {
@@ -188,7 +206,16 @@ impl Enforcer {
                 rules,
                 Arc::clone(&datapath),
                 &pin_file,
-            )?;
+            );
+            let sandbox = match sandbox {
+                Ok(sandbox) => sandbox,
+                Err(error) => {
+                    // Nobody here knows it: nothing may pass, neither by an earlier netd's rules, nor for whoever gets
+                    // its interface or address next.
+                    datapath.detach(handle)?;
+                    return Err(error.into());
+                }
+            };
             let broken = datapath
                 .set_policy(handle, &table)
                 .err()

@@ -45,13 +45,28 @@ impl StateFile {
     /// Replaces the saved state.
     ///
     /// # Errors
-    /// When it cannot be written; the earlier one is still whole then.
+    /// When it cannot be written. There is none then: an earlier one could allow what is forbidden since.
     pub fn save(&self, state: &Desired) -> io::Result<()> {
         let beside = self.path.with_extension("new");
+        let saved = self.write(&beside, state);
+        if saved.is_err() {
+            for stale in [&self.path, &beside] {
+                match fs::remove_file(stale) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                        tracing::error!(%error, path = %stale.display(), "cannot remove a state that is out of date");
+                    }
+                    Ok(()) | Err(_) => {}
+                }
+            }
+        }
+        saved
+    }
+
+    fn write(&self, beside: &Path, state: &Desired) -> io::Result<()> {
         // Not forced to the disk, which a change of policy would wait for: what it describes is in the kernel, and
         // after a crash of the machine there is nothing of that. A crash of netd alone finds one file or the other.
-        fs::write(&beside, serde_json::to_vec(state)?)?;
-        fs::rename(&beside, &self.path)
+        fs::write(beside, serde_json::to_vec(state)?)?;
+        fs::rename(beside, &self.path)
     }
 }
 
@@ -72,6 +87,18 @@ mod tests {
         file.save(&state).expect("saved");
         assert_eq!(file.load().expect("read"), Some(state));
         fs::write(&path, b"{\"revision\":3,\"sandb").expect("written");
+        assert_eq!(file.load().expect("read"), None);
+    }
+
+    #[test]
+    fn a_state_that_cannot_be_saved_leaves_no_earlier_one() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("state.json");
+        let file = StateFile::at(&path);
+        file.save(&Desired::default()).expect("saved");
+        // Nothing can be written where a folder is.
+        fs::create_dir(directory.path().join("state.new")).expect("made");
+        file.save(&Desired::default()).expect_err("refused");
         assert_eq!(file.load().expect("read"), None);
     }
 }

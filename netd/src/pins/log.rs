@@ -66,9 +66,14 @@ impl PinLog {
         if self.lines >= LINES_MAX {
             return self.rewrite(pins);
         }
-        self.file.write_all(line(name, address, ends).as_bytes())?;
-        self.lines += 1;
-        Ok(())
+        let written = self.file.write_all(line(name, address, ends).as_bytes());
+        // What follows half a line would be another than was meant: the next one begins with all of them.
+        self.lines = if written.is_ok() {
+            self.lines + 1
+        } else {
+            LINES_MAX
+        };
+        written
     }
 
     /// Writes the log anew, so that pairs which `pins` no longer holds are forgotten on disk too.
@@ -99,8 +104,12 @@ fn write_anew(path: &Path, pins: &Pins) -> io::Result<File> {
         .iter()
         .map(|(name, address, ends)| line(name, address, ends))
         .collect();
-    fs::write(&beside, text)?;
-    fs::rename(&beside, path)?;
+    let written = fs::write(&beside, text).and_then(|()| fs::rename(&beside, path));
+    if written.is_err() {
+        // Half of it would only take room where there is none.
+        fs::remove_file(&beside).ok();
+    }
+    written?;
     OpenOptions::new().append(true).open(path)
 }
 
@@ -163,6 +172,25 @@ mod tests {
         let (_, pins) = PinLog::open(&path, 0).expect("opened");
         assert_eq!(pins.len(), 2);
         assert_eq!(PinLog::open(&path, 0).expect("opened").1.len(), 2);
+    }
+
+    #[test]
+    fn what_follows_a_line_that_found_no_room_is_whole() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("sandbox-1");
+        let (mut log, mut pins) = PinLog::open(&path, 0).expect("opened");
+        pin(&mut log, &mut pins, "a.test", 1, 100);
+        log.file = OpenOptions::new().append(true).open("/dev/full").expect("opened");
+        let (name, address) = (
+            DomainName::parse("b.test").expect("a name"),
+            Ipv4Addr::new(203, 0, 113, 2),
+        );
+        pins.pin_until(&name, address, 100);
+        log.append(&name, address, 100, &pins).expect_err("full");
+        pin(&mut log, &mut pins, "c.test", 3, 100);
+        let (_, pins) = PinLog::open(&path, 0).expect("opened");
+        let names: Vec<_> = pins.iter().map(|(name, _, _)| name.as_str().to_owned()).collect();
+        assert_eq!(names, ["a.test", "b.test", "c.test"]);
     }
 
     #[test]
