@@ -18,12 +18,15 @@ use std::{
 };
 
 use sandgate_api::{
-    feed::{FeedAck, Revision},
+    feed::{FeedAck, HEARTBEAT_SECONDS, Revision},
     id::SandboxId,
 };
 use sandgate_daemon::{handover::Channel, tasks::Tasks};
 use sandgate_relay::inward::Dialer;
-use tokio::{net::TcpStream, sync::watch};
+use tokio::{
+    net::TcpStream,
+    sync::{Notify, watch},
+};
 
 pub use sandgate_relay::inward::DialFailure;
 
@@ -31,6 +34,9 @@ use crate::{broker::Broker, feedsocket, store::Store};
 
 /// Most sandboxes whose last refusal is remembered.
 const MAX_REFUSALS: usize = 10_000;
+
+/// Silence of the node after which it is not ready.
+const SILENCE: Duration = Duration::from_secs(3 * HEARTBEAT_SECONDS);
 
 /// Longest text taken over from the node, in characters.
 const MAX_TEXT: usize = 512;
@@ -77,6 +83,8 @@ struct Shared {
     dialer: Dialer,
     /// Audit records that were stored.
     records: AtomicU64,
+    /// Told with every acknowledgement.
+    heard: Notify,
 }
 
 impl NodeLink {
@@ -88,6 +96,7 @@ impl NodeLink {
             refusals: Mutex::default(),
             dialer: Dialer::new(Arc::clone(&channel), tasks.clone()),
             records: AtomicU64::new(0),
+            heard: Notify::new(),
         });
         let link = Self { shared };
         let (serving, spawning) = (link.clone(), tasks.clone());
@@ -99,6 +108,13 @@ impl NodeLink {
         };
         let accepting = feedsocket::accept(channel, "netd", tasks.shutdown(), opened);
         tasks.spawn("control channel", accepting);
+        let (listening, shutdown) = (link.clone(), tasks.shutdown());
+        tasks.spawn("node silence", async move {
+            tokio::select! {
+                () = listening.notice_silence(SILENCE) => {}
+                () = shutdown.cancelled() => {}
+            }
+        });
         link
     }
 
@@ -168,6 +184,25 @@ impl NodeLink {
         self.shared.records.load(Ordering::Relaxed)
     }
 
+    /// A node that hangs keeps its connections; what it says no more is that all is well.
+    async fn notice_silence(&self, limit: Duration) {
+        loop {
+            let heard = self.shared.heard.notified();
+            if tokio::time::timeout(limit, heard).await.is_ok() {
+                continue;
+            }
+            self.shared.state.send_if_modified(|state| {
+                let was_ready = std::mem::replace(&mut state.ready, false);
+                if was_ready {
+                    let reason = format!("the node has been silent for {} s", limit.as_secs());
+                    tracing::warn!(node = LOCAL_NODE, reason, "the node's readiness changed");
+                    state.reason = Some(reason);
+                }
+                was_ready
+            });
+        }
+    }
+
     fn follow(&self) {
         self.shared.state.send_modify(|state| {
             state.followers += 1;
@@ -191,6 +226,7 @@ impl NodeLink {
     }
 
     fn acknowledge(&self, ack: FeedAck) {
+        self.shared.heard.notify_one();
         {
             let mut refusals = self
                 .shared
