@@ -140,7 +140,7 @@ fn compiler(target: &str) -> Command {
     build
         .arg("build")
         .env("RUSTC", rustc)
-        .env("RUSTC_BOOTSTRAP", "aya_ebpf");
+        .env("RUSTC_BOOTSTRAP", "aya_ebpf,netd_ebpf");
     build
 }
 

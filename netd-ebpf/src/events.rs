@@ -22,6 +22,7 @@ pub fn throttle(ordinal: u32) -> Option<(*mut Throttle, u64)> {
             (*throttle).events = 0;
             (*throttle).flows = 0;
             (*throttle).queries = 0;
+            (*throttle).controls = 0;
         }
     }
     Some((throttle, now))
@@ -30,6 +31,17 @@ pub fn throttle(ordinal: u32) -> Option<(*mut Throttle, u64)> {
 /// Records a denied packet.
 #[inline(always)]
 pub fn denied(ctx: &TcContext, ordinal: u32, packet: &Packet, code: u8) {
+    record(ctx, ordinal, packet, code, false);
+}
+
+/// Records the first packet of a flow that only tiers in audit mode deny.
+#[inline(always)]
+pub fn audited(ctx: &TcContext, ordinal: u32, packet: &Packet, code: u8) {
+    record(ctx, ordinal, packet, code, true);
+}
+
+#[inline(always)]
+fn record(ctx: &TcContext, ordinal: u32, packet: &Packet, code: u8, audit: bool) {
     let Some((throttle, now)) = throttle(ordinal) else {
         // netd makes the entry before the endpoint's, and ordinal 0 with the map.
         count(counter::SUPPRESSED, ctx.len());
@@ -53,6 +65,8 @@ pub fn denied(ctx: &TcContext, ordinal: u32, packet: &Packet, code: u8) {
                 ethertype: packet.ethertype,
                 protocol: packet.protocol,
                 reason: code,
+                audit: u8::from(audit),
+                padding: [0, 0, 0, 0, 0, 0, 0],
             });
             entry.submit(u64::from(BPF_RB_NO_WAKEUP));
             return;
@@ -60,7 +74,8 @@ pub fn denied(ctx: &TcContext, ordinal: u32, packet: &Packet, code: u8) {
     }
     count(counter::SUPPRESSED, ctx.len());
     if let Some(table) = SUPPRESSED.get_ptr_mut(ordinal) {
-        let index = usize::from(code) & (reason::COUNT - 1);
+        let place = if audit { reason::AUDITED } else { code };
+        let index = usize::from(place) & (reason::COUNT - 1);
         // SAFETY: this CPU's own value, and a classifier is not preempted by another on the same CPU: the count is
         // exact. The index is below the array's length.
         unsafe {
@@ -70,6 +85,7 @@ pub fn denied(ctx: &TcContext, ordinal: u32, packet: &Packet, code: u8) {
             (*suppressed).destination = packet.destination;
             (*suppressed).destination_port = packet.destination_port;
             (*suppressed).protocol = packet.protocol;
+            (*suppressed).reason = code;
         }
     }
 }

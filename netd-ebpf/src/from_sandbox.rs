@@ -2,20 +2,21 @@
 
 use aya_ebpf::{
     bindings::{TC_ACT_OK, TC_ACT_SHOT, TC_ACT_UNSPEC},
-    btf_maps::lpm_trie::Key,
     macros::classifier,
     programs::TcContext,
 };
 use netd_common::{
-    BoundKey, Endpoint, GATEWAY, GATEWAY_MAC, InboundKey, POLICY_BITS, PolicyKey, SELF_TEST_PORT, action,
-    counter, limit, listener, mark, reason, wire,
+    BoundKey, Endpoint, GATEWAY_MAC, InboundKey, NO_ADDRESS, SELF_TEST_PORT, Uplink, counter, limit,
+    listener, mark, reason,
 };
 
 use crate::{
-    events,
-    maps::{BOUND, ENDPOINTS, INBOUND, PLATFORM, POLICIES, count},
-    packet::{ETHERNET, ETHERTYPE_IPV4, Headers, IPV4_PLAIN, PROTOCOL_TCP, PROTOCOL_UDP, Packet, linearize},
-    steer,
+    control::{self, Way},
+    events, flows,
+    maps::{BOUND, ENDPOINTS, INBOUND, count},
+    packet::{ETHERNET, Kind, PROTOCOL_UDP, Packet, Window, linearize, same},
+    rules::{self, Remote, Ruling},
+    steer, uplink,
 };
 
 const DNS: u16 = 53;
@@ -28,10 +29,17 @@ enum Verdict {
     Refuse(u8),
     /// Of a connection that netd opened inward.
     Inbound,
-    /// To the TCP listener, or the connection it has accepted. `bound`: a new one only to a bound address.
-    Proxy { bound: bool },
+    /// Asks for the gateway's Ethernet address: the stack answers.
+    Neighbour,
+    /// To the TCP listener, or the connection it has accepted. `bound`: a new one only to a bound address. `open`: a new
+    /// one at all.
+    Proxy { bound: bool, open: bool },
     /// To a DNS socket.
     Dns,
+    /// Out through the uplink, as part of its flow. The reason of tiers in audit mode; 0 when none denies it.
+    Pass(&'static Uplink, u8),
+    /// The same, an error about one.
+    Error(&'static Uplink),
 }
 
 /// TCX ingress of the router end.
@@ -39,31 +47,47 @@ enum Verdict {
 pub fn from_sandbox(ctx: TcContext) -> i32 {
     linearize(&ctx);
     let mut packet = Packet::EMPTY;
+    let kind = packet.read(&ctx);
     // SAFETY: the context of a classifier.
     let ifindex = unsafe { (*ctx.skb.skb).ifindex };
     // SAFETY: netd replaces whole entries and never writes into one.
     let Some(endpoint) = (unsafe { ENDPOINTS.get(ifindex) }) else {
-        // What can be read is read, for the event alone.
-        if let Some(headers) = Headers::of(&ctx) {
-            let _verdict = read(&ctx, headers, &mut packet);
-        }
         return drop(&ctx, 0, &packet, reason::UNKNOWN_SANDBOX);
     };
-    let verdict = match check(&ctx, &mut packet, endpoint) {
-        Ok(()) => judge(&packet, endpoint),
-        Err(code) => Verdict::Drop(code),
-    };
+    let mut verdict = check(&ctx, &packet, endpoint, kind);
+    if let Verdict::Pass(uplink, audit) = verdict {
+        match pass(&ctx, &packet, endpoint, audit) {
+            Ok(()) => {
+                count(counter::PASSED, ctx.len());
+                return uplink::leave(&ctx, uplink);
+            }
+            Err(other) => verdict = other,
+        }
+    }
     match verdict {
-        Verdict::Drop(code) => drop(&ctx, endpoint.ordinal, &packet, code),
-        Verdict::Refuse(code) => refuse(&ctx, endpoint.ordinal, &packet, code),
+        Verdict::Refuse(code) => {
+            cut(&packet, endpoint);
+            refuse(&ctx, endpoint.ordinal, &packet, code)
+        }
         Verdict::Inbound => {
             ctx.set_mark(mark::INBOUND);
             count(counter::INBOUND, ctx.len());
             // Programs behind this one may look at it too.
             TC_ACT_UNSPEC
         }
-        Verdict::Proxy { bound } => proxy(&ctx, endpoint, &packet, bound),
+        Verdict::Neighbour => {
+            // Routed to the local host, as the answer supposes.
+            ctx.set_mark(mark::PROXY);
+            TC_ACT_UNSPEC
+        }
+        Verdict::Proxy { bound, open } => proxy(&ctx, endpoint, &packet, bound, open),
         Verdict::Dns => dns(&ctx, endpoint, &packet),
+        Verdict::Error(uplink) => {
+            count(counter::PASSED, ctx.len());
+            uplink::leave(&ctx, uplink)
+        }
+        Verdict::Drop(code) => drop(&ctx, endpoint.ordinal, &packet, code),
+        Verdict::Pass(..) => drop(&ctx, endpoint.ordinal, &packet, reason::MALFORMED),
     }
 }
 
@@ -83,72 +107,77 @@ fn refuse(ctx: &TcContext, ordinal: u32, packet: &Packet, code: u8) -> i32 {
     TC_ACT_OK as i32
 }
 
-/// Reads the headers; `Err` says why the packet must be dropped whoever sent it.
+/// Checks that the packet is of this endpoint and of a kind that can be judged, and judges it.
 #[inline(always)]
-fn read(ctx: &TcContext, headers: Headers, packet: &mut Packet) -> Result<(), u8> {
-    packet.ethertype = headers.ethertype();
-    // SAFETY: the context of a classifier. A tag may have been moved out of the frame into the buffer's description.
-    if packet.ethertype != ETHERTYPE_IPV4 || unsafe { (*ctx.skb.skb).vlan_present } != 0 {
-        return Err(reason::PROTOCOL_DENIED);
-    }
-    packet.protocol = headers.protocol();
-    packet.source = headers.source();
-    packet.destination = headers.destination();
-    let first = headers.first_byte();
-    if first != IPV4_PLAIN {
-        // Another version than the frame says is nonsense; options are only refused.
-        let options = first >> 4 == 4 && first > IPV4_PLAIN;
-        return Err(if options {
-            reason::PROTOCOL_DENIED
-        } else {
-            reason::MALFORMED
-        });
-    }
-    if headers.is_fragment() {
-        return Err(reason::FRAGMENT);
-    }
-    // What the length field does not cover, the stack cuts off: the ports must lie before that.
-    let shortest = match packet.protocol {
-        PROTOCOL_TCP => 40,
-        PROTOCOL_UDP => 28,
-        _ => return Err(reason::PROTOCOL_DENIED),
+fn check(ctx: &TcContext, packet: &Packet, endpoint: &Endpoint, kind: Kind) -> Verdict {
+    let Some(ethernet) = Window::<ETHERNET>::of(ctx) else {
+        return Verdict::Drop(reason::MALFORMED);
     };
-    let length = headers.total_length();
-    if length < shortest || ETHERNET as u32 + u32::from(length) > ctx.len() {
-        return Err(reason::MALFORMED);
+    if !ethernet.is_from(&endpoint.mac) {
+        return Verdict::Drop(reason::SPOOFED_SOURCE);
     }
-    packet.read_ports(ctx).ok_or(reason::MALFORMED)
+    let to_gateway = ethernet.is_to(&GATEWAY_MAC);
+    if packet.is_ipv6() && same(&endpoint.address6, &NO_ADDRESS) {
+        return Verdict::Drop(reason::PROTOCOL_DENIED);
+    }
+    if kind == Kind::Arp {
+        return if control::is_gateway_arp(ctx, endpoint, Way::FromSandbox) {
+            neighbour(endpoint)
+        } else {
+            Verdict::Drop(reason::PROTOCOL_DENIED)
+        };
+    }
+    // Of other frames no address was read, and they are dropped for what they are.
+    let own = if packet.is_ipv6() {
+        &endpoint.address6
+    } else {
+        &endpoint.address
+    };
+    if !same(&packet.source, &NO_ADDRESS) && !same(&packet.source, own) {
+        return Verdict::Drop(reason::SPOOFED_SOURCE);
+    }
+    match kind {
+        // No source at all is another's too.
+        Kind::Transport | Kind::Icmp if !same(&packet.source, own) => Verdict::Drop(reason::SPOOFED_SOURCE),
+        Kind::Icmp if control::is_gateway_neighbour(ctx, endpoint, packet, Way::FromSandbox) => {
+            neighbour(endpoint)
+        }
+        // The stack would ignore it, and a refusal would never be answered.
+        Kind::Transport | Kind::Icmp if !to_gateway => Verdict::Drop(reason::PROTOCOL_DENIED),
+        Kind::Transport => judge(packet, endpoint),
+        Kind::Icmp => match uplink::known() {
+            Some(uplink) if control::is_error_of_flow(ctx, endpoint, packet, Way::FromSandbox) => {
+                if control::within_controls(endpoint) {
+                    Verdict::Error(uplink)
+                } else {
+                    Verdict::Drop(reason::QUOTA)
+                }
+            }
+            Some(_) | None => Verdict::Drop(reason::PROTOCOL_DENIED),
+        },
+        Kind::Arp => Verdict::Drop(reason::PROTOCOL_DENIED),
+        Kind::Unwanted(code) => Verdict::Drop(code),
+    }
 }
 
-/// Reads the headers and checks that the packet is of this endpoint and of a kind that can be judged.
 #[inline(always)]
-fn check(ctx: &TcContext, packet: &mut Packet, endpoint: &Endpoint) -> Result<(), u8> {
-    let headers = Headers::of(ctx).ok_or(reason::MALFORMED)?;
-    let readable = read(ctx, headers, packet);
-    if !headers.is_from(&endpoint.mac) {
-        return Err(reason::SPOOFED_SOURCE);
+fn neighbour(endpoint: &Endpoint) -> Verdict {
+    if control::within_controls(endpoint) {
+        Verdict::Neighbour
+    } else {
+        Verdict::Drop(reason::QUOTA)
     }
-    // Of frames that are not IPv4 no address was read, and they are dropped for what they are.
-    if packet.ethertype == ETHERTYPE_IPV4 && packet.source != endpoint.address {
-        return Err(reason::SPOOFED_SOURCE);
-    }
-    readable?;
-    if !headers.is_to(&GATEWAY_MAC) {
-        // The stack would ignore it, and a refusal would never be answered.
-        return Err(reason::PROTOCOL_DENIED);
-    }
-    Ok(())
 }
 
 /// Decides by addresses and ports.
 #[inline(always)]
 fn judge(packet: &Packet, endpoint: &Endpoint) -> Verdict {
-    let tcp = packet.protocol == PROTOCOL_TCP;
+    let tcp = packet.is_tcp();
     // A sandbox only ever answers on such a connection; one that it opens itself is judged like any other.
-    if tcp && !packet.opens() {
+    if tcp && !packet.opens() && !packet.is_ipv6() {
         let key = InboundKey {
             ordinal: endpoint.ordinal,
-            local_address: packet.destination,
+            local_address: packet.destination[3],
             local_port: packet.destination_port,
             sandbox_port: packet.source_port,
         };
@@ -161,69 +190,86 @@ fn judge(packet: &Packet, endpoint: &Endpoint) -> Verdict {
         return Verdict::Dns;
     }
     // netd's own host, where a sandbox checks what it trusts: no policy is asked, and nothing is dialled for it.
-    if tcp && packet.destination == wire(GATEWAY) && packet.destination_port == SELF_TEST_PORT {
-        return Verdict::Proxy { bound: false };
+    if tcp
+        && packet.destination_port == SELF_TEST_PORT
+        && same(&packet.destination, &control::gateway(packet))
+    {
+        return Verdict::Proxy {
+            bound: false,
+            open: true,
+        };
     }
-    if platform_denies(packet) {
+    let remote = remote(packet);
+    if rules::platform_denies(&remote) {
         return Verdict::Refuse(reason::PLATFORM_DENIED);
     }
-    if !tcp {
-        return Verdict::Refuse(reason::PROTOCOL_DENIED);
-    }
-    let key = Key::new(
-        POLICY_BITS + 32,
-        PolicyKey {
-            policy: endpoint.policy,
-            address: packet.destination,
+    match rules::ruling(endpoint.policy, &remote) {
+        Ruling::Deny(code) => Verdict::Refuse(code),
+        // Nobody reads datagrams.
+        Ruling::Proxy { .. } if !tcp => Verdict::Refuse(reason::PROTOCOL_DENIED),
+        Ruling::Proxy { bound } => Verdict::Proxy { bound, open: true },
+        Ruling::Pass(audit) => match uplink::known() {
+            Some(uplink) => Verdict::Pass(uplink, audit),
+            None if tcp => Verdict::Proxy {
+                bound: false,
+                open: true,
+            },
+            None => Verdict::Refuse(reason::PROTOCOL_DENIED),
         },
-    );
-    let Some(table) = POLICIES.get(&key) else {
-        return Verdict::Refuse(reason::DEFAULT_DENY);
-    };
-    for index in 0..limit::RANGES {
-        if index as u32 >= table.len {
-            break;
-        }
-        let range = &table.ranges[index];
-        if packet.destination_port >= range.first && packet.destination_port <= range.last {
-            return match range.action {
-                action::PASS | action::PROXY => Verdict::Proxy { bound: false },
-                action::PROXY_BOUND => Verdict::Proxy { bound: true },
-                _ => Verdict::Refuse(range.reason),
-            };
-        }
     }
-    Verdict::Refuse(reason::DEFAULT_DENY)
 }
 
-/// Whether nobody may reach the destination. Exceptions are for TCP.
 #[inline(always)]
-fn platform_denies(packet: &Packet) -> bool {
-    let Some(entry) = PLATFORM.get(&Key::new(32, packet.destination)) else {
-        return false;
-    };
-    if entry.denied == 0 {
-        return false;
+fn remote(packet: &Packet) -> Remote {
+    Remote {
+        address: packet.destination,
+        port: packet.destination_port,
+        protocol: packet.protocol,
     }
-    if packet.protocol == PROTOCOL_TCP {
-        for index in 0..limit::RANGES {
-            if index as u32 >= entry.len {
-                break;
-            }
-            let span = &entry.exceptions[index];
-            if packet.destination_port >= span.first && packet.destination_port <= span.last {
-                return false;
-            }
-        }
+}
+
+/// Finds or makes the flow of a packet that the policy lets pass; else what becomes of it.
+#[inline(always)]
+fn pass(ctx: &TcContext, packet: &Packet, endpoint: &Endpoint, audit: u8) -> Result<(), Verdict> {
+    let key = flows::key(endpoint.ordinal, &remote(packet), packet.source_port);
+    let flow = flows::find(&key);
+    if !flow.is_null() {
+        flows::count_up(flow, ctx, packet, endpoint.policy);
+        return Ok(());
     }
-    true
+    if packet.is_tcp() && !packet.opens() {
+        // It may be of a connection that netd took while there was no uplink, or under another policy.
+        return Err(Verdict::Proxy {
+            bound: false,
+            open: false,
+        });
+    }
+    if !within_flows(endpoint) || !flows::open(&key, ctx, endpoint, &packet.source) {
+        return Err(Verdict::Refuse(reason::QUOTA));
+    }
+    if audit != 0 {
+        events::audited(ctx, endpoint.ordinal, packet, audit);
+    }
+    Ok(())
+}
+
+/// Ends the flow that a packet belongs to which no rule lets pass any more.
+#[inline(always)]
+fn cut(packet: &Packet, endpoint: &Endpoint) {
+    if !packet.opens() {
+        flows::cut(&flows::key(endpoint.ordinal, &remote(packet), packet.source_port));
+    }
 }
 
 /// Redirects a TCP packet that the policy allows.
 #[inline(always)]
-fn proxy(ctx: &TcContext, endpoint: &Endpoint, packet: &Packet, bound: bool) -> i32 {
+fn proxy(ctx: &TcContext, endpoint: &Endpoint, packet: &Packet, bound: bool, open: bool) -> i32 {
     let socket = steer::connection(ctx, packet);
     let given = if socket.is_null() {
+        cut(packet, endpoint);
+        if !open {
+            return refuse(ctx, endpoint.ordinal, packet, reason::PROTOCOL_DENIED);
+        }
         // No connection yet. The address is asked for only here: one that is open outlives its pin.
         if bound && !is_bound(endpoint, packet) {
             return refuse(ctx, endpoint.ordinal, packet, reason::ADDRESS_NOT_BOUND);
@@ -231,7 +277,7 @@ fn proxy(ctx: &TcContext, endpoint: &Endpoint, packet: &Packet, bound: bool) -> 
         if packet.opens() && !within_flows(endpoint) {
             return refuse(ctx, endpoint.ordinal, packet, reason::QUOTA);
         }
-        steer::to_listener(ctx, listener::TCP)
+        steer::to_listener(ctx, of_family(packet, listener::TCP, listener::TCP6))
     } else {
         steer::assign(ctx, socket)
     };
@@ -245,7 +291,8 @@ fn dns(ctx: &TcContext, endpoint: &Endpoint, packet: &Packet) -> i32 {
         if !within_queries(endpoint) {
             return refuse(ctx, endpoint.ordinal, packet, reason::QUOTA);
         }
-        let given = steer::to_listener(ctx, listener::DNS_UDP);
+        let index = of_family(packet, listener::DNS_UDP, listener::DNS_UDP6);
+        let given = steer::to_listener(ctx, index);
         return finish(ctx, endpoint, packet, given, counter::DNS);
     }
     let socket = steer::connection(ctx, packet);
@@ -253,7 +300,7 @@ fn dns(ctx: &TcContext, endpoint: &Endpoint, packet: &Packet) -> i32 {
         if packet.opens() && !within_flows(endpoint) {
             return refuse(ctx, endpoint.ordinal, packet, reason::QUOTA);
         }
-        steer::to_listener(ctx, listener::DNS_TCP)
+        steer::to_listener(ctx, of_family(packet, listener::DNS_TCP, listener::DNS_TCP6))
     } else {
         steer::assign(ctx, socket)
     };
@@ -271,6 +318,11 @@ fn finish(ctx: &TcContext, endpoint: &Endpoint, packet: &Packet, given: bool, co
     }
     count(counter::NO_LISTENER, ctx.len());
     refuse(ctx, endpoint.ordinal, packet, reason::NO_LISTENER)
+}
+
+#[inline(always)]
+fn of_family(packet: &Packet, ipv4: u32, ipv6: u32) -> u32 {
+    if packet.is_ipv6() { ipv6 } else { ipv4 }
 }
 
 #[inline(always)]

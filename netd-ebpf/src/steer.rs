@@ -5,7 +5,10 @@ use core::ffi::c_void;
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{BPF_TCP_LISTEN, bpf_sock, bpf_sock_tuple, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1},
+    bindings::{
+        BPF_TCP_LISTEN, bpf_sock, bpf_sock_tuple, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1,
+        bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2,
+    },
     helpers::{bpf_map_lookup_elem, bpf_sk_assign, bpf_sk_release, bpf_skc_lookup_tcp},
     programs::TcContext,
 };
@@ -15,20 +18,33 @@ use crate::{maps::LISTENERS, packet::Packet};
 /// `BPF_F_CURRENT_NETNS`.
 const CURRENT_NETNS: u64 = u64::MAX;
 const IPV4_TUPLE: u32 = size_of::<bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1>() as u32;
+const IPV6_TUPLE: u32 = size_of::<bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2>() as u32;
 
 /// The socket of netd that serves this packet's connection already; null when it has none. To be given to [`assign`].
 #[inline(always)]
 pub fn connection(ctx: &TcContext, packet: &Packet) -> *mut bpf_sock {
     // SAFETY: plain integers, of which zero is a value.
     let mut tuple: bpf_sock_tuple = unsafe { core::mem::zeroed() };
-    tuple.__bindgen_anon_1.ipv4 = bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 {
-        saddr: packet.source,
-        daddr: packet.destination,
-        sport: packet.source_port.to_be(),
-        dport: packet.destination_port.to_be(),
+    let (sport, dport) = (packet.source_port.to_be(), packet.destination_port.to_be());
+    let length = if packet.is_ipv6() {
+        tuple.__bindgen_anon_1.ipv6 = bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2 {
+            saddr: packet.source,
+            daddr: packet.destination,
+            sport,
+            dport,
+        };
+        IPV6_TUPLE
+    } else {
+        tuple.__bindgen_anon_1.ipv4 = bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 {
+            saddr: packet.source[3],
+            daddr: packet.destination[3],
+            sport,
+            dport,
+        };
+        IPV4_TUPLE
     };
     // SAFETY: a context, a tuple of the length given. The reference is released below or by `assign`.
-    let socket = unsafe { bpf_skc_lookup_tcp(ctx.as_ptr(), &raw mut tuple, IPV4_TUPLE, CURRENT_NETNS, 0) };
+    let socket = unsafe { bpf_skc_lookup_tcp(ctx.as_ptr(), &raw mut tuple, length, CURRENT_NETNS, 0) };
     if socket.is_null() {
         return socket;
     }

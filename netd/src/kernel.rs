@@ -17,23 +17,26 @@ use std::{
 
 use aya::{TestRun as _, TestRunOptions, TestRunResult};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use netd_common::{PortSpan, wire};
+use netd_common::{NO_ADDRESS, PortSpan, mapped, wire6};
 use sandgate_api::feed::Endpoint;
 use sandgate_policy::{KernelTable, Platform, Protocol, Reason};
 
-pub use self::{error::DatapathError, events::EventReader, policies::PolicyContent};
 use self::{
+    address::in_one_space,
     events::SharedSweep,
     pins::Pins,
     platform::{Opening, Ranges},
     programs::Programs,
     tables::Tables,
 };
+pub use self::{error::DatapathError, events::EventReader, policies::PolicyContent};
 use crate::router::RouterNamespace;
 
+mod address;
 mod batch;
 mod error;
 mod events;
+mod flows;
 mod pins;
 mod platform;
 mod policies;
@@ -158,6 +161,10 @@ pub struct Counters {
     pub unadmitted: u64,
     /// Denials counted instead of sent as events of their own.
     pub suppressed: u64,
+    /// Forwarded to the uplink.
+    pub passed: u64,
+    /// Of flows that are forwarded: back from the uplink, and let through to the sandbox.
+    pub returned: u64,
 }
 
 /// The kernel half. One per instance; a lock in the run directory keeps a second one out.
@@ -183,9 +190,16 @@ impl Datapath {
         let sweep = SharedSweep::open(&pins)?;
         let mut tables = Tables::open(&pins)?;
         let ranges = Ranges {
-            denied: sandgate_policy::always_denied4().to_vec(),
+            denied: always_denied(),
             openings: openings(platform),
-            sandboxes: config.sandbox_cidr,
+            sandboxes: [
+                Some(IpNet::V4(config.sandbox_cidr)),
+                config.sandbox_cidr6.map(IpNet::V6),
+            ]
+            .into_iter()
+            .flatten()
+            .filter_map(in_one_space)
+            .collect(),
         };
         tables.write_platform(&ranges.flatten(&BTreeSet::new())?, true)?;
         if !sweep.lock().has(0) {
@@ -226,20 +240,30 @@ impl Datapath {
     pub fn attach(&self, endpoint: &Endpoint) -> Result<EndpointHandle, DatapathError> {
         let mut state = self.state();
         let State { programs, tables } = &mut *state;
+        let addresses = (
+            mapped(endpoint.address.octets()),
+            endpoint
+                .address6
+                .map_or(NO_ADDRESS, |address| wire6(address.octets())),
+        );
         if let Some(known) = tables.endpoint(endpoint.ifindex) {
-            let same = known.address == wire(endpoint.address.octets()) && known.mac == endpoint.mac;
+            let same = (known.address, known.address6) == addresses && known.mac == endpoint.mac;
             // Another endpoint, or another interface under a reused index: nothing of the old one may pass to it.
             if !same || !programs.hold(&self.pins, endpoint.ifindex)? {
                 self.forget(tables, endpoint.ifindex)?;
             }
         }
-        if let Some(other) = tables
-            .owner(endpoint.address)
-            .filter(|other| *other != endpoint.ifindex)
-        {
+        let both = [
+            Some(IpAddr::V4(endpoint.address)),
+            endpoint.address6.map(IpAddr::V6),
+        ];
+        for address in both.into_iter().flatten() {
+            let Some(other) = tables.owner(address).filter(|other| *other != endpoint.ifindex) else {
+                continue;
+            };
             if programs.hold(&self.pins, other)? {
                 return Err(DatapathError::AddressInUse {
-                    address: endpoint.address,
+                    address,
                     ifindex: other,
                 });
             }
@@ -255,7 +279,7 @@ impl Datapath {
         let ordinal = tables.next_ordinal()?;
         self.sweep.lock().add(ordinal)?;
         tables.add_throttle(ordinal)?;
-        tables.add_endpoint(endpoint.ifindex, ordinal, endpoint.address, endpoint.mac)?;
+        tables.add_endpoint(endpoint.ifindex, ordinal, addresses, endpoint.mac)?;
         Ok(EndpointHandle {
             ordinal,
             ifindex: endpoint.ifindex,
@@ -310,19 +334,12 @@ impl Datapath {
 
     /// Adds an address to those that DNS answers gave to the endpoint.
     pub fn bind_address(&self, endpoint: EndpointHandle, address: IpAddr) -> Result<(), DatapathError> {
-        match address.to_canonical() {
-            IpAddr::V4(address) => self.state().tables.bind(endpoint, address),
-            // Every IPv6 frame is dropped.
-            IpAddr::V6(_) => Ok(()),
-        }
+        self.state().tables.bind(endpoint, address.to_canonical())
     }
 
     /// Takes it away again: new connections to it are refused, open ones go on.
     pub fn unbind_address(&self, endpoint: EndpointHandle, address: IpAddr) -> Result<(), DatapathError> {
-        match address.to_canonical() {
-            IpAddr::V4(address) => self.state().tables.unbind(endpoint, address),
-            IpAddr::V6(_) => Ok(()),
-        }
+        self.state().tables.unbind(endpoint, address.to_canonical())
     }
 
     /// Admits one connection that netd is about to open from `local` to `sandbox_port`, by the socket with this
@@ -365,27 +382,24 @@ impl Datapath {
     /// Replaces the set of this node's own addresses, which no sandbox may reach (unless an operator's exception names
     /// that very address).
     pub fn set_node_addresses(&self, addresses: &[IpAddr]) -> Result<(), DatapathError> {
-        let addresses = addresses
-            .iter()
-            .filter_map(|address| match address.to_canonical() {
-                IpAddr::V4(address) => Some(address),
-                // Every IPv6 frame is dropped.
-                IpAddr::V6(_) => None,
-            });
-        let entries = self.ranges.flatten(&addresses.collect())?;
+        let entries = self.ranges.flatten(&addresses.iter().copied().collect())?;
         self.state().tables.write_platform(&entries, false)
     }
 
     /// Says where packets leave that the kernel may forward itself. `None`: there is no such way, so what address and
     /// port alone allow goes to netd if it is TCP, and is refused if it is UDP. Holds from the next packet on.
-    pub fn set_uplink(&self, _uplink: Option<Uplink>) -> Result<(), DatapathError> {
-        // Nothing is forwarded by the kernel.
-        Ok(())
+    pub fn set_uplink(&self, uplink: Option<Uplink>) -> Result<(), DatapathError> {
+        let entry = uplink.map_or_else(netd_common::Uplink::default, |uplink| netd_common::Uplink {
+            ifindex: uplink.ifindex,
+            peer_mac: uplink.peer_mac,
+            padding: 0,
+        });
+        self.state().tables.set_uplink(entry)
     }
 
     /// Flows that the kernel forwarded and that have ended since the last call, each once. Call it every second.
     pub fn ended_flows(&self) -> Result<Vec<EndedFlow>, DatapathError> {
-        Ok(Vec::new())
+        self.state().tables.ended_flows()
     }
 
     /// A reader of denials, also of those that happened while no netd ran.
@@ -447,20 +461,24 @@ struct State {
     tables: Tables,
 }
 
-/// The operator's exceptions as far as the kernel sees them.
+/// What nobody may reach unless it is opened.
+fn always_denied() -> Vec<Ipv6Net> {
+    let ipv4 = sandgate_policy::always_denied4().iter().copied().map(IpNet::V4);
+    let ipv6 = sandgate_policy::always_denied6().iter().copied().map(IpNet::V6);
+    ipv4.chain(ipv6).filter_map(in_one_space).collect()
+}
+
+/// The operator's exceptions.
 fn openings(platform: &Platform) -> Vec<Opening> {
     platform
         .exceptions()
         .iter()
-        .filter_map(|exception| match exception.network() {
-            IpNet::V4(prefix) => {
-                let (first, last) = exception.port().map_or((0, u16::MAX), |port| (port, port));
-                Some(Opening {
-                    prefix,
-                    ports: PortSpan { first, last },
-                })
-            }
-            IpNet::V6(_) => None,
+        .filter_map(|exception| {
+            let (first, last) = exception.port().map_or((0, u16::MAX), |port| (port, port));
+            Some(Opening {
+                prefix: in_one_space(exception.network())?,
+                ports: PortSpan { first, last },
+            })
         })
         .collect()
 }

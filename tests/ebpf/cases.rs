@@ -127,7 +127,6 @@ pub(crate) fn all(me: Ipv4Addr, mac: [u8; 6]) -> Vec<Group> {
             vec![
                 ("private", tcp([10, 1, 2, 3], 80)),
                 ("port of a neighbour's exception", tcp([10, 0, 0, 6], 443)),
-                ("exceptions are not for UDP", udp([10, 0, 0, 5], 443)),
                 ("metadata", tcp([169, 254, 169, 254], 80)),
                 ("metadata outside the ranges", tcp([168, 63, 129, 16], 80)),
                 ("gateway", tcp([169, 254, 1, 1], 80)),
@@ -151,6 +150,7 @@ pub(crate) fn all(me: Ipv4Addr, mac: [u8; 6]) -> Vec<Group> {
             vec![
                 ("UDP", udp([203, 0, 113, 10], 80)),
                 ("QUIC", udp([203, 0, 113, 10], 443)),
+                ("UDP to an operator's exception", udp([10, 0, 0, 5], 443)),
             ],
         ),
         dropped(

@@ -156,12 +156,12 @@ fn the_next_netd_finds_who_shares_what_and_frees_what_nobody_uses() {
     let ids = [one, two, three].map(|endpoint| id_of(&world, endpoint));
     // What a netd that was killed while it wrote leaves behind.
     let mut map = pinned_policies(world.run_dir.path());
-    for number in 0..100 {
+    for number in 0..100_u32 {
         let data = PolicyKey {
             policy: ids[2] + 1,
-            address: number,
+            address: netd_common::mapped(number.to_be_bytes()),
         };
-        map.insert(&Key::new(POLICY_BITS + 32, data), PortTable::default(), 0)
+        map.insert(&Key::new(POLICY_BITS + 128, data), PortTable::default(), 0)
             .expect("written");
     }
     drop(map);

@@ -1,5 +1,5 @@
-//! Many entries of a map in one call of the kernel's (`BPF_MAP_UPDATE_BATCH`, `BPF_MAP_DELETE_BATCH` of bpf(2), since
-//! 5.6), which aya does not have. Knows nothing of what they mean.
+//! Many entries of a map in one call of the kernel's (`BPF_MAP_LOOKUP_BATCH`, `BPF_MAP_UPDATE_BATCH`,
+//! `BPF_MAP_DELETE_BATCH` of bpf(2), since 5.6), which aya does not have. Knows nothing of what they mean.
 
 use std::{
     io,
@@ -13,6 +13,7 @@ use aya::{
 };
 
 /// Commands of `enum bpf_cmd` (linux/bpf.h).
+const LOOKUP: libc::c_long = 24;
 const UPDATE: libc::c_long = 26;
 const DELETE: libc::c_long = 27;
 
@@ -44,6 +45,64 @@ impl From<Stopped> for MapError {
             call: "bpf_map_batch",
             io_error: stopped.source,
         })
+    }
+}
+
+/// Entries of one call of [`each`]: more than any bucket of a hash map holds, as the kernel gives whole buckets.
+const CHUNK: usize = 4096;
+
+/// Shows every entry of a hash map. One that is added or removed meanwhile may be shown or not.
+pub(super) fn each<K: Pod + Default, V: Pod + Default>(
+    map: &MapData,
+    mut seen: impl FnMut(&K, &V),
+) -> Result<(), Stopped> {
+    let mut keys = vec![K::default(); CHUNK];
+    let mut values = vec![V::default(); CHUNK];
+    let refused = |source| Stopped { done: 0, source };
+    // Where the kernel stands, which it says and reads.
+    let mut place: Option<u32> = None;
+    loop {
+        let (from, mut to) = (place.unwrap_or(0), 0_u32);
+        let mut attributes = Attributes {
+            in_batch: place.map_or(0, |_| (&raw const from).addr() as u64),
+            out_batch: (&raw mut to).addr() as u64,
+            keys: keys.as_mut_ptr().addr() as u64,
+            values: values.as_mut_ptr().addr() as u64,
+            count: u32::try_from(CHUNK).map_err(|error| refused(io::Error::other(error)))?,
+            map_fd: u32::try_from(map.fd().as_fd().as_raw_fd())
+                .map_err(|error| refused(io::Error::other(error)))?,
+            ..Attributes::default()
+        };
+        #[expect(unsafe_code, reason = "a system call")]
+        // SAFETY: the kernel writes at most `count` keys and values, whose sizes are the map's (netd's pins are adopted
+        // only if they have the sizes of these types), and reads and writes four bytes of place. All outlive the call.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_bpf,
+                LOOKUP,
+                &raw mut attributes,
+                size_of::<Attributes>(),
+            )
+        };
+        let error = (result < 0).then(io::Error::last_os_error);
+        // That there is no more is an error too, and comes with the last entries.
+        let last = error
+            .as_ref()
+            .is_some_and(|error| error.kind() == io::ErrorKind::NotFound);
+        if let Some(source) = error
+            && !last
+        {
+            return Err(refused(source));
+        }
+        let count = usize::try_from(attributes.count).unwrap_or(0);
+        keys.iter()
+            .zip(&values)
+            .take(count)
+            .for_each(|(key, value)| seen(key, value));
+        if last {
+            return Ok(());
+        }
+        place = Some(to);
     }
 }
 

@@ -1,6 +1,6 @@
 //! What can go wrong in the kernel half.
 
-use std::{io, net::Ipv4Addr, path::PathBuf};
+use std::{io, net::IpAddr, path::PathBuf};
 
 use aya::{
     EbpfError,
@@ -108,7 +108,7 @@ pub enum DatapathError {
     #[error("address {address} is in use by interface {ifindex}")]
     AddressInUse {
         /// The address.
-        address: Ipv4Addr,
+        address: IpAddr,
         /// Whose.
         ifindex: u32,
     },

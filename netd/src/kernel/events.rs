@@ -1,16 +1,19 @@
 //! Denials, read from the kernel: single ones from the ring, and those that were too fast for it from their counters.
 
 use std::{
-    net::{Ipv4Addr, SocketAddr, SocketAddrV4},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
     time::{Duration, Instant},
 };
 
 use aya::maps::{HashMap, Map, MapData, MapError, PerCpuHashMap, PerCpuValues, RingBuf};
-use netd_common::{Event, Reported, Suppressed, SuppressedTable, reason};
+use netd_common::{Address, Event, NO_ADDRESS, Reported, Suppressed, SuppressedTable, reason};
 
-use super::{DatapathError, DenyEvent, error::on_map, pins::Pins, reasons};
+use super::{DatapathError, DenyEvent, address::from_wire, error::on_map, pins::Pins, reasons};
+
+const IPV4: u16 = 0x0800;
+const IPV6: u16 = 0x86dd;
 
 /// How long the reader sleeps between two looks at the ring; the kernel wakes nobody for an event.
 const LOOK: Duration = Duration::from_millis(20);
@@ -66,20 +69,32 @@ fn decode(bytes: &[u8]) -> Option<DenyEvent> {
     let fields: &[u8; size_of::<Event>()] = bytes.try_into().ok()?;
     let word = |at: usize| [fields[at], fields[at + 1], fields[at + 2], fields[at + 3]];
     let half = |at: usize| u16::from_ne_bytes([fields[at], fields[at + 1]]);
+    let address = |at: usize| [0, 4, 8, 12].map(|step| u32::from_ne_bytes(word(at + step)));
+    let ethertype = half(52);
+    let end = |at: usize, port: usize| SocketAddr::new(named(address(at), ethertype), half(port));
     let mut time = [0; 8];
     time.copy_from_slice(&fields[..8]);
     Some(DenyEvent {
         monotonic: Duration::from_nanos(u64::from_ne_bytes(time)),
         ordinal: u32::from_ne_bytes(word(8)),
         ifindex: u32::from_ne_bytes(word(12)),
-        src: SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::from(word(16)), half(24))),
-        dst: SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::from(word(20)), half(26))),
-        ethertype: half(28),
-        protocol: fields[30],
-        reason: reasons::from_code(fields[31]),
-        audit: false,
+        src: end(16, 48),
+        dst: end(32, 50),
+        ethertype,
+        protocol: fields[54],
+        reason: reasons::from_code(fields[55]),
+        audit: fields[56] != 0,
         repeated: 1,
     })
+}
+
+/// The address in a packet of a type; unspecified when none was read.
+fn named(address: Address, ethertype: u16) -> IpAddr {
+    match (address, ethertype) {
+        (NO_ADDRESS, IPV6) => Ipv6Addr::UNSPECIFIED.into(),
+        (NO_ADDRESS, _) => Ipv4Addr::UNSPECIFIED.into(),
+        (address, _) => from_wire(address),
+    }
 }
 
 /// Collects suppressed denials: shared between the reader and [`super::Datapath::detach`], which must not lose those
@@ -196,20 +211,22 @@ impl Sweep {
     }
 }
 
-fn aggregate(ordinal: u32, code: usize, repeated: u64, latest: &Suppressed) -> DenyEvent {
+fn aggregate(ordinal: u32, place: usize, repeated: u64, latest: &Suppressed) -> DenyEvent {
+    let address = named(latest.destination, 0);
+    let ethertype = match address {
+        IpAddr::V4(address) if address.is_unspecified() => 0,
+        IpAddr::V4(_) => IPV4,
+        IpAddr::V6(_) => IPV6,
+    };
     DenyEvent {
         ordinal,
         ifindex: 0,
-        ethertype: if latest.destination == 0 { 0 } else { 0x0800 },
+        ethertype,
         protocol: latest.protocol,
         src: (Ipv4Addr::UNSPECIFIED, 0).into(),
-        dst: (
-            Ipv4Addr::from(latest.destination.to_ne_bytes()),
-            latest.destination_port,
-        )
-            .into(),
-        audit: false,
-        reason: reasons::from_code(u8::try_from(code).unwrap_or(0)),
+        dst: SocketAddr::new(address, latest.destination_port),
+        reason: reasons::from_code(latest.reason),
+        audit: place == usize::from(reason::AUDITED),
         repeated,
         monotonic: Duration::from_nanos(latest.time_ns),
     }
@@ -234,26 +251,31 @@ mod tests {
             time_ns: 7_000_000_001,
             ordinal: 3,
             ifindex: 9,
-            source: netd_common::wire([10, 213, 0, 1]),
-            destination: netd_common::wire([203, 0, 113, 7]),
+            source: netd_common::mapped([10, 213, 0, 1]),
+            destination: netd_common::wire6("2001:db8::7".parse::<Ipv6Addr>().unwrap().octets()),
             source_port: 40000,
             destination_port: 443,
             ethertype: 0x0800,
             protocol: 6,
             reason: reason::ADDRESS_NOT_BOUND,
+            audit: 1,
+            padding: [0; 7],
         };
         let mut bytes = Vec::new();
         bytes.extend(event.time_ns.to_ne_bytes());
-        for word in [event.ordinal, event.ifindex, event.source, event.destination] {
+        let words = [event.ordinal, event.ifindex];
+        for word in words.into_iter().chain(event.source).chain(event.destination) {
             bytes.extend(word.to_ne_bytes());
         }
         for half in [event.source_port, event.destination_port, event.ethertype] {
             bytes.extend(half.to_ne_bytes());
         }
-        bytes.extend([event.protocol, event.reason]);
+        bytes.extend([event.protocol, event.reason, event.audit]);
+        bytes.extend(event.padding);
         let read = decode(&bytes).unwrap();
         assert_eq!(read.src, "10.213.0.1:40000".parse().unwrap());
-        assert_eq!(read.dst, "203.0.113.7:443".parse().unwrap());
+        assert_eq!(read.dst, "[2001:db8::7]:443".parse().unwrap());
+        assert!(read.audit);
         assert_eq!(
             (read.ordinal, read.ifindex, read.protocol, read.ethertype),
             (3, 9, 6, 0x0800)

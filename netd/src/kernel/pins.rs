@@ -11,8 +11,8 @@ use std::{
 
 use aya::maps::MapData;
 use netd_common::{
-    BoundKey, Counter, Endpoint, InboundKey, LAYOUT, Meta, PlatformEntry, PolicyKey, PortTable, Reported,
-    SuppressedTable, Throttle, counter, limit, listener,
+    Address, BoundKey, Counter, Endpoint, Flow, FlowKey, InboundKey, LAYOUT, Meta, PlatformEntry, PolicyKey,
+    PortTable, Reported, SuppressedTable, Throttle, Uplink, counter, limit, listener,
 };
 use nix::{
     fcntl::{Flock, FlockArg},
@@ -29,7 +29,7 @@ use super::{
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 
 /// Name, key size, value size and number of entries of each map.
-const SHAPES: [(&str, usize, usize, usize); 12] = [
+const SHAPES: [(&str, usize, usize, usize); 17] = [
     ("ENDPOINTS", 4, size_of::<Endpoint>(), limit::ENDPOINTS),
     (
         "POLICIES",
@@ -37,9 +37,19 @@ const SHAPES: [(&str, usize, usize, usize); 12] = [
         size_of::<PortTable>(),
         limit::PREFIXES,
     ),
-    ("PLATFORM", 4 + 4, size_of::<PlatformEntry>(), limit::PLATFORM),
+    (
+        "PLATFORM",
+        4 + size_of::<Address>(),
+        size_of::<PlatformEntry>(),
+        limit::PLATFORM,
+    ),
+    ("ADDRESSES", size_of::<Address>(), 4, 2 * limit::ENDPOINTS),
     ("BOUND", size_of::<BoundKey>(), 4, limit::BOUND),
     ("INBOUND", size_of::<InboundKey>(), 8, limit::INBOUND),
+    ("FLOWS", size_of::<FlowKey>(), size_of::<Flow>(), limit::FLOWS),
+    ("FLOW_COUNTS", 4, 8, limit::ENDPOINTS + 1),
+    ("FLOWS_FREED", 4, 8, limit::ENDPOINTS + 1),
+    ("UPLINK", 4, size_of::<Uplink>(), 1),
     ("LISTENERS", 4, 4, listener::COUNT),
     ("THROTTLES", 4, size_of::<Throttle>(), limit::ENDPOINTS + 1),
     (

@@ -1,20 +1,20 @@
 //! What nobody may reach, flattened for the kernel: its longest prefix must give the whole answer, so every distinct
-//! prefix gets all exceptions that cover it.
+//! prefix gets all exceptions that cover it. Both families are one space here, as in the map.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::IpAddr,
 };
 
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv6Net};
 use netd_common::{PlatformEntry, PortSpan, limit};
 
-use super::DatapathError;
+use super::{DatapathError, address::in_one_space};
 
-/// TCP ports of a prefix that the operator opened.
+/// Ports of a prefix that the operator opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Opening {
-    pub(super) prefix: Ipv4Net,
+    pub(super) prefix: Ipv6Net,
     pub(super) ports: PortSpan,
 }
 
@@ -22,11 +22,11 @@ pub(super) struct Opening {
 #[derive(Debug, Clone)]
 pub(super) struct Ranges {
     /// Denied, but for the openings.
-    pub(super) denied: Vec<Ipv4Net>,
+    pub(super) denied: Vec<Ipv6Net>,
     /// The operator's exceptions.
     pub(super) openings: Vec<Opening>,
     /// Addresses of sandboxes: denied without exception, for one sandbox never reaches another.
-    pub(super) sandboxes: Ipv4Net,
+    pub(super) sandboxes: Vec<Ipv6Net>,
 }
 
 impl Ranges {
@@ -34,16 +34,17 @@ impl Ranges {
     /// range that happens to hold it was not meant to open the node.
     pub(super) fn flatten(
         &self,
-        nodes: &BTreeSet<Ipv4Addr>,
-    ) -> Result<BTreeMap<Ipv4Net, PlatformEntry>, DatapathError> {
-        let nodes: BTreeSet<Ipv4Net> = nodes.iter().copied().map(Ipv4Net::from).collect();
-        let prefixes: BTreeSet<Ipv4Net> = self
+        nodes: &BTreeSet<IpAddr>,
+    ) -> Result<BTreeMap<Ipv6Net, PlatformEntry>, DatapathError> {
+        let single = |address: &IpAddr| in_one_space(IpNet::from(address.to_canonical()));
+        let nodes: BTreeSet<Ipv6Net> = nodes.iter().filter_map(single).collect();
+        let prefixes: BTreeSet<Ipv6Net> = self
             .denied
             .iter()
             .chain(self.openings.iter().map(|opening| &opening.prefix))
-            .chain([&self.sandboxes])
+            .chain(&self.sandboxes)
             .chain(&nodes)
-            .map(Ipv4Net::trunc)
+            .map(Ipv6Net::trunc)
             .collect();
         if prefixes.len() > limit::PLATFORM {
             return Err(DatapathError::Table(format!(
@@ -58,8 +59,8 @@ impl Ranges {
             .collect()
     }
 
-    fn entry(&self, prefix: Ipv4Net, is_node: bool) -> Result<PlatformEntry, DatapathError> {
-        let in_sandboxes = self.sandboxes.contains(&prefix);
+    fn entry(&self, prefix: Ipv6Net, is_node: bool) -> Result<PlatformEntry, DatapathError> {
+        let in_sandboxes = self.sandboxes.iter().any(|range| range.contains(&prefix));
         let covered = self.denied.iter().any(|range| range.contains(&prefix));
         let mut entry = PlatformEntry {
             denied: u32::from(is_node || in_sandboxes || covered),
@@ -117,8 +118,8 @@ fn merge(mut spans: Vec<PortSpan>) -> Vec<PortSpan> {
 mod tests {
     use super::*;
 
-    fn net(text: &str) -> Ipv4Net {
-        text.parse().unwrap()
+    fn net(text: &str) -> Ipv6Net {
+        in_one_space(text.parse().unwrap()).unwrap()
     }
 
     fn opening(prefix: &str, first: u16, last: u16) -> Opening {
@@ -130,15 +131,15 @@ mod tests {
 
     fn ranges(openings: Vec<Opening>) -> Ranges {
         Ranges {
-            denied: vec![net("10.0.0.0/8"), net("127.0.0.0/8")],
+            denied: vec![net("10.0.0.0/8"), net("127.0.0.0/8"), net("fc00::/7")],
             openings,
-            sandboxes: net("10.213.0.0/16"),
+            sandboxes: vec![net("10.213.0.0/16"), net("fd53:4700::/64")],
         }
     }
 
     /// What the kernel's longest prefix says.
-    fn denies(entries: &BTreeMap<Ipv4Net, PlatformEntry>, address: &str, port: u16) -> bool {
-        let address: Ipv4Addr = address.parse().unwrap();
+    fn denies(entries: &BTreeMap<Ipv6Net, PlatformEntry>, address: &str, port: u16) -> bool {
+        let address = in_one_space(IpNet::from(address.parse::<IpAddr>().unwrap())).unwrap();
         let longest = entries
             .iter()
             .filter(|(prefix, _)| prefix.contains(&address))
@@ -171,17 +172,29 @@ mod tests {
         assert!(denies(&entries, "10.213.0.9", 443));
         assert!(denies(&entries, "10.213.1.1", 1));
         assert!(!denies(&entries, "10.1.1.1", 443));
+        let entries = ranges(vec![opening("fd00::/8", 0, u16::MAX)])
+            .flatten(&BTreeSet::new())
+            .unwrap();
+        assert!(denies(&entries, "fd53:4700::9", 443));
+        assert!(!denies(&entries, "fd53:4701::9", 443));
+        assert!(denies(&entries, "fc00::9", 443));
     }
 
     #[test]
     fn a_node_is_opened_only_by_its_own_address() {
-        let nodes = BTreeSet::from(["10.1.0.4".parse().unwrap(), "203.0.113.9".parse().unwrap()]);
+        let nodes = BTreeSet::from([
+            "10.1.0.4".parse().unwrap(),
+            "203.0.113.9".parse().unwrap(),
+            "2001:db8::9".parse().unwrap(),
+        ]);
         let entries = ranges(vec![opening("10.1.0.0/16", 0, u16::MAX)])
             .flatten(&nodes)
             .unwrap();
         assert!(denies(&entries, "10.1.0.4", 22));
         assert!(denies(&entries, "203.0.113.9", 443));
         assert!(!denies(&entries, "203.0.113.8", 443));
+        assert!(denies(&entries, "2001:db8::9", 443));
+        assert!(!denies(&entries, "2001:db8::8", 443));
         assert!(!denies(&entries, "10.1.0.5", 22));
         let entries = ranges(vec![opening("10.1.0.4/32", 22, 22)])
             .flatten(&nodes)

@@ -1,7 +1,15 @@
-//! The kernel's reason codes and the policy's reasons, both ways.
+//! The kernel's codes and the policy's words: reasons, both ways, and protocols.
 
 use netd_common::reason as code;
-use sandgate_policy::Reason;
+use sandgate_policy::{Protocol, Reason};
+
+/// IP protocol number.
+pub(super) fn protocol_number(protocol: Protocol) -> u8 {
+    match protocol {
+        Protocol::Tcp => 6,
+        Protocol::Udp => 17,
+    }
+}
 
 /// The code of a reason that a kernel table may hold; `None` for reasons that need more than an address and a port.
 pub(super) fn to_code(reason: Reason) -> Option<u8> {

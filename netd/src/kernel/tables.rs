@@ -2,21 +2,24 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{Ipv4Addr, SocketAddrV4},
+    net::{IpAddr, Ipv4Addr, SocketAddrV4},
     os::fd::{AsRawFd, BorrowedFd},
 };
 
 use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, SockMap, lpm_trie::Key};
-use ipnet::Ipv4Net;
+use ipnet::Ipv6Net;
 use netd_common::{
-    BoundKey, Counter, Endpoint, InboundKey, LAYOUT, Meta, PlatformEntry, Throttle, counter, wire,
+    Address, BoundKey, Counter, Endpoint, InboundKey, LAYOUT, Meta, NO_ADDRESS, PlatformEntry, Throttle,
+    Uplink, counter, wire, wire6,
 };
 use sandgate_policy::KernelTable;
 
 use super::{
-    Counters, DatapathError, EndpointHandle,
+    Counters, DatapathError, EndedFlow, EndpointHandle,
+    address::{from_wire, ipv4_from_wire, to_wire},
     error::on_map,
     events::is_missing,
+    flows::Flows,
     pins::Pins,
     policies::{Policies, PolicyContent},
 };
@@ -31,7 +34,7 @@ macro_rules! open {
 /// Of one endpoint, beside what stands in its map entry.
 #[derive(Default)]
 struct Belongings {
-    bound: BTreeSet<Ipv4Addr>,
+    bound: BTreeSet<IpAddr>,
     inbound: Vec<InboundKey>,
 }
 
@@ -39,9 +42,12 @@ struct Belongings {
 pub(super) struct Tables {
     endpoints: HashMap<MapData, u32, Endpoint>,
     policies: Policies,
-    platform: LpmTrie<MapData, u32, PlatformEntry>,
+    addresses: HashMap<MapData, Address, u32>,
+    platform: LpmTrie<MapData, Address, PlatformEntry>,
     bound: HashMap<MapData, BoundKey, u32>,
     inbound: HashMap<MapData, InboundKey, u64>,
+    flows: Flows,
+    uplink: Array<MapData, Uplink>,
     listeners: SockMap<MapData>,
     throttles: HashMap<MapData, u32, Throttle>,
     counters: PerCpuArray<MapData, Counter>,
@@ -58,9 +64,12 @@ impl Tables {
         let mut tables = Self {
             endpoints: open!(pins, HashMap, HashMap, "ENDPOINTS"),
             policies: Policies::new(open!(pins, LpmTrie, LpmTrie, "POLICIES"), pins.map("POLICIES")?),
+            addresses: open!(pins, HashMap, HashMap, "ADDRESSES"),
             platform: open!(pins, LpmTrie, LpmTrie, "PLATFORM"),
             bound: open!(pins, HashMap, HashMap, "BOUND"),
             inbound: open!(pins, HashMap, HashMap, "INBOUND"),
+            flows: Flows::open(pins)?,
+            uplink: open!(pins, Array, Array, "UPLINK"),
             listeners: open!(pins, SockMap, SockMap, "LISTENERS"),
             throttles: open!(pins, HashMap, HashMap, "THROTTLES"),
             counters: open!(pins, PerCpuArray, PerCpuArray, "COUNTERS"),
@@ -92,11 +101,23 @@ impl Tables {
         for key in bound {
             match self.belongings.get_mut(&key.ordinal) {
                 Some(owner) => {
-                    owner.bound.insert(Ipv4Addr::from(key.address.to_ne_bytes()));
+                    owner.bound.insert(from_wire(key.address));
                 }
                 None => missing_is_fine("BOUND", self.bound.remove(&key))?,
             }
         }
+        let addresses: Vec<Address> = self
+            .addresses
+            .keys()
+            .collect::<Result<_, _>>()
+            .map_err(on_map("list", "ADDRESSES"))?;
+        for address in addresses {
+            if self.owner(from_wire(address)).is_none() {
+                missing_is_fine("ADDRESSES", self.addresses.remove(&address))?;
+            }
+        }
+        let living = self.living();
+        self.flows.recount(&living)?;
         // The sockets of these connections ended with the netd that opened them, or were passed on and are closed by
         // whoever holds them; those that live on keep their admission until the endpoint goes.
         let inbound: Vec<InboundKey> = self
@@ -150,12 +171,31 @@ impl Tables {
     }
 
     /// The interface that holds an address.
-    pub(super) fn owner(&self, address: Ipv4Addr) -> Option<u32> {
-        let address = wire(address.octets());
+    pub(super) fn owner(&self, address: IpAddr) -> Option<u32> {
+        let address = to_wire(address);
         self.known
             .iter()
-            .find(|(_, known)| known.address == address)
+            .find(|(_, known)| known.address == address || known.address6 == address)
             .map(|(ifindex, _)| *ifindex)
+    }
+
+    /// Ordinals of the endpoints in force, and their interfaces.
+    fn living(&self) -> BTreeMap<u32, u32> {
+        self.known
+            .iter()
+            .map(|(&ifindex, known)| (known.ordinal, ifindex))
+            .collect()
+    }
+
+    /// Says where packets leave that the programs may forward.
+    pub(super) fn set_uplink(&mut self, uplink: Uplink) -> Result<(), DatapathError> {
+        self.uplink.set(0, uplink, 0).map_err(on_map("write", "UPLINK"))
+    }
+
+    /// Flows that have ended, which are removed.
+    pub(super) fn ended_flows(&mut self) -> Result<Vec<EndedFlow>, DatapathError> {
+        let living = self.living();
+        self.flows.ended(&living)
     }
 
     pub(super) fn known(&self) -> Vec<(EndpointHandle, Ipv4Addr)> {
@@ -166,7 +206,7 @@ impl Tables {
                     ordinal: known.ordinal,
                     ifindex,
                 };
-                (handle, Ipv4Addr::from(known.address.to_ne_bytes()))
+                (handle, ipv4_from_wire(known.address))
             })
             .collect()
     }
@@ -176,16 +216,25 @@ impl Tables {
         &mut self,
         ifindex: u32,
         ordinal: u32,
-        address: Ipv4Addr,
+        (address, address6): (Address, Address),
         mac: [u8; 6],
     ) -> Result<(), DatapathError> {
         let entry = Endpoint {
-            address: wire(address.octets()),
+            address,
+            address6,
             ordinal,
             policy: 0,
             mac,
             padding: 0,
         };
+        self.flows.add(ordinal)?;
+        for address in [address, address6] {
+            if address != NO_ADDRESS {
+                self.addresses
+                    .insert(address, ifindex, 0)
+                    .map_err(on_map("write", "ADDRESSES"))?;
+            }
+        }
         self.endpoints
             .insert(ifindex, entry, 0)
             .map_err(on_map("write", "ENDPOINTS"))?;
@@ -200,6 +249,9 @@ impl Tables {
         let Some(known) = self.known.remove(&ifindex) else {
             return Ok(0);
         };
+        for address in [known.address, known.address6] {
+            missing_is_fine("ADDRESSES", self.addresses.remove(&address))?;
+        }
         self.policies.release(known.policy);
         Ok(known.ordinal)
     }
@@ -215,10 +267,11 @@ impl Tables {
         for address in belongings.bound {
             let key = BoundKey {
                 ordinal,
-                address: wire(address.octets()),
+                address: to_wire(address),
             };
             missing_is_fine("BOUND", self.bound.remove(&key))?;
         }
+        self.flows.remove(ordinal)?;
         missing_is_fine("THROTTLES", self.throttles.remove(&ordinal))
     }
 
@@ -290,25 +343,21 @@ impl Tables {
         self.policies.size()
     }
 
-    pub(super) fn bind(&mut self, endpoint: EndpointHandle, address: Ipv4Addr) -> Result<(), DatapathError> {
+    pub(super) fn bind(&mut self, endpoint: EndpointHandle, address: IpAddr) -> Result<(), DatapathError> {
         self.check(endpoint)?;
         let key = BoundKey {
             ordinal: endpoint.ordinal,
-            address: wire(address.octets()),
+            address: to_wire(address),
         };
         self.bound.insert(key, 1, 0).map_err(on_map("write", "BOUND"))?;
         self.belongings(endpoint)?.bound.insert(address);
         Ok(())
     }
 
-    pub(super) fn unbind(
-        &mut self,
-        endpoint: EndpointHandle,
-        address: Ipv4Addr,
-    ) -> Result<(), DatapathError> {
+    pub(super) fn unbind(&mut self, endpoint: EndpointHandle, address: IpAddr) -> Result<(), DatapathError> {
         let key = BoundKey {
             ordinal: endpoint.ordinal,
-            address: wire(address.octets()),
+            address: to_wire(address),
         };
         missing_is_fine("BOUND", self.bound.remove(&key))?;
         self.belongings(endpoint)?.bound.remove(&address);
@@ -375,7 +424,7 @@ impl Tables {
     pub(super) fn admissions(&self) -> Vec<(EndpointHandle, SocketAddrV4, SocketAddrV4)> {
         let of_endpoint = |(&ifindex, known): (&u32, &Endpoint)| {
             let ordinal = known.ordinal;
-            let address = Ipv4Addr::from(known.address.to_ne_bytes());
+            let address = ipv4_from_wire(known.address);
             let keys = self
                 .belongings
                 .get(&ordinal)
@@ -397,25 +446,25 @@ impl Tables {
     /// single addresses when `keep_nodes`: an earlier netd knew them as the node's, and this one has not looked yet.
     pub(super) fn write_platform(
         &mut self,
-        entries: &BTreeMap<Ipv4Net, PlatformEntry>,
+        entries: &BTreeMap<Ipv6Net, PlatformEntry>,
         keep_nodes: bool,
     ) -> Result<(), DatapathError> {
-        let wanted: BTreeMap<(u32, u32), &PlatformEntry> = entries
+        let wanted: BTreeMap<(u32, Address), &PlatformEntry> = entries
             .iter()
             .map(|(prefix, entry)| {
                 (
-                    (u32::from(prefix.prefix_len()), wire(prefix.addr().octets())),
+                    (u32::from(prefix.prefix_len()), wire6(prefix.addr().octets())),
                     entry,
                 )
             })
             .collect();
-        let present: Vec<(u32, u32)> = self
+        let present: Vec<(u32, Address)> = self
             .platform
             .keys()
             .map(|key| key.map(|key| (key.prefix_len(), key.data())))
             .collect::<Result<_, _>>()
             .map_err(on_map("list", "PLATFORM"))?;
-        let present: BTreeSet<(u32, u32)> = present.into_iter().collect();
+        let present: BTreeSet<(u32, Address)> = present.into_iter().collect();
         for ((length, address), entry) in &wanted {
             let key = Key::new(*length, *address);
             let stands = present.contains(&(*length, *address))
@@ -431,7 +480,7 @@ impl Tables {
         }
         for (length, address) in present {
             let key = Key::new(length, address);
-            let is_node = |entry: PlatformEntry| length == 32 && entry.denied == 1 && entry.len == 0;
+            let is_node = |entry: PlatformEntry| length == 128 && entry.denied == 1 && entry.len == 0;
             let kept = wanted.contains_key(&(length, address))
                 || keep_nodes && self.platform.get(&key, 0).is_ok_and(is_node);
             if !kept {
@@ -456,6 +505,8 @@ impl Tables {
             delivered: sum(counter::DELIVERED)?,
             unadmitted: sum(counter::UNADMITTED)?,
             suppressed: sum(counter::SUPPRESSED)?,
+            passed: sum(counter::PASSED)?,
+            returned: sum(counter::RETURNED)?,
         })
     }
 }
@@ -489,7 +540,7 @@ fn inbound_key(endpoint: EndpointHandle, sandbox_port: u16, local: SocketAddrV4)
     }
 }
 
-fn missing_is_fine(map: &'static str, removed: Result<(), MapError>) -> Result<(), DatapathError> {
+pub(super) fn missing_is_fine(map: &'static str, removed: Result<(), MapError>) -> Result<(), DatapathError> {
     match removed {
         Err(error) if !is_missing(&error) => Err(on_map("remove from", map)(error)),
         Ok(()) | Err(_) => Ok(()),

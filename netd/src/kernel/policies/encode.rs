@@ -4,12 +4,15 @@ use std::slice;
 
 use aws_lc_rs::digest::{Context, SHA256};
 use aya::{Pod, maps::lpm_trie::Key};
-use ipnet::{IpNet, Ipv4Net};
-use netd_common::{POLICY_BITS, PolicyKey, PortRange, PortTable, action, limit, reason, wire};
-use sandgate_policy::{KernelAction, KernelTable, PrefixEntry, Protocol};
+use ipnet::Ipv6Net;
+use netd_common::{POLICY_BITS, PolicyKey, PortRange, PortTable, action, limit, reason, wire6};
+use sandgate_policy::{KernelAction, KernelTable, PrefixEntry};
 
 use super::{DatapathError, PolicyContent};
-use crate::kernel::reasons;
+use crate::kernel::{
+    address::{in_one_space, ipv4_space},
+    reasons,
+};
 
 /// An entry of the map.
 pub(super) type Encoded = (Key<PolicyKey>, PortTable);
@@ -19,12 +22,22 @@ pub(super) fn encode(table: &KernelTable) -> Result<Vec<Encoded>, DatapathError>
     let mut encoded = table
         .entries
         .iter()
-        .filter_map(|entry| match entry.prefix {
-            IpNet::V4(prefix) => Some(ports(entry).map(|ports| (key(prefix), ports))),
-            // Every IPv6 frame is dropped.
-            IpNet::V6(_) => None,
-        })
+        .filter_map(|entry| in_one_space(entry.prefix).map(|prefix| (prefix, entry)))
+        .map(|(prefix, entry)| ports(entry).map(|ports| (key(prefix), ports)))
         .collect::<Result<Vec<_>, _>>()?;
+    // A range of IPv6 that holds all of IPv4 in the map's one space says nothing about it.
+    let ipv4 = ipv4_space();
+    let mut prefixes = table
+        .entries
+        .iter()
+        .filter_map(|entry| in_one_space(entry.prefix));
+    if prefixes
+        .clone()
+        .any(|prefix| prefix != ipv4 && prefix.contains(&ipv4))
+        && !prefixes.any(|prefix| prefix == ipv4)
+    {
+        encoded.push((key(ipv4), PortTable::default()));
+    }
     sort(&mut encoded);
     Ok(encoded)
 }
@@ -65,10 +78,10 @@ fn sort(entries: &mut [Encoded]) {
     entries.sort_unstable_by(|(one, _), (other, _)| bytes_of(one).cmp(bytes_of(other)));
 }
 
-fn key(prefix: Ipv4Net) -> Key<PolicyKey> {
+fn key(prefix: Ipv6Net) -> Key<PolicyKey> {
     let data = PolicyKey {
         policy: 0,
-        address: wire(prefix.trunc().addr().octets()),
+        address: wire6(prefix.addr().octets()),
     };
     Key::new(POLICY_BITS + u32::from(prefix.prefix_len()), data)
 }
@@ -83,18 +96,14 @@ fn ports(entry: &PrefixEntry) -> Result<PortTable, DatapathError> {
         )));
     }
     let mut ports = PortTable::default();
-    let tcp = entry
-        .ranges
-        .iter()
-        .filter(|range| range.protocol == Protocol::Tcp);
-    for (slot, range) in ports.ranges.iter_mut().zip(tcp) {
+    let code_of = |why| {
+        reasons::to_code(why)
+            .ok_or_else(|| DatapathError::Table(format!("{why} cannot be decided by address and port")))
+    };
+    for (slot, range) in ports.ranges.iter_mut().zip(&entry.ranges) {
         let (action, code) = match range.action {
-            KernelAction::Deny(why) | KernelAction::Audit(why) => (
-                action::DENY,
-                reasons::to_code(why).ok_or_else(|| {
-                    DatapathError::Table(format!("{why} cannot be decided by address and port"))
-                })?,
-            ),
+            KernelAction::Deny(why) => (action::DENY, code_of(why)?),
+            KernelAction::Audit(why) => (action::AUDIT, code_of(why)?),
             KernelAction::Pass => (action::PASS, 0),
             KernelAction::Proxy => (action::PROXY, 0),
             KernelAction::ProxyBound => (action::PROXY_BOUND, 0),
@@ -105,6 +114,7 @@ fn ports(entry: &PrefixEntry) -> Result<PortTable, DatapathError> {
             last: range.last,
             action,
             reason: code,
+            protocol: reasons::protocol_number(range.protocol),
             padding: 0,
         };
         ports.len += 1;
@@ -123,6 +133,8 @@ fn bytes_of<T: Pod>(value: &T) -> &[u8] {
 
 #[cfg(test)]
 mod tests {
+    use sandgate_policy::Protocol;
+
     use super::*;
 
     fn entry(prefix: &str, ranges: &[(u16, u16, KernelAction)]) -> PrefixEntry {
@@ -179,7 +191,6 @@ mod tests {
                 entry(prefix, &[(443, 443, KernelAction::Proxy)]),
                 entry("0.0.0.0/0", &[]),
             ],
-            vec![],
         ];
         for (index, one) in different.iter().enumerate() {
             for other in &different[index + 1..] {
