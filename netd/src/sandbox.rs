@@ -4,6 +4,7 @@
 
 mod enforced;
 mod index;
+mod library;
 mod rules;
 
 use std::{
@@ -19,7 +20,7 @@ use sandgate_api::{
     feed::Endpoint,
     id::{OrgId, SandboxId},
 };
-use sandgate_policy::{DomainName, FailureMode, KernelTable};
+use sandgate_policy::{DomainName, FailureMode};
 use tokio::sync::{Notify, Semaphore};
 use tracing::Span;
 
@@ -27,6 +28,7 @@ use self::enforced::Enforced;
 pub use self::{
     enforced::{Cut, CutReason, Facts, FirstLook, RequestFacts},
     index::Sandboxes,
+    library::Library,
     rules::{Decision, Judgement, Rules, RulesError},
 };
 use crate::{
@@ -185,6 +187,15 @@ impl Sandbox {
         })
     }
 
+    /// Puts the kernel's half of its rules in force for the first time.
+    ///
+    /// # Errors
+    /// When the kernel does not take it; everything stays denied.
+    pub fn install_rules(&self) -> Result<(), DatapathError> {
+        let mut state = self.lock();
+        state.enforced.rules_mut().install(&self.datapath, self.handle)
+    }
+
     /// How many addresses it holds under a name.
     pub fn pins(&self) -> usize {
         self.lock().enforced.pins().len()
@@ -268,14 +279,14 @@ impl Sandbox {
     ///
     /// # Errors
     /// When the kernel does not take the rules. User space enforces them all the same.
-    pub fn replace_rules(&self, rules: Rules, table: &KernelTable) -> Result<Vec<u64>, DatapathError> {
-        let written = self.datapath.set_policy(self.handle, table);
+    pub fn replace_rules(&self, mut rules: Rules) -> Result<Vec<u64>, DatapathError> {
+        let written = rules.install(&self.datapath, self.handle);
         let mut state = self.lock();
         self.leases.retain(rules.bindings(), rules.generation());
         let replaced = state.enforced.replace(rules, seconds());
         state.forget(&self.datapath, self.handle, &self.id, &replaced.unbound);
         drop(state);
-        written.map(|_content| replaced.cut)
+        written.map(|()| replaced.cut)
     }
 
     /// Replaces the ports that tunnels lead to. Connections to others are no longer admitted, also those that an

@@ -3,7 +3,7 @@
 //! A removal is remembered, so that a node that was away for a while gets it as a delta. Old removals are
 //! forgotten; a node that asks from before that point gets a snapshot.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 
 use jiff::Timestamp;
 use sandgate_api::{
@@ -11,6 +11,7 @@ use sandgate_api::{
     feed::{FeedFrame, FeedSandbox, PolicyTier, Revision, TierName},
     id::SandboxId,
 };
+use sandgate_policy::Policy;
 use sqlx::{Row as _, Sqlite, SqliteConnection, Transaction, sqlite::SqliteRow};
 
 use super::{
@@ -137,10 +138,22 @@ async fn attached_after(
     for (id, port) in ports_after(connection, since).await? {
         ports.entry(id).or_default().push(port);
     }
+    let mut policies = Policies::default();
+    // Apart from the sandboxes: thousands may have one.
+    let organizations: Vec<(String, String)> = sqlx::query_as(
+        "SELECT org_id, document FROM organization_policies WHERE org_id IN \
+         (SELECT org_id FROM sandboxes WHERE endpoint IS NOT NULL AND feed_revision > ?)",
+    )
+    .bind(to_stored(since))
+    .fetch_all(&mut *connection)
+    .await?;
+    let organizations = organizations
+        .into_iter()
+        .map(|(org_id, text)| Ok((org_id, policies.read(&text)?)))
+        .collect::<Result<HashMap<_, _>, StoreError>>()?;
     let rows = sqlx::query(
-        "SELECT s.id, s.org_id, s.endpoint, s.ca_generation, o.document AS organization, p.document AS sandbox \
+        "SELECT s.id, s.org_id, s.endpoint, s.ca_generation, p.document AS sandbox \
          FROM sandboxes s \
-         LEFT JOIN organization_policies o ON o.org_id = s.org_id \
          LEFT JOIN sandbox_policies p ON p.sandbox_id = s.id \
          WHERE s.endpoint IS NOT NULL AND s.feed_revision > ? ORDER BY s.feed_revision",
     )
@@ -150,7 +163,7 @@ async fn attached_after(
     let mut attached = rows
         .iter()
         .map(|row| {
-            let mut sandbox = feed_sandbox(row)?;
+            let mut sandbox = feed_sandbox(row, &organizations, &mut policies)?;
             sandbox.tunnel_ports = ports.remove(&sandbox.sandbox_id).unwrap_or_default();
             sandbox.bindings = bindings.remove(&sandbox.sandbox_id).unwrap_or_default();
             Ok(sandbox)
@@ -172,18 +185,38 @@ async fn removed_after(
     ids.iter().map(|id| parse("sandbox id", id)).collect()
 }
 
-fn feed_sandbox(row: &SqliteRow) -> Result<FeedSandbox, StoreError> {
-    let mut tiers = Vec::new();
-    for (tier, column) in [
-        (TierName::Organization, "organization"),
-        (TierName::Sandbox, "sandbox"),
-    ] {
-        if let Some(text) = row.try_get::<Option<&str>, _>(column)? {
-            tiers.push(PolicyTier {
-                tier,
-                policy: document("policy", text)?,
-            });
+/// Documents by their texts: each is read once, and whoever has the same text shares it.
+#[derive(Default)]
+struct Policies(HashMap<String, Arc<Policy>>);
+
+impl Policies {
+    fn read(&mut self, text: &str) -> Result<Arc<Policy>, StoreError> {
+        if let Some(policy) = self.0.get(text) {
+            return Ok(Arc::clone(policy));
         }
+        let policy = Arc::new(document("policy", text)?);
+        self.0.insert(text.to_owned(), Arc::clone(&policy));
+        Ok(policy)
+    }
+}
+
+fn feed_sandbox(
+    row: &SqliteRow,
+    organizations: &HashMap<String, Arc<Policy>>,
+    policies: &mut Policies,
+) -> Result<FeedSandbox, StoreError> {
+    let mut tiers = Vec::new();
+    if let Some(policy) = organizations.get(row.try_get::<&str, _>("org_id")?) {
+        tiers.push(PolicyTier {
+            tier: TierName::Organization,
+            policy: Arc::clone(policy),
+        });
+    }
+    if let Some(text) = row.try_get::<Option<&str>, _>("sandbox")? {
+        tiers.push(PolicyTier {
+            tier: TierName::Sandbox,
+            policy: policies.read(text)?,
+        });
     }
     Ok(FeedSandbox {
         sandbox_id: parse("sandbox id", row.try_get("id")?)?,

@@ -3,6 +3,8 @@
 //! A member leaves this table in one of two ways, each a single transaction that can happen once: somebody claims
 //! it, or its end begins.
 
+use std::sync::Arc;
+
 use jiff::Timestamp;
 use sandgate_api::{
     feed::{Endpoint, FeedSandbox, PolicyTier, Revision, TierName},
@@ -226,22 +228,23 @@ pub(super) async fn pooled_after(
     .bind(to_stored(since))
     .fetch_all(connection)
     .await?;
-    rows.iter().map(feed_sandbox).collect()
-}
-
-fn feed_sandbox(row: &SqliteRow) -> Result<FeedSandbox, StoreError> {
     let nothing = serde_json::json!({ "mode": "deny_all" });
-    let policy = Policy::parse(&nothing).map_err(|error| StoreError::Corrupt {
+    let nothing = Policy::parse(&nothing).map_err(|error| StoreError::Corrupt {
         what: "policy",
         why: error.to_string(),
     })?;
+    let nothing = Arc::new(nothing);
+    rows.iter().map(|row| feed_sandbox(row, &nothing)).collect()
+}
+
+fn feed_sandbox(row: &SqliteRow, nothing: &Arc<Policy>) -> Result<FeedSandbox, StoreError> {
     Ok(FeedSandbox {
         sandbox_id: parse("sandbox id", row.try_get("id")?)?,
         org_id: OrgId::nobody(),
         endpoint: document("endpoint", row.try_get("endpoint")?)?,
         tiers: vec![PolicyTier {
             tier: TierName::Platform,
-            policy,
+            policy: Arc::clone(nothing),
         }],
         bindings: Vec::new(),
         ca_generation: row.try_get("ca_generation")?,

@@ -467,7 +467,7 @@ async fn a_policy_change_puts_exactly_those_it_concerns_on_the_feed() {
     for sandbox in &upserts {
         assert_eq!(sandbox.tiers.len(), 1);
         assert_eq!(
-            (sandbox.tiers[0].tier, &sandbox.tiers[0].policy),
+            (sandbox.tiers[0].tier, &*sandbox.tiers[0].policy),
             (TierName::Organization, &deny)
         );
     }
@@ -507,7 +507,7 @@ async fn a_policy_given_at_creation_is_on_the_feed_from_the_first_frame() {
     world.store.announce(&id, &endpoint(1)).await.expect("announced");
     let everything = snapshot(world.since(None).await);
     assert_eq!(everything[0].tiers.len(), 1);
-    assert_eq!(everything[0].tiers[0].policy, policy("deny_all"));
+    assert_eq!(*everything[0].tiers[0].policy, policy("deny_all"));
 }
 
 #[tokio::test]

@@ -133,6 +133,10 @@ impl Enforced {
         &self.rules
     }
 
+    pub(super) fn rules_mut(&mut self) -> &mut Rules {
+        &mut self.rules
+    }
+
     pub(super) fn pins(&mut self) -> &mut Pins {
         &mut self.pins
     }
@@ -308,7 +312,7 @@ mod tests {
         let policy = Policy::parse(&policy).expect("a policy");
         let tiers = [PolicyTier {
             tier: TierName::Sandbox,
-            policy,
+            policy: policy.into(),
         }];
         Rules::with(
             &Platform::new(Vec::new()),

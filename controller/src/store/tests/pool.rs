@@ -47,7 +47,7 @@ async fn a_member_is_denied_everything_and_nobody_sees_it() {
     assert_eq!(listed[0].org_id, OrgId::nobody());
     assert_eq!(listed[0].endpoint, endpoint(1));
     assert_eq!(listed[0].tiers.len(), 1);
-    assert_eq!(listed[0].tiers[0].policy, policy("deny_all"));
+    assert_eq!(*listed[0].tiers[0].policy, policy("deny_all"));
     assert!(delta(world.since(Some(revision)).await).0.is_empty());
     let store = &world.store;
     for org in [&world.org, &OrgId::nobody()] {
