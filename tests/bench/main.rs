@@ -29,9 +29,11 @@ mod result;
 mod world;
 
 /// Every benchmark, in the order of a whole run.
-const NAMES: [&str; 8] = [
-    "program", "memory", "exec", "policy", "create", "splice", "connects", "tunnel",
+const NAMES: [&str; 9] = [
+    "program", "scale", "memory", "exec", "policy", "create", "splice", "connects", "tunnel",
 ];
+/// Those before this make their own world.
+const ON_A_NODE: usize = 3;
 
 fn main() -> Result<ExitCode> {
     let mut arguments = env::args().skip(1).peekable();
@@ -105,17 +107,24 @@ fn measure(wanted: &[&str], effort: Effort) -> Result<Vec<Outcome>> {
     if wants("program") {
         keep("program", began, measure::program::program(effort)?);
     }
+    if wants("scale") {
+        let began = Instant::now();
+        keep("scale", began, measure::scale::scale(effort)?);
+    }
+    if !NAMES[2..].iter().any(|name| wants(name)) {
+        return Ok(outcomes);
+    }
     let ground = Ground::make()?;
     if wants("memory") && effort.more_nodes {
         let began = Instant::now();
         keep("memory", began, measure::memory::memory(&ground, effort)?);
     }
-    if !NAMES[2..].iter().any(|name| wants(name)) {
+    if !NAMES[ON_A_NODE..].iter().any(|name| wants(name)) {
         return Ok(outcomes);
     }
     let guarded = Guarded::start(&ground)?;
     let failed = |name: &str| format!("{name}\n{}", guarded.node.report());
-    for name in NAMES[2..].iter().filter(|name| wants(name)) {
+    for name in NAMES[ON_A_NODE..].iter().filter(|name| wants(name)) {
         let began = Instant::now();
         let tables = match *name {
             "exec" => measure::execute::execute(&guarded, effort),

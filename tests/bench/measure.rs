@@ -6,6 +6,7 @@ pub(crate) mod memory;
 pub(crate) mod policy;
 pub(crate) mod program;
 pub(crate) mod relay;
+pub(crate) mod scale;
 pub(crate) mod tunnel;
 
 /// How much is measured.

@@ -7,9 +7,13 @@ use anyhow::{Result, ensure};
 use aya::TestRunOptions;
 use netd::{kernel::Datapath, sockets::Listeners};
 use netd_common::mark;
-use sandgate_policy::{KernelAction, KernelTable, PortRange, PrefixEntry, Protocol};
 
-use super::Effort;
+use sandgate_policy::KernelAction;
+
+use super::{
+    Effort,
+    scale::{self, neighbour},
+};
 use crate::{
     packet::{ACK, Frame, GATEWAY_MAC, SYN},
     result::{Kind, Table},
@@ -18,6 +22,8 @@ use crate::{
 
 /// Runs that one figure is the mean of.
 const REPEAT: usize = 200_000;
+/// The number of an address that no policy here lists, between those that they do.
+const UNLISTED: u32 = 60_000;
 /// Offsets in `struct __sk_buff` (linux/bpf.h).
 const MARK: usize = 8;
 const IFINDEX: usize = 40;
@@ -49,7 +55,7 @@ pub(crate) fn program(effort: Effort) -> Result<Vec<Table>> {
             "out: SYN, refused by the policy",
             "from_sandbox",
             0,
-            from([198, 51, 100, 9], 443),
+            from(neighbour(UNLISTED).octets(), 443),
         ),
         (
             "out: SYN to a private address",
@@ -67,14 +73,14 @@ pub(crate) fn program(effort: Effort) -> Result<Vec<Table>> {
         ("in: not admitted", "to_sandbox", 0, answer),
     ];
     let names: Vec<_> = cases.iter().map(|(name, ..)| (*name, None)).collect();
-    let sizes = [10_u16, 100, 1000];
+    let sizes = [10_u32, 1000, 10_000];
     let mut tables = sizes.map(|rules| {
         let title = format!("Program time for a packet, policy of {rules} prefixes");
         Table::new(&title, "ns", Kind::Cost, &names)
     });
     for _ in 0..effort.rounds {
         for (rules, table) in sizes.into_iter().zip(&mut tables) {
-            datapath.set_policy(handle, &policy(rules))?;
+            datapath.set_policy(handle, &scale::table(rules, KernelAction::Proxy))?;
             for (name, program, set_mark, frame) in &cases {
                 let repeat = u32::try_from(effort.times(REPEAT))?;
                 let nanoseconds = time(datapath, program, handle.ifindex, *set_mark, frame, repeat)?;
@@ -83,30 +89,6 @@ pub(crate) fn program(effort: Effort) -> Result<Vec<Table>> {
         }
     }
     Ok(tables.into())
-}
-
-/// The allowed destination and so many other prefixes.
-fn policy(rules: u16) -> KernelTable {
-    let entry = |address: Ipv4Addr, last| PrefixEntry {
-        prefix: ipnet::Ipv4Net::new_assert(address, 32).into(),
-        ranges: vec![PortRange {
-            protocol: Protocol::Tcp,
-            first: 443,
-            last,
-            action: KernelAction::Proxy,
-        }],
-    };
-    let others = (1..rules).map(|number| {
-        let [high, low] = number.to_be_bytes();
-        // Each its own table of ports, as different rules would have.
-        entry(
-            Ipv4Addr::new(198, 51, high, low).max(Ipv4Addr::new(198, 51, 0, 1)),
-            443 + number,
-        )
-    });
-    let mut entries: Vec<PrefixEntry> = others.collect();
-    entries.push(entry(Ipv4Addr::new(203, 0, 113, 10), 443));
-    KernelTable { entries }
 }
 
 fn time(
