@@ -7,13 +7,15 @@ use sandgate_api::{
     feed::{FeedFrame, FeedSandbox, Revision},
     id::SandboxId,
 };
+use serde::{Deserialize, Serialize};
 
 /// What the controller wants of this node, as of a revision.
-#[derive(Debug, Clone, PartialEq, Default)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Desired {
     /// The revision, when any frame was applied.
     pub revision: Option<Revision>,
     /// The sandboxes.
+    #[serde(with = "listed")]
     pub sandboxes: BTreeMap<SandboxId, FeedSandbox>,
 }
 
@@ -35,11 +37,11 @@ pub enum Change {
 impl Desired {
     /// The state after a frame.
     #[must_use]
-    pub fn after(mut self, frame: FeedFrame) -> Self {
+    pub fn after(&self, frame: &FeedFrame) -> Self {
         match frame {
             FeedFrame::Snapshot { revision, sandboxes } => Self {
-                revision: Some(revision),
-                sandboxes: by_id(sandboxes),
+                revision: Some(*revision),
+                sandboxes: by_id(sandboxes.iter().cloned()),
             },
             FeedFrame::Delta {
                 since: _,
@@ -47,22 +49,18 @@ impl Desired {
                 upserts,
                 removed,
             } => {
-                for id in &removed {
-                    self.sandboxes.remove(id);
+                let mut sandboxes = self.sandboxes.clone();
+                for id in removed {
+                    sandboxes.remove(id);
                 }
-                self.sandboxes.extend(by_id(upserts));
-                self.revision = Some(revision);
-                self
+                sandboxes.extend(by_id(upserts.iter().cloned()));
+                Self {
+                    revision: Some(*revision),
+                    sandboxes,
+                }
             }
-            FeedFrame::Heartbeat { .. } => self,
+            FeedFrame::Heartbeat { .. } => self.clone(),
         }
-    }
-
-    /// The frame that leads here from nothing; none when no frame ever came.
-    pub fn snapshot(&self) -> Option<FeedFrame> {
-        let sandboxes = self.sandboxes.values().cloned().collect();
-        self.revision
-            .map(|revision| FeedFrame::Snapshot { revision, sandboxes })
     }
 }
 
@@ -117,8 +115,8 @@ fn same_rules(one: &FeedSandbox, other: &FeedSandbox) -> bool {
         && one.ca_generation == other.ca_generation
 }
 
-/// Whether tunnels lead to the same ports. Their order, and how many tunnels lead to one, mean nothing.
-pub fn same_ports(one: &FeedSandbox, other: &FeedSandbox) -> bool {
+/// Their order, and how many tunnels lead to one, mean nothing.
+fn same_ports(one: &FeedSandbox, other: &FeedSandbox) -> bool {
     let set = |sandbox: &FeedSandbox| sandbox.tunnel_ports.iter().copied().collect::<BTreeSet<_>>();
     set(one) == set(other)
 }
@@ -128,6 +126,27 @@ fn by_id(sandboxes: impl IntoIterator<Item = FeedSandbox>) -> BTreeMap<SandboxId
         .into_iter()
         .map(|sandbox| (sandbox.sandbox_id.clone(), sandbox))
         .collect()
+}
+
+/// The map as a list: the id is in the sandbox already.
+mod listed {
+    use std::collections::BTreeMap;
+
+    use sandgate_api::{feed::FeedSandbox, id::SandboxId};
+    use serde::{Deserialize as _, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(
+        map: &BTreeMap<SandboxId, FeedSandbox>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(map.values())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<BTreeMap<SandboxId, FeedSandbox>, D::Error> {
+        Vec::<FeedSandbox>::deserialize(deserializer).map(super::by_id)
+    }
 }
 
 #[cfg(test)]
@@ -156,7 +175,7 @@ mod tests {
             },
             tiers: vec![PolicyTier {
                 tier: TierName::Sandbox,
-                policy: policy.into(),
+                policy,
             }],
             bindings: Vec::new(),
             ca_generation: 0,
@@ -282,14 +301,14 @@ mod tests {
             removed: vec![sandbox(1, 1, &[]).sandbox_id],
         };
         let state = Desired::default()
-            .after(snapshot)
-            .after(delta)
-            .after(FeedFrame::Heartbeat { revision: 5 });
+            .after(&snapshot)
+            .after(&delta)
+            .after(&FeedFrame::Heartbeat { revision: 5 });
         assert_eq!(state.revision, Some(5));
         assert_eq!(state.sandboxes, all(&[sandbox(2, 2, &[80]), sandbox(3, 3, &[])]));
         assert_eq!(
             state
-                .after(FeedFrame::Snapshot {
+                .after(&FeedFrame::Snapshot {
                     revision: 6,
                     sandboxes: Vec::new()
                 })
@@ -299,14 +318,13 @@ mod tests {
     }
 
     #[test]
-    fn a_snapshot_of_the_state_leads_to_it() {
-        assert_eq!(Desired::default().snapshot(), None);
+    fn the_state_survives_the_way_to_disk() {
         let state = Desired {
             revision: Some(7),
-            sandboxes: all(&[sandbox(1, 1, &[443]), sandbox(2, 2, &[80])]),
+            sandboxes: all(&[sandbox(1, 1, &[443])]),
         };
-        let snapshot = state.snapshot().expect("a frame");
-        assert_eq!(Desired::default().after(snapshot), state);
+        let text = serde_json::to_string(&state).expect("written");
+        assert_eq!(serde_json::from_str::<Desired>(&text).expect("read"), state);
     }
 
     fn world() -> impl Strategy<Value = BTreeMap<SandboxId, FeedSandbox>> {

@@ -237,11 +237,11 @@ pub struct Frames {
 }
 
 impl Frames {
-    /// The next frame, and its line as it came.
+    /// The next frame.
     ///
     /// # Errors
     /// When the feed ended or cannot be read.
-    pub async fn next(&mut self) -> Result<(FeedFrame, Bytes), ClientError> {
+    pub async fn next(&mut self) -> Result<FeedFrame, ClientError> {
         loop {
             if let Some(end) = self.buffer[self.seen..].iter().position(|byte| *byte == b'\n') {
                 let line = self.buffer.split_to(self.seen + end + 1);
@@ -249,8 +249,7 @@ impl Frames {
                 if line.trim_ascii().is_empty() {
                     continue;
                 }
-                let frame = serde_json::from_slice(&line).map_err(ClientError::Frame)?;
-                return Ok((frame, line.freeze()));
+                return serde_json::from_slice(&line).map_err(ClientError::Frame);
             }
             self.seen = self.buffer.len();
             if self.seen > FRAME_MAX {
@@ -351,7 +350,7 @@ mod tests {
                 let error = match controller.frames("local", Some(2)).await {
                     Ok(mut feed) => loop {
                         match feed.next().await {
-                            Ok((frame, _line)) => taken.push(frame),
+                            Ok(frame) => taken.push(frame),
                             Err(error) => break error,
                         }
                     },
@@ -376,7 +375,7 @@ mod tests {
     #[tokio::test]
     async fn an_answer_that_is_no_feed_gives_no_frame() {
         let (scripted, controller) = Scripted::new();
-        let frame = "{\"snapshot\":{\"revision\":9,\"sandboxes\":[]}}\n";
+        let frame = "{\"type\":\"snapshot\",\"revision\":9,\"sandboxes\":[]}\n";
         for answer in [
             format!(
                 "HTTP/1.1 503 Service Unavailable\r\ncontent-length: {}\r\n\r\n{frame}",
