@@ -7,7 +7,7 @@ use aya_ebpf::{
     macros::classifier,
     programs::TcContext,
 };
-use netd_common::{Endpoint, InboundKey, counter, mark};
+use netd_common::{Endpoint, InboundKey, NO_ADDRESS, counter, mark};
 
 use crate::{
     control::{self, Way},
@@ -55,7 +55,8 @@ fn admits(ctx: &TcContext, endpoint: &Endpoint) -> Option<u32> {
     } else {
         &endpoint.address
     };
-    if !same(&packet.destination, own) {
+    // An endpoint without an IPv6 address has none, not that of all zeros.
+    if same(own, &NO_ADDRESS) || !same(&packet.destination, own) {
         return None;
     }
     // SAFETY: the context of a classifier. An interface it came in through; 0 for what this machine made itself.

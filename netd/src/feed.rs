@@ -84,8 +84,8 @@ impl Feed {
         };
         let mut sequence = Sequence::after(since);
         loop {
-            let frame = match tokio::time::timeout(SILENCE, frames.next()).await {
-                Ok(Ok(frame)) => frame,
+            let (frame, line) = match tokio::time::timeout(SILENCE, frames.next()).await {
+                Ok(Ok(next)) => next,
                 Ok(Err(error)) => return error,
                 Err(_elapsed) => return ClientError::Silent,
             };
@@ -93,8 +93,8 @@ impl Feed {
                 return ClientError::OutOfOrder;
             }
             *pause = PAUSE[0];
-            match &frame {
-                FeedFrame::Snapshot { .. } | FeedFrame::Delta { .. } => enforcer.apply(&frame).await,
+            match frame {
+                FeedFrame::Snapshot { .. } | FeedFrame::Delta { .. } => enforcer.apply(frame, &line).await,
                 FeedFrame::Heartbeat { .. } => enforcer.retry().await,
             }
             if let Some(revision) = enforcer.revision() {
@@ -109,6 +109,7 @@ impl Feed {
                     is_new
                 });
             }
+            enforcer.tidy();
         }
     }
 }

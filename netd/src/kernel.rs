@@ -248,9 +248,11 @@ impl Datapath {
         );
         if let Some(known) = tables.endpoint(endpoint.ifindex) {
             let same = (known.address, known.address6) == addresses && known.mac == endpoint.mac;
-            // Another endpoint, or another interface under a reused index: nothing of the old one may pass to it.
+            // Another endpoint, or another interface under a reused index: nothing of the old one may pass to it. The
+            // programs stay where they are: the kernel lets go of a link some time after its pin, and until then
+            // takes no other.
             if !same || !programs.hold(&self.pins, endpoint.ifindex)? {
-                self.forget(tables, endpoint.ifindex)?;
+                self.disown(tables, endpoint.ifindex)?;
             }
         }
         let both = [
@@ -444,8 +446,14 @@ impl Datapath {
 
     /// First the endpoint, so that everything is denied from here on; then what belongs to it.
     fn forget(&self, tables: &mut Tables, ifindex: u32) -> Result<(), DatapathError> {
-        let ordinal = tables.remove_endpoint(ifindex)?;
+        let disowned = self.disown(tables, ifindex);
         Programs::detach(&self.pins, ifindex)?;
+        disowned
+    }
+
+    /// The same, but leaves the programs where they are.
+    fn disown(&self, tables: &mut Tables, ifindex: u32) -> Result<(), DatapathError> {
+        let ordinal = tables.remove_endpoint(ifindex)?;
         tables.purge(ordinal)?;
         self.sweep.lock().remove(ordinal)
     }

@@ -7,15 +7,13 @@ use sandgate_api::{
     feed::{FeedFrame, FeedSandbox, Revision},
     id::SandboxId,
 };
-use serde::{Deserialize, Serialize};
 
 /// What the controller wants of this node, as of a revision.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct Desired {
     /// The revision, when any frame was applied.
     pub revision: Option<Revision>,
     /// The sandboxes.
-    #[serde(with = "listed")]
     pub sandboxes: BTreeMap<SandboxId, FeedSandbox>,
 }
 
@@ -37,11 +35,11 @@ pub enum Change {
 impl Desired {
     /// The state after a frame.
     #[must_use]
-    pub fn after(&self, frame: &FeedFrame) -> Self {
+    pub fn after(mut self, frame: FeedFrame) -> Self {
         match frame {
             FeedFrame::Snapshot { revision, sandboxes } => Self {
-                revision: Some(*revision),
-                sandboxes: by_id(sandboxes.iter().cloned()),
+                revision: Some(revision),
+                sandboxes: by_id(sandboxes),
             },
             FeedFrame::Delta {
                 since: _,
@@ -49,18 +47,22 @@ impl Desired {
                 upserts,
                 removed,
             } => {
-                let mut sandboxes = self.sandboxes.clone();
-                for id in removed {
-                    sandboxes.remove(id);
+                for id in &removed {
+                    self.sandboxes.remove(id);
                 }
-                sandboxes.extend(by_id(upserts.iter().cloned()));
-                Self {
-                    revision: Some(*revision),
-                    sandboxes,
-                }
+                self.sandboxes.extend(by_id(upserts));
+                self.revision = Some(revision);
+                self
             }
-            FeedFrame::Heartbeat { .. } => self.clone(),
+            FeedFrame::Heartbeat { .. } => self,
         }
+    }
+
+    /// The frame that leads here from nothing; none when no frame ever came.
+    pub fn snapshot(&self) -> Option<FeedFrame> {
+        let sandboxes = self.sandboxes.values().cloned().collect();
+        self.revision
+            .map(|revision| FeedFrame::Snapshot { revision, sandboxes })
     }
 }
 
@@ -115,8 +117,8 @@ fn same_rules(one: &FeedSandbox, other: &FeedSandbox) -> bool {
         && one.ca_generation == other.ca_generation
 }
 
-/// Their order, and how many tunnels lead to one, mean nothing.
-fn same_ports(one: &FeedSandbox, other: &FeedSandbox) -> bool {
+/// Whether tunnels lead to the same ports. Their order, and how many tunnels lead to one, mean nothing.
+pub fn same_ports(one: &FeedSandbox, other: &FeedSandbox) -> bool {
     let set = |sandbox: &FeedSandbox| sandbox.tunnel_ports.iter().copied().collect::<BTreeSet<_>>();
     set(one) == set(other)
 }
@@ -126,27 +128,6 @@ fn by_id(sandboxes: impl IntoIterator<Item = FeedSandbox>) -> BTreeMap<SandboxId
         .into_iter()
         .map(|sandbox| (sandbox.sandbox_id.clone(), sandbox))
         .collect()
-}
-
-/// The map as a list: the id is in the sandbox already.
-mod listed {
-    use std::collections::BTreeMap;
-
-    use sandgate_api::{feed::FeedSandbox, id::SandboxId};
-    use serde::{Deserialize as _, Deserializer, Serializer};
-
-    pub(super) fn serialize<S: Serializer>(
-        map: &BTreeMap<SandboxId, FeedSandbox>,
-        serializer: S,
-    ) -> Result<S::Ok, S::Error> {
-        serializer.collect_seq(map.values())
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
-        deserializer: D,
-    ) -> Result<BTreeMap<SandboxId, FeedSandbox>, D::Error> {
-        Vec::<FeedSandbox>::deserialize(deserializer).map(super::by_id)
-    }
 }
 
 #[cfg(test)]
@@ -175,7 +156,7 @@ mod tests {
             },
             tiers: vec![PolicyTier {
                 tier: TierName::Sandbox,
-                policy,
+                policy: policy.into(),
             }],
             bindings: Vec::new(),
             ca_generation: 0,
@@ -301,14 +282,14 @@ mod tests {
             removed: vec![sandbox(1, 1, &[]).sandbox_id],
         };
         let state = Desired::default()
-            .after(&snapshot)
-            .after(&delta)
-            .after(&FeedFrame::Heartbeat { revision: 5 });
+            .after(snapshot)
+            .after(delta)
+            .after(FeedFrame::Heartbeat { revision: 5 });
         assert_eq!(state.revision, Some(5));
         assert_eq!(state.sandboxes, all(&[sandbox(2, 2, &[80]), sandbox(3, 3, &[])]));
         assert_eq!(
             state
-                .after(&FeedFrame::Snapshot {
+                .after(FeedFrame::Snapshot {
                     revision: 6,
                     sandboxes: Vec::new()
                 })
@@ -318,13 +299,14 @@ mod tests {
     }
 
     #[test]
-    fn the_state_survives_the_way_to_disk() {
+    fn a_snapshot_of_the_state_leads_to_it() {
+        assert_eq!(Desired::default().snapshot(), None);
         let state = Desired {
             revision: Some(7),
-            sandboxes: all(&[sandbox(1, 1, &[443])]),
+            sandboxes: all(&[sandbox(1, 1, &[443]), sandbox(2, 2, &[80])]),
         };
-        let text = serde_json::to_string(&state).expect("written");
-        assert_eq!(serde_json::from_str::<Desired>(&text).expect("read"), state);
+        let snapshot = state.snapshot().expect("a frame");
+        assert_eq!(Desired::default().after(snapshot), state);
     }
 
     fn world() -> impl Strategy<Value = BTreeMap<SandboxId, FeedSandbox>> {

@@ -4,12 +4,13 @@
 
 mod enforced;
 mod index;
+mod library;
 mod rules;
 
 use std::{
     collections::BTreeSet,
     io,
-    net::{IpAddr, SocketAddrV4},
+    net::{Ipv4Addr, SocketAddrV4},
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
@@ -19,7 +20,7 @@ use sandgate_api::{
     feed::Endpoint,
     id::{OrgId, SandboxId},
 };
-use sandgate_policy::{DnsBudget, DomainName, FailureMode, KernelTable};
+use sandgate_policy::{DomainName, FailureMode};
 use tokio::sync::{Notify, Semaphore};
 use tracing::Span;
 
@@ -27,10 +28,10 @@ use self::enforced::Enforced;
 pub use self::{
     enforced::{Cut, CutReason, Facts, FirstLook, RequestFacts},
     index::Sandboxes,
+    library::Library,
     rules::{Decision, Judgement, Rules, RulesError},
 };
 use crate::{
-    dns::budget::Budget,
     intercept::{bindings::Bindings, leases::Leases},
     kernel::{Datapath, DatapathError, EndpointHandle},
     pins::{PIN_LIFETIME, Seconds, log::PinLog},
@@ -61,8 +62,6 @@ pub struct Sandbox {
     pub limits: Limits,
     /// What it has on lease.
     pub leases: Leases,
-    /// What it has said by asking for names.
-    dns_budget: Mutex<Budget>,
     state: Mutex<State>,
     /// Ports that tunnels lead to, never the agent's. Locked while a connection to one is admitted, so that none
     /// slips in while its port is taken away.
@@ -120,17 +119,6 @@ pub struct AdmittedRequest {
     pub bindings: Arc<Bindings>,
 }
 
-/// What the rules say about asking for a name.
-#[derive(Debug)]
-pub struct NameLeave {
-    /// Whether it may be asked for.
-    pub decision: Decision,
-    /// Which types of records, and how much.
-    pub dns: DnsBudget,
-    /// For whom.
-    pub org_id: OrgId,
-}
-
 /// An address could not be pinned.
 #[derive(Debug, thiserror::Error)]
 pub enum PinError {
@@ -140,8 +128,8 @@ pub enum PinError {
     /// The kernel's set did not take it.
     #[error("the kernel did not take the address: {0}")]
     Kernel(#[from] DatapathError),
-    /// Those of an earlier netd could not be read.
-    #[error("the pin log could not be read: {0}")]
+    /// The log did not take it.
+    #[error("the pin log could not be written: {0}")]
     Log(#[source] io::Error),
 }
 
@@ -169,10 +157,10 @@ impl Sandbox {
         let (log, mut pins) = PinLog::open(pin_file, now).map_err(PinError::Log)?;
         let forgotten = pins.sweep(now, |name| rules.judge_name(name).is_allowed());
         for address in forgotten {
-            datapath.unbind_address(handle, address)?;
+            datapath.unbind_address(handle, address.into())?;
         }
         for address in pins.addresses() {
-            datapath.bind_address(handle, address)?;
+            datapath.bind_address(handle, address.into())?;
         }
         let limits = Limits {
             flows: Arc::new(Semaphore::new(FLOWS_MAX)),
@@ -189,7 +177,6 @@ impl Sandbox {
             handle,
             limits,
             leases: Leases::default(),
-            dns_budget: Mutex::default(),
             state: Mutex::new(State {
                 enforced: Enforced::new(rules, pins),
                 log: Some(log),
@@ -198,6 +185,15 @@ impl Sandbox {
             flow_ended: Notify::new(),
             datapath,
         })
+    }
+
+    /// Puts the kernel's half of its rules in force for the first time.
+    ///
+    /// # Errors
+    /// When the kernel does not take it; everything stays denied.
+    pub fn install_rules(&self) -> Result<(), DatapathError> {
+        let mut state = self.lock();
+        state.enforced.rules_mut().install(&self.datapath, self.handle)
     }
 
     /// How many addresses it holds under a name.
@@ -235,17 +231,8 @@ impl Sandbox {
         let entered = state.enforced.admit(facts.clone(), now)?;
         // Only a pair that DNS made is prolonged: a name beside an address range was not looked up here.
         if let Some(name) = &facts.name
-            && state
-                .enforced
-                .pins()
-                .contains(name, IpAddr::V4(*facts.to.ip()), now)
-            && let Err(error) = state.pin(
-                &self.datapath,
-                self.handle,
-                name,
-                &[IpAddr::V4(*facts.to.ip())],
-                now,
-            )
+            && state.enforced.pins().names(*facts.to.ip(), now).contains(name)
+            && let Err(error) = state.pin(&self.datapath, self.handle, name, *facts.to.ip(), now)
         {
             // The pair is still pinned as it was: only its life was not prolonged.
             tracing::warn!(sandbox_id = %self.id, %error, "cannot prolong a pin");
@@ -260,30 +247,9 @@ impl Sandbox {
         })
     }
 
-    /// Whether it has an IPv6 address.
-    pub fn has_ipv6(&self) -> bool {
-        self.endpoint.address6.is_some()
-    }
-
     /// What the rules say about asking for a name.
-    pub fn ask_name(&self, name: &DomainName) -> NameLeave {
-        let state = self.lock();
-        let rules = state.enforced.rules();
-        NameLeave {
-            decision: rules.judge_name(name),
-            dns: rules.dns(),
-            org_id: rules.org_id().clone(),
-        }
-    }
-
-    /// What it may ask of DNS.
-    pub fn dns_limits(&self) -> DnsBudget {
-        self.lock().enforced.rules().dns()
-    }
-
-    /// What it has said by asking for names.
-    pub fn dns_budget(&self) -> MutexGuard<'_, Budget> {
-        self.dns_budget.lock().unwrap_or_else(PoisonError::into_inner)
+    pub fn judge_name(&self, name: &DomainName) -> Decision {
+        self.lock().enforced.rules().judge_name(name)
     }
 
     /// The decision that address and port alone lead to, for records about packets.
@@ -295,13 +261,17 @@ impl Sandbox {
     ///
     /// # Errors
     /// When the name is no longer allowed, or an address could not be made usable; the answer must not go out.
-    pub fn pin(&self, name: &DomainName, addresses: &[IpAddr]) -> Result<(), PinError> {
+    pub fn pin(&self, name: &DomainName, addresses: &[Ipv4Addr]) -> Result<(), PinError> {
         let mut state = self.lock();
         let decision = state.enforced.rules().judge_name(name);
         if !decision.is_allowed() || state.enforced.is_closed() {
             return Err(PinError::NotAllowed(decision));
         }
-        state.pin(&self.datapath, self.handle, name, addresses, seconds())
+        let now = seconds();
+        for address in addresses {
+            state.pin(&self.datapath, self.handle, name, *address, now)?;
+        }
+        Ok(())
     }
 
     /// Puts new rules in force: the kernel first, then names, pins and flows in one step. Returns the flows
@@ -309,14 +279,14 @@ impl Sandbox {
     ///
     /// # Errors
     /// When the kernel does not take the rules. User space enforces them all the same.
-    pub fn replace_rules(&self, rules: Rules, table: &KernelTable) -> Result<Vec<u64>, DatapathError> {
-        let written = self.datapath.set_policy(self.handle, table);
+    pub fn replace_rules(&self, mut rules: Rules) -> Result<Vec<u64>, DatapathError> {
+        let written = rules.install(&self.datapath, self.handle);
         let mut state = self.lock();
         self.leases.retain(rules.bindings(), rules.generation());
         let replaced = state.enforced.replace(rules, seconds());
         state.forget(&self.datapath, self.handle, &self.id, &replaced.unbound);
         drop(state);
-        written.map(|_content| replaced.cut)
+        written.map(|()| replaced.cut)
     }
 
     /// Replaces the ports that tunnels lead to. Connections to others are no longer admitted, also those that an
@@ -408,10 +378,6 @@ impl Sandbox {
         let mut state = self.lock();
         let unbound = state.enforced.sweep_pins(seconds());
         state.forget(&self.datapath, self.handle, &self.id, &unbound);
-        let State { enforced, log } = &mut *state;
-        if let Some(log) = log {
-            log.settle(enforced.pins());
-        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -421,57 +387,49 @@ impl Sandbox {
 }
 
 impl State {
-    /// Pins addresses to a name. What was pinned before a failure stays.
     fn pin(
         &mut self,
         datapath: &Datapath,
         handle: EndpointHandle,
         name: &DomainName,
-        addresses: &[IpAddr],
+        address: Ipv4Addr,
         now: Seconds,
     ) -> Result<(), PinError> {
         let pins = self.enforced.pins();
-        let mut unlogged = Vec::new();
-        let mut told = Ok(());
-        for address in addresses {
-            let pinned = pins.pin(name, *address, now);
-            if pinned.is_new_address
-                && let Err(error) = datapath.bind_address(handle, *address)
-            {
-                pins.unpin(name, *address);
-                told = Err(error);
-            }
-            if let Some(evicted) = pinned.evicted
-                && let Err(error) = datapath.unbind_address(handle, evicted)
-            {
-                told = Err(error);
-            }
-            if told.is_err() {
-                break;
-            }
-            if pinned.must_be_logged {
-                unlogged.push(*address);
-            }
+        let pinned = pins.pin(name, address, now);
+        if pinned.is_new_address
+            && let Err(error) = datapath.bind_address(handle, address.into())
+        {
+            pins.unpin(name, address);
+            return Err(error.into());
         }
-        if let Some(log) = &mut self.log {
-            log.append(name, &unlogged, now + PIN_LIFETIME.as_secs(), pins);
+        if let Some(evicted) = pinned.evicted {
+            datapath.unbind_address(handle, evicted.into())?;
         }
-        Ok(told?)
+        if pinned.must_be_logged
+            && let Some(log) = &mut self.log
+        {
+            let ends = now + PIN_LIFETIME.as_secs();
+            log.append(name, address, ends, pins).map_err(PinError::Log)?;
+        }
+        Ok(())
     }
 
     /// Brings kernel and log in step with pins that were dropped.
-    fn forget(&mut self, datapath: &Datapath, handle: EndpointHandle, id: &SandboxId, unbound: &[IpAddr]) {
+    fn forget(&mut self, datapath: &Datapath, handle: EndpointHandle, id: &SandboxId, unbound: &[Ipv4Addr]) {
         if unbound.is_empty() {
             return;
         }
         for address in unbound {
             // Left in the kernel it only brings the connection to netd, which refuses it.
-            if let Err(error) = datapath.unbind_address(handle, *address) {
+            if let Err(error) = datapath.unbind_address(handle, (*address).into()) {
                 tracing::warn!(sandbox_id = %id, %error, "cannot unbind an address in the kernel");
             }
         }
-        if let Some(log) = &mut self.log {
-            log.rewrite(self.enforced.pins());
+        if let Some(log) = &mut self.log
+            && let Err(error) = log.rewrite(self.enforced.pins())
+        {
+            tracing::warn!(sandbox_id = %id, %error, "cannot write the pin log");
         }
     }
 }

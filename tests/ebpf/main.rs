@@ -6,9 +6,15 @@
 mod adoption;
 mod cases;
 mod classifier;
+mod control;
 mod dials;
+mod fuzz;
 mod inbound;
+mod ipv6;
+mod lab;
 mod packet;
+mod packet6;
+mod pass;
 mod passed;
 mod policies;
 mod refusal;

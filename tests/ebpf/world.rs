@@ -113,7 +113,7 @@ pub(crate) fn config(run_dir: &Path) -> DatapathConfig {
     DatapathConfig {
         run_dir: run_dir.to_owned(),
         sandbox_cidr: sandbox_cidr(),
-        sandbox_cidr6: None,
+        sandbox_cidr6: Some("fd53:4700::/64".parse().expect("a prefix")),
     }
 }
 

@@ -5,8 +5,14 @@
 //! [`HEARTBEAT_SECONDS`]. After applying a frame the node sends `POST /feed/ack` with a [`FeedAck`].
 //! `POST /feed/audit` delivers [`AuditBatch`]es; for leases see [`crate::credential`]. Acknowledged
 //! means: kernel maps written, DNS and proxy tables swapped, forbidden flows cut.
+//!
+//! A policy that several sandboxes of a frame share is written once: a frame has a list of documents, and each tier of a
+//! sandbox says by its index which one it means.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::{
+    net::{Ipv4Addr, Ipv6Addr},
+    sync::Arc,
+};
 
 use sandgate_policy::Policy;
 use serde::{Deserialize, Serialize};
@@ -17,6 +23,8 @@ use crate::{
     id::{OrgId, SandboxId},
 };
 
+mod written;
+
 /// Seconds between two heartbeats, and between two acknowledgements at most. A node that has heard nothing for three of
 /// them reconnects; one from which nothing was heard for three of them is not ready.
 pub const HEARTBEAT_SECONDS: u64 = 5;
@@ -26,7 +34,7 @@ pub type Revision = u64;
 
 /// One line of the feed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "type", rename_all = "snake_case")]
+#[serde(into = "written::Frame", try_from = "written::Frame")]
 pub enum FeedFrame {
     /// Everything on this node. What is not listed does not exist any more.
     Snapshot {
@@ -38,15 +46,12 @@ pub enum FeedFrame {
     /// What changed since the frame before.
     Delta {
         /// The revision that it follows. It means nothing to a node at another one, which must begin anew.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
         since: Option<Revision>,
         /// The state's revision after this frame.
         revision: Revision,
         /// New and changed sandboxes, whole.
-        #[serde(default)]
         upserts: Vec<FeedSandbox>,
         /// Sandboxes that are gone.
-        #[serde(default)]
         removed: Vec<SandboxId>,
     },
     /// Nothing new; the line is alive.
@@ -57,7 +62,7 @@ pub enum FeedFrame {
 }
 
 /// One sandbox as its node must enforce it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct FeedSandbox {
     /// Which one.
     pub sandbox_id: SandboxId,
@@ -67,17 +72,13 @@ pub struct FeedSandbox {
     pub endpoint: Endpoint,
     /// The tenants' policies, organisation first. A flow passes only if every tier allows it.
     /// Empty means: the default policy, see [`Policy::default`].
-    #[serde(default)]
     pub tiers: Vec<PolicyTier>,
     /// Secrets that are injected into its requests. Their hosts' ports are intercepted.
-    #[serde(default)]
     pub bindings: Vec<Binding>,
     /// Of its certificate authority. Another one means that a lease on the authority is void.
-    #[serde(default)]
     pub ca_generation: u32,
     /// TCP ports inside that tunnel-proxy may reach: those of its open tunnels. Never the agent's, even if it
     /// were listed.
-    #[serde(default)]
     pub tunnel_ports: Vec<u16>,
 }
 
@@ -115,12 +116,12 @@ pub enum TierName {
 }
 
 /// One tenant tier.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct PolicyTier {
     /// Who wrote it.
     pub tier: TierName,
-    /// What they wrote.
-    pub policy: Policy,
+    /// What they wrote. Shared with other sandboxes where the sender knew that it is the same.
+    pub policy: Arc<Policy>,
 }
 
 /// `POST /feed/ack`.

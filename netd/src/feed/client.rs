@@ -237,11 +237,11 @@ pub struct Frames {
 }
 
 impl Frames {
-    /// The next frame.
+    /// The next frame, and its line as it came.
     ///
     /// # Errors
     /// When the feed ended or cannot be read.
-    pub async fn next(&mut self) -> Result<FeedFrame, ClientError> {
+    pub async fn next(&mut self) -> Result<(FeedFrame, Bytes), ClientError> {
         loop {
             if let Some(end) = self.buffer[self.seen..].iter().position(|byte| *byte == b'\n') {
                 let line = self.buffer.split_to(self.seen + end + 1);
@@ -249,7 +249,8 @@ impl Frames {
                 if line.trim_ascii().is_empty() {
                     continue;
                 }
-                return serde_json::from_slice(&line).map_err(ClientError::Frame);
+                let frame = serde_json::from_slice(&line).map_err(ClientError::Frame)?;
+                return Ok((frame, line.freeze()));
             }
             self.seen = self.buffer.len();
             if self.seen > FRAME_MAX {
@@ -350,7 +351,7 @@ mod tests {
                 let error = match controller.frames("local", Some(2)).await {
                     Ok(mut feed) => loop {
                         match feed.next().await {
-                            Ok(frame) => taken.push(frame),
+                            Ok((frame, _line)) => taken.push(frame),
                             Err(error) => break error,
                         }
                     },
@@ -375,7 +376,7 @@ mod tests {
     #[tokio::test]
     async fn an_answer_that_is_no_feed_gives_no_frame() {
         let (scripted, controller) = Scripted::new();
-        let frame = "{\"type\":\"snapshot\",\"revision\":9,\"sandboxes\":[]}\n";
+        let frame = "{\"snapshot\":{\"revision\":9,\"sandboxes\":[]}}\n";
         for answer in [
             format!(
                 "HTTP/1.1 503 Service Unavailable\r\ncontent-length: {}\r\n\r\n{frame}",

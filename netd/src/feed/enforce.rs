@@ -8,7 +8,7 @@ use std::{
     net::Ipv4Addr,
     path::PathBuf,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use sandgate_api::{
@@ -22,7 +22,7 @@ use crate::{
     kernel::{Datapath, DatapathError, EndpointHandle},
     node::{self, Change, Desired},
     pins::log::PinLog,
-    sandbox::{CutReason, PinError, Rules, RulesError, Sandbox, Sandboxes},
+    sandbox::{CutReason, Library, PinError, Rules, RulesError, Sandbox, Sandboxes},
     sockets,
 };
 
@@ -34,6 +34,7 @@ pub struct Enforcer {
     datapath: Arc<Datapath>,
     platform: Arc<Platform>,
     sandboxes: Arc<Sandboxes>,
+    library: Arc<Library>,
     pins: PathBuf,
     file: StateFile,
     desired: Desired,
@@ -81,6 +82,7 @@ impl Enforcer {
             datapath,
             platform,
             sandboxes,
+            library: Arc::default(),
             pins,
             file,
             desired,
@@ -118,17 +120,30 @@ impl Enforcer {
             sandboxes = saved.sandboxes.len(),
             "restoring the last state"
         );
-        self.desired = saved;
+        if let Some(mut snapshot) = saved.snapshot() {
+            self.library.share_documents(&mut snapshot);
+            self.desired = Desired::default().after(snapshot);
+        }
         self.converge().await;
         Ok(())
     }
 
-    /// Puts a frame in force.
-    pub async fn apply(&mut self, frame: &FeedFrame) {
-        self.desired = self.desired.after(frame);
+    /// Puts a frame in force, whose line is as it came.
+    pub async fn apply(&mut self, mut frame: FeedFrame, line: &[u8]) {
+        let is_delta = matches!(frame, FeedFrame::Delta { .. });
+        self.library.share_documents(&mut frame);
+        self.desired = std::mem::take(&mut self.desired).after(frame);
         self.converge().await;
         self.remove_leftovers();
-        self.save();
+        let saved = self.file.add(line, is_delta, &self.desired);
+        self.note_saved(&saved);
+    }
+
+    /// Does what need not be done before a frame is acknowledged.
+    pub fn tidy(&mut self) {
+        if self.file.is_long() {
+            self.save();
+        }
     }
 
     /// Tries again what failed.
@@ -143,7 +158,11 @@ impl Enforcer {
 
     fn save(&mut self) {
         let saved = self.file.save(&self.desired);
-        if let Err(error) = &saved {
+        self.note_saved(&saved);
+    }
+
+    fn note_saved(&mut self, saved: &io::Result<()>) {
+        if let Err(error) = saved {
             tracing::error!(
                 %error,
                 "cannot save the state: a restart would begin without it, and refuse what netd decides on until the \
@@ -158,17 +177,23 @@ impl Enforcer {
     async fn converge(&mut self) {
         self.failed
             .retain(|id, _| self.desired.sandboxes.contains_key(id));
+        let (mut rules, mut attachments) = (Vec::new(), Vec::new());
         for change in node::changes(&self.actual, &self.desired.sandboxes) {
             match change {
                 Change::Remove(id) => self.remove(&id).await,
-                Change::Attach(wanted) => self.attach(wanted).await,
-                Change::Rules(wanted) => self.rules(wanted).await,
+                Change::Attach(wanted) => attachments.push(wanted),
+                Change::Rules(wanted) => rules.push(wanted),
                 Change::Ports(wanted) => self.ports(wanted).await,
                 Change::Refuse(id, why) => {
                     self.remove(&id).await;
                     self.failed.insert(id, why);
                 }
             }
+        }
+        // What others may do no longer must not wait for new ones, whose attachment takes the kernel longer.
+        self.rules(rules).await;
+        for wanted in attachments {
+            self.attach(wanted).await;
         }
         // Gone ones that were never enforced as listed, but may be attached.
         for sandbox in self.sandboxes.all() {
@@ -182,16 +207,17 @@ impl Enforcer {
         // It may be there already, denied everything since an earlier attempt.
         if let Some(present) = self.sandboxes.get(&wanted.sandbox_id) {
             if present.endpoint == wanted.endpoint {
-                return self.rules(wanted).await;
+                return self.rules(vec![wanted]).await;
             }
             self.remove(&wanted.sandbox_id).await;
         }
         let (datapath, platform) = (Arc::clone(&self.datapath), Arc::clone(&self.platform));
+        let library = Arc::clone(&self.library);
         let pin_file = self.pins.join(wanted.sandbox_id.as_str());
         let asked = wanted.clone();
         let attached = tokio::task::spawn_blocking(move || {
             let handle = datapath.attach(&asked.endpoint)?;
-            let rules = Rules::compile(&platform, &asked);
+            let rules = Rules::compile(&library, &platform, &asked);
             let (rules, broken) = match rules {
                 Ok(rules) => (rules, None),
                 Err(error) => (
@@ -199,7 +225,6 @@ impl Enforcer {
                     Some(EnforceError::from(error)),
                 ),
             };
-            let table = rules.kernel_table();
             let sandbox = Sandbox::open(
                 asked.sandbox_id,
                 (asked.endpoint, handle),
@@ -216,11 +241,7 @@ impl Enforcer {
                     return Err(error.into());
                 }
             };
-            let broken = datapath
-                .set_policy(handle, &table)
-                .err()
-                .map(EnforceError::from)
-                .or(broken);
+            let broken = sandbox.install_rules().err().map(EnforceError::from).or(broken);
             Ok::<_, EnforceError>((sandbox, broken))
         });
         let attached = attached
@@ -253,38 +274,79 @@ impl Enforcer {
         }
     }
 
-    async fn rules(&mut self, wanted: FeedSandbox) {
-        let id = wanted.sandbox_id.clone();
-        let Some(sandbox) = self.sandboxes.get(&id) else {
-            // Listed as enforced and yet not there: begin anew.
-            self.actual.remove(&id);
-            self.fail(id, &EnforceError::Interrupted);
-            return;
-        };
-        let outcome = match Rules::compile(&self.platform, &wanted) {
-            Ok(rules) => match self.replace(&sandbox, rules).await {
-                Ok(()) => open_ports(&self.datapath, &sandbox, &wanted.tunnel_ports).await,
-                Err(error) => Err(error),
-            },
-            Err(error) => {
-                let denied = match Rules::nothing(&self.platform, wanted.org_id.clone()) {
-                    Ok(rules) => self.replace(&sandbox, rules).await,
-                    Err(error) => Err(error.into()),
-                };
-                denied.and(Err(error.into()))
-            }
-        };
-        match outcome {
-            Ok(()) => {
-                tracing::info!(sandbox_id = %id, "new rules in force");
-                self.succeeded(wanted);
-            }
-            Err(error) => {
-                self.deny(&sandbox, &wanted).await;
-                self.actual.remove(&id);
-                self.fail(id, &error);
+    /// All in one go: a change that concerns every sandbox of an organisation takes one turn, not one for each.
+    async fn rules(&mut self, all: Vec<FeedSandbox>) {
+        let mut work = Vec::with_capacity(all.len());
+        for wanted in all {
+            match self.sandboxes.get(&wanted.sandbox_id) {
+                Some(sandbox) => work.push((sandbox, wanted)),
+                None => {
+                    // Listed as enforced and yet not there: begin anew.
+                    self.actual.remove(&wanted.sandbox_id);
+                    self.fail(wanted.sandbox_id, &EnforceError::Interrupted);
+                }
             }
         }
+        if work.is_empty() {
+            return;
+        }
+        let (platform, library) = (Arc::clone(&self.platform), Arc::clone(&self.library));
+        let present = work.clone();
+        let replaced = tokio::task::spawn_blocking(move || {
+            let replace = |(sandbox, wanted): &(Arc<Sandbox>, FeedSandbox)| {
+                let rules = Rules::compile(&library, &platform, wanted)?;
+                Ok::<_, EnforceError>(sandbox.replace_rules(rules)?)
+            };
+            work.iter().map(replace).collect::<Vec<_>>()
+        });
+        let interrupted = |_panic| {
+            present
+                .iter()
+                .map(|_| Err(EnforceError::Interrupted))
+                .collect::<Vec<_>>()
+        };
+        let replaced = replaced.await.unwrap_or_else(interrupted);
+        let (count, deadline) = (present.len(), Instant::now() + CUT_TIME);
+        for ((sandbox, wanted), cut) in present.into_iter().zip(replaced) {
+            let outcome = match cut {
+                Ok(cut) => self.settle(&sandbox, &wanted, &cut, deadline).await,
+                Err(error) => Err(error),
+            };
+            match outcome {
+                Ok(()) => {
+                    tracing::debug!(sandbox_id = %wanted.sandbox_id, "new rules in force");
+                    self.succeeded(wanted);
+                }
+                Err(error) => {
+                    self.deny(&sandbox, &wanted).await;
+                    self.actual.remove(&wanted.sandbox_id);
+                    self.fail(wanted.sandbox_id, &error);
+                }
+            }
+        }
+        tracing::info!(sandboxes = count, "new rules in force");
+    }
+
+    /// Until the flows that were cut have ended, and tunnels lead where they may.
+    async fn settle(
+        &self,
+        sandbox: &Arc<Sandbox>,
+        wanted: &FeedSandbox,
+        cut: &[u64],
+        deadline: Instant,
+    ) -> Result<(), EnforceError> {
+        if !cut.is_empty() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            sandbox
+                .gone(cut, left)
+                .await
+                .map_err(|_elapsed| EnforceError::StillOpen)?;
+        }
+        let enforced = self.actual.get(&wanted.sandbox_id);
+        if enforced.is_some_and(|enforced| node::same_ports(enforced, wanted)) {
+            return Ok(());
+        }
+        open_ports(&self.datapath, sandbox, &wanted.tunnel_ports).await
     }
 
     /// Whatever is half done: nothing may pass, as the controller is told.
@@ -324,8 +386,7 @@ impl Enforcer {
     async fn replace(&self, sandbox: &Arc<Sandbox>, rules: Rules) -> Result<(), EnforceError> {
         let replaced = {
             let sandbox = Arc::clone(sandbox);
-            let table = rules.kernel_table();
-            tokio::task::spawn_blocking(move || sandbox.replace_rules(rules, &table)).await
+            tokio::task::spawn_blocking(move || sandbox.replace_rules(rules)).await
         };
         let cut = replaced.map_err(|_panic| EnforceError::Interrupted)??;
         sandbox
@@ -361,6 +422,9 @@ impl Enforcer {
 
     /// Detaches endpoints of an earlier netd that the controller does not list.
     fn remove_leftovers(&mut self) {
+        if self.leftovers.is_empty() {
+            return;
+        }
         let ours: HashSet<u32> = self
             .sandboxes
             .all()

@@ -212,7 +212,7 @@ mod tests {
                     if anew {
                         break;
                     }
-                    let next = state.after(&frame);
+                    let next = state.clone().after(frame.clone());
                     // Only the first snapshot may say that history is another one.
                     let may_go_back = taken == 0 && matches!(frame, FeedFrame::Snapshot { .. });
                     prop_assert!(may_go_back || next.revision >= state.revision);
@@ -229,7 +229,7 @@ mod tests {
                 for frame in history.connection(since, &[]) {
                     anew = !sequence.takes(&frame);
                     prop_assert!(!anew);
-                    state = state.after(&frame);
+                    state = state.after(frame);
                 }
             }
             prop_assert_eq!(&state, history.states.last().expect("it has a beginning"));

@@ -1,25 +1,60 @@
 //! One sandbox's compiled rules, with the names of the tiers they came from, and its bindings of secrets.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use sandgate_api::{
     feed::{FeedSandbox, PolicyTier, TierName},
     id::OrgId,
 };
 use sandgate_policy::{
-    DnsBudget, DomainName, FailureMode, Flow, KernelTable, Platform, Policy, PolicyError, Reason,
+    BoundHost, DnsBudget, DomainName, FailureMode, Flow, KernelTable, Platform, Policy, PolicyError, Reason,
     RequestHead, SandboxPolicy, Verdict,
 };
 
-use crate::intercept::bindings::{BindingError, Bindings};
+use super::library::Library;
+use crate::{
+    intercept::bindings::{BindingError, Bindings},
+    kernel::{Datapath, DatapathError, EndpointHandle, PolicyContent},
+};
 
 /// Compiled rules.
 pub struct Rules {
-    policy: SandboxPolicy,
-    tiers: Vec<TierName>,
+    compiled: Arc<Compiled>,
+    /// The kernel's half, until it is in the kernel; never of rules that others have put there.
+    table: Option<KernelTable>,
     bindings: Arc<Bindings>,
     generation: u32,
     org_id: OrgId,
+}
+
+/// What sandboxes with the same tiers and bindings share.
+pub(super) struct Compiled {
+    policy: SandboxPolicy,
+    tiers: Vec<PolicyTier>,
+    pub(super) hosts: Vec<BoundHost>,
+    /// What it is called in the kernel, once it was there.
+    content: OnceLock<PolicyContent>,
+}
+
+impl Compiled {
+    pub(super) fn new(
+        platform: &Platform,
+        tiers: &[PolicyTier],
+        hosts: Vec<BoundHost>,
+    ) -> Result<(Self, KernelTable), PolicyError> {
+        let named: Vec<(String, Policy)> = tiers
+            .iter()
+            .map(|tier| (name(tier.tier).to_owned(), Policy::clone(&tier.policy)))
+            .collect();
+        let (policy, table) = SandboxPolicy::compile_with_table(platform, &named, &hosts)?;
+        let compiled = Self {
+            policy,
+            tiers: tiers.to_vec(),
+            hosts,
+            content: OnceLock::new(),
+        };
+        Ok((compiled, table))
+    }
 }
 
 /// What the controller wants cannot be enforced as written.
@@ -80,19 +115,20 @@ impl Decision {
 }
 
 impl Rules {
-    /// Compiles what the controller wants of a sandbox.
+    /// Compiles what the controller wants of a sandbox, or finds it in the library.
     ///
     /// # Errors
     /// When it cannot be enforced as written.
-    pub fn compile(platform: &Platform, wanted: &FeedSandbox) -> Result<Self, RulesError> {
+    pub fn compile(library: &Library, platform: &Platform, wanted: &FeedSandbox) -> Result<Self, RulesError> {
         let bindings = Bindings::compile(&wanted.bindings)?;
-        Ok(Self::with(
-            platform,
-            &wanted.tiers,
-            bindings,
-            wanted.ca_generation,
-            wanted.org_id.clone(),
-        )?)
+        let (compiled, table) = library.compiled(platform, &wanted.tiers, bindings.hosts())?;
+        Ok(Self {
+            compiled,
+            table,
+            bindings: Arc::new(bindings),
+            generation: wanted.ca_generation,
+            org_id: wanted.org_id.clone(),
+        })
     }
 
     /// Rules that allow nothing, for a sandbox whose own cannot be enforced.
@@ -100,7 +136,7 @@ impl Rules {
     /// # Errors
     /// Never in practice: the smallest policy compiles.
     pub fn nothing(platform: &Platform, org_id: OrgId) -> Result<Self, PolicyError> {
-        let policy = Policy::parse(&serde_json::json!({ "mode": "deny_all" }))?;
+        let policy = Policy::parse(&serde_json::json!({ "mode": "deny_all" }))?.into();
         let tier = TierName::Platform;
         Self::with(
             platform,
@@ -111,7 +147,7 @@ impl Rules {
         )
     }
 
-    /// The rules of these tiers and bindings.
+    /// The rules of these tiers and bindings, shared with nobody.
     ///
     /// # Errors
     /// When the tiers do not compile.
@@ -122,17 +158,32 @@ impl Rules {
         generation: u32,
         org_id: OrgId,
     ) -> Result<Self, PolicyError> {
-        let named: Vec<(String, Policy)> = tiers
-            .iter()
-            .map(|tier| (name(tier.tier).to_owned(), tier.policy.clone()))
-            .collect();
+        let (compiled, table) = Compiled::new(platform, tiers, bindings.hosts())?;
         Ok(Self {
-            policy: SandboxPolicy::compile_with(platform, &named, &bindings.hosts())?,
-            tiers: tiers.iter().map(|tier| tier.tier).collect(),
+            compiled: Arc::new(compiled),
+            table: Some(table),
             bindings: Arc::new(bindings),
             generation,
             org_id,
         })
+    }
+
+    /// Puts the kernel's half in force, in one step.
+    ///
+    /// # Errors
+    /// When the kernel does not take it; what was in force before stays.
+    pub fn install(&mut self, datapath: &Datapath, endpoint: EndpointHandle) -> Result<(), DatapathError> {
+        let table = self.table.take();
+        if let Some(content) = self.compiled.content.get()
+            && datapath.share_policy(endpoint, *content)?
+        {
+            return Ok(());
+        }
+        let table = table.unwrap_or_else(|| self.compiled.policy.kernel_table());
+        let content = datapath.set_policy(endpoint, &table)?;
+        // Another sandbox may have been faster, with the same.
+        let _present = self.compiled.content.set(content);
+        Ok(())
     }
 
     /// Whose sandbox it is.
@@ -150,29 +201,24 @@ impl Rules {
         self.generation
     }
 
-    /// The kernel's half.
-    pub fn kernel_table(&self) -> KernelTable {
-        self.policy.kernel_table()
-    }
-
     /// Whether flows go on when they cannot be recorded.
     pub fn failure_mode(&self) -> FailureMode {
-        self.policy.failure_mode()
+        self.compiled.policy.failure_mode()
     }
 
     /// What may be asked of DNS.
     pub fn dns(&self) -> DnsBudget {
-        self.policy.dns()
+        self.compiled.policy.dns()
     }
 
     /// Judges a flow.
     pub fn judge(&self, flow: &Flow<'_>) -> Judgement {
-        self.judgement(self.policy.decide(flow))
+        self.judgement(self.compiled.policy.decide(flow))
     }
 
     /// Judges one request on a flow.
     pub fn judge_request(&self, flow: &Flow<'_>, request: &RequestHead<'_>) -> Judgement {
-        self.judgement(self.policy.decide_request(flow, request))
+        self.judgement(self.compiled.policy.decide_request(flow, request))
     }
 
     fn judgement(&self, verdict: Verdict) -> Judgement {
@@ -186,12 +232,12 @@ impl Rules {
 
     /// Judges asking for a name.
     pub fn judge_name(&self, name: &DomainName) -> Decision {
-        self.decision(self.policy.decide_name(name))
+        self.decision(self.compiled.policy.decide_name(name))
     }
 
     fn decision(&self, verdict: Verdict) -> Decision {
         let tier = match verdict.tier {
-            Some(index) => self.tiers.get(index).copied(),
+            Some(index) => self.compiled.tiers.get(index).map(|tier| tier.tier),
             None => (verdict.reason == Reason::PlatformDenied).then_some(TierName::Platform),
         };
         // The flag decides: a verdict that contradicts itself is a no.

@@ -259,7 +259,7 @@ pub(super) fn open_world(bindings: Vec<Binding>) -> Plan {
 fn rules(policy: &Value, bindings: &[Binding]) -> Rules {
     let tier = PolicyTier {
         tier: TierName::Sandbox,
-        policy: Policy::parse(policy).expect("a policy"),
+        policy: Policy::parse(policy).expect("a policy").into(),
     };
     let bindings = Bindings::compile(bindings).expect("bindings");
     Rules::with(&Platform::new(Vec::new()), &[tier], bindings, 0, OrgId::nobody()).expect("rules")
