@@ -72,23 +72,16 @@ pub(crate) fn scale(effort: Effort) -> Result<Vec<Table>> {
     Ok(tables)
 }
 
-/// A policy of so many prefixes in an organisation's rules. `variant` makes it another one with the same prefixes,
-/// `owner` one with others.
+/// A policy of so many rules, each of its own address. `variant` makes it another one with the same addresses, `owner`
+/// one with others.
 fn document(size: u32, owner: u32, variant: u32) -> Result<Policy> {
-    let addresses: Vec<u32> = (0..size)
-        .map(|number| 0x2000_0000 + (owner << 14) + number)
-        .collect();
-    let per_rule = usize::try_from(size)?.div_ceil(200);
-    let rule = |(index, some): (usize, &[u32])| {
-        let cidrs: Vec<String> = some
-            .iter()
-            .map(|address| format!("{}/32", Ipv4Addr::from(*address)))
-            .collect();
-        let port = 443 + index % 8 + usize::try_from(variant).unwrap_or(0) * 8;
-        json!({ "name": format!("rule-{index}"), "action": "allow", "cidrs": cidrs, "ports": [port.to_string()],
-            "protocol": "tcp" })
+    let rule = |number: u32| {
+        let address = Ipv4Addr::from(0x2000_0000 + (owner << 14) + number);
+        let port = 443 + number % 8 + variant * 8;
+        json!({ "name": format!("rule-{number}"), "action": "allow", "cidrs": [format!("{address}/32")],
+            "ports": [port.to_string()], "protocol": "tcp" })
     };
-    let rules: Vec<Value> = addresses.chunks(per_rule).enumerate().map(rule).collect();
+    let rules: Vec<Value> = (0..size).map(rule).collect();
     let policy = Policy::parse(&json!({ "mode": "allowlist", "rules": rules }))?;
     compile(&policy)?;
     Ok(policy)
