@@ -141,7 +141,6 @@ impl Policies {
                 unused.push(key);
             }
         }
-        drop(keys);
         for (id, policy) in &self.policies {
             if let Some(content) = policy.content {
                 self.by_content.insert(content, *id);

@@ -327,7 +327,7 @@ impl Memory {
 
     fn note(&mut self, name: &str, script: &Script, run_dir: &Path) -> Result<()> {
         // What was replaced is freed a few seconds later.
-        std::thread::sleep(netd::dial::SWEEP * 2);
+        std::thread::sleep(netd::dial::SWEEP + Duration::from_secs(1));
         let policies = locked(run_dir, "POLICIES")?;
         let mut all = 0.0;
         for entry in fs::read_dir(run_dir.join("bpf/maps"))? {
