@@ -29,7 +29,7 @@ use crate::{
     config::Config,
     control::{Control, ControlError, Inherited},
     dial::{self, Caller, Inward},
-    dns::{Resolver, upstream::Servers},
+    dns::{Resolver, cache::Cache, filter::Filter, upstream::Servers},
     egress::{Egress, dial::Dialer},
     feed::{Controller, Feed, Ready, StateFile, acknowledge, enforce::Enforcer},
     intercept::{leases::Broker, upstream::UpstreamTls},
@@ -173,12 +173,15 @@ pub async fn run(config: Config, ground: Ground, shown: Option<std::net::TcpList
         sandboxes: Arc::clone(&sandboxes),
         audit: Arc::clone(&audit),
         metrics: metrics.clone(),
-        servers: Servers::new(config.dns_upstream.clone()),
-        platform,
-        node,
-        sandbox_cidr: config.sandbox_cidr,
+        cache: Arc::new(Cache::new(
+            Servers::new(config.dns_upstream.clone(), tasks.clone()),
+            metrics.clone(),
+            tasks.clone(),
+        )),
+        filter: Filter::new(platform, node, vec![config.sandbox_cidr.into()]),
         tasks: tasks.clone(),
     });
+    tasks.spawn("dns sweep", Arc::clone(&resolver).keep_tidy());
     listen(&tasks, &datapath, listeners, &egress, &resolver)?;
     let denials = packets::follow(
         datapath

@@ -123,6 +123,8 @@ words! {
         Type = "type",
         /// Every address was one that no sandbox may reach.
         Rebinding = "rebinding",
+        /// More names or bytes than the policy's budget allows.
+        Budget = "budget",
         /// Too many questions at once.
         Limited = "limited",
         /// Not a proper question.

@@ -6,7 +6,7 @@ pub mod log;
 
 use std::{
     collections::{BTreeSet, HashMap},
-    net::Ipv4Addr,
+    net::IpAddr,
     time::Duration,
 };
 
@@ -26,9 +26,19 @@ pub type Seconds = u64;
 /// The pairs of one sandbox.
 #[derive(Debug)]
 pub struct Pins {
-    /// Least recently used last; the value is when the pair ends.
-    pairs: LruCache<(DomainName, Ipv4Addr), Seconds>,
-    names: HashMap<Ipv4Addr, BTreeSet<DomainName>>,
+    /// Least recently used last.
+    pairs: LruCache<(DomainName, IpAddr), Ends>,
+    names: HashMap<IpAddr, BTreeSet<DomainName>>,
+    /// Addresses that flows use at this moment, with the number of these flows. They keep their last name.
+    held: HashMap<IpAddr, usize>,
+}
+
+/// When a pair ends.
+#[derive(Debug, Clone, Copy)]
+struct Ends {
+    at: Seconds,
+    /// The same, as the log has it.
+    logged: Seconds,
 }
 
 /// What pinning one pair changed.
@@ -39,7 +49,7 @@ pub struct Pinned {
     /// The pair is new, or its end moved enough to be written down.
     pub must_be_logged: bool,
     /// An address that lost its last name to make room: the kernel must forget it.
-    pub evicted: Option<Ipv4Addr>,
+    pub evicted: Option<IpAddr>,
 }
 
 impl Default for Pins {
@@ -47,66 +57,92 @@ impl Default for Pins {
         Self {
             pairs: LruCache::unbounded(),
             names: HashMap::new(),
+            held: HashMap::new(),
         }
     }
 }
 
 impl Pins {
     /// Remembers that `name` was answered with `address`, or was used with it.
-    pub fn pin(&mut self, name: &DomainName, address: Ipv4Addr, now: Seconds) -> Pinned {
+    pub fn pin(&mut self, name: &DomainName, address: IpAddr, now: Seconds) -> Pinned {
         self.pin_until(name, address, now + PIN_LIFETIME.as_secs())
     }
 
     /// Remembers a pair until a given time, as the log has it.
-    pub fn pin_until(&mut self, name: &DomainName, address: Ipv4Addr, ends: Seconds) -> Pinned {
-        let before = self.pairs.put((name.clone(), address), ends);
-        let mut pinned = Pinned {
-            must_be_logged: before.is_none_or(|before| ends > before + REFRESH_STEP),
-            ..Pinned::default()
+    pub fn pin_until(&mut self, name: &DomainName, address: IpAddr, ends: Seconds) -> Pinned {
+        let key = (name.clone(), address);
+        if let Some(known) = self.pairs.get_mut(&key) {
+            known.at = known.at.max(ends);
+            let must_be_logged = ends > known.logged + REFRESH_STEP;
+            if must_be_logged {
+                known.logged = ends;
+            }
+            return Pinned {
+                must_be_logged,
+                ..Pinned::default()
+            };
+        }
+        let both = Ends {
+            at: ends,
+            logged: ends,
         };
-        if !pinned.must_be_logged
-            && let Some(before) = before
-        {
-            // Keeps the time that the log knows, so that small steps add up to one that is written.
-            self.pairs.put((name.clone(), address), before);
-        }
+        self.pairs.put(key, both);
         let names = self.names.entry(address).or_default();
-        pinned.is_new_address = names.is_empty();
+        let is_new_address = names.is_empty();
         names.insert(name.clone());
-        if self.pairs.len() > PINS_MAX
-            && let Some(((name, address), _)) = self.pairs.pop_lru()
-        {
-            pinned.evicted = self.forget(&name, address);
+        Pinned {
+            is_new_address,
+            must_be_logged: true,
+            evicted: self.make_room(),
         }
-        pinned
     }
 
     /// Forgets one pair, without telling what becomes of the address: the kernel never learned it.
-    pub fn unpin(&mut self, name: &DomainName, address: Ipv4Addr) {
+    pub fn unpin(&mut self, name: &DomainName, address: IpAddr) {
         self.pairs.pop(&(name.clone(), address));
         self.forget(name, address);
     }
 
+    /// A flow to `address` begins: until [`Self::release`] the address keeps a name, however many others are pinned
+    /// and however long that takes.
+    pub fn hold(&mut self, address: IpAddr) {
+        *self.held.entry(address).or_default() += 1;
+    }
+
+    /// A flow to `address` has ended.
+    pub fn release(&mut self, address: IpAddr) {
+        if let Some(flows) = self.held.get_mut(&address) {
+            *flows -= 1;
+            if *flows == 0 {
+                self.held.remove(&address);
+            }
+        }
+    }
+
+    /// Whether the pair is pinned.
+    pub fn contains(&self, name: &DomainName, address: IpAddr, now: Seconds) -> bool {
+        self.pairs
+            .peek(&(name.clone(), address))
+            .is_some_and(|ends| ends.at > now)
+    }
+
     /// The names under which the sandbox learned `address`.
-    pub fn names(&self, address: Ipv4Addr, now: Seconds) -> Vec<DomainName> {
+    pub fn names(&self, address: IpAddr, now: Seconds) -> Vec<DomainName> {
         let Some(names) = self.names.get(&address) else {
             return Vec::new();
         };
-        let counts = |name: &&DomainName| {
-            self.pairs
-                .peek(&((*name).clone(), address))
-                .is_some_and(|ends| *ends > now)
-        };
+        let counts = |name: &&DomainName| self.contains(name, address, now);
         names.iter().filter(counts).cloned().collect()
     }
 
-    /// Drops the pairs that ended or whose name `keep` no longer wants; returns the addresses that lost
-    /// their last name.
-    pub fn sweep(&mut self, now: Seconds, keep: impl Fn(&DomainName) -> bool) -> Vec<Ipv4Addr> {
-        let gone: Vec<(DomainName, Ipv4Addr)> = self
+    /// Drops the pairs that ended, unless a flow uses them, and those whose name `keep` no longer wants; returns the
+    /// addresses that lost their last name.
+    pub fn sweep(&mut self, now: Seconds, keep: impl Fn(&DomainName) -> bool) -> Vec<IpAddr> {
+        let ended = |address: &IpAddr, ends: &Ends| ends.at <= now && !self.held.contains_key(address);
+        let gone: Vec<(DomainName, IpAddr)> = self
             .pairs
             .iter()
-            .filter(|((name, _), ends)| **ends <= now || !keep(name))
+            .filter(|((name, address), ends)| ended(address, ends) || !keep(name))
             .map(|(pair, _)| pair.clone())
             .collect();
         let mut unbound = Vec::new();
@@ -118,16 +154,16 @@ impl Pins {
     }
 
     /// Every pair with its end, the one least recently used first.
-    pub fn iter(&self) -> impl Iterator<Item = (&DomainName, Ipv4Addr, Seconds)> {
+    pub fn iter(&self) -> impl Iterator<Item = (&DomainName, IpAddr, Seconds)> {
         let pairs: Vec<_> = self.pairs.iter().collect();
         pairs
             .into_iter()
             .rev()
-            .map(|((name, address), ends)| (name, *address, *ends))
+            .map(|((name, address), ends)| (name, *address, ends.at))
     }
 
     /// Every address that has a name.
-    pub fn addresses(&self) -> impl Iterator<Item = Ipv4Addr> {
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
         self.names.keys().copied()
     }
 
@@ -141,7 +177,26 @@ impl Pins {
         self.pairs.is_empty()
     }
 
-    fn forget(&mut self, name: &DomainName, address: Ipv4Addr) -> Option<Ipv4Addr> {
+    /// Drops the pair least recently used that is not the last name of an address in use. The search passes at most
+    /// as many pairs as there are addresses in use.
+    fn make_room(&mut self) -> Option<IpAddr> {
+        if self.pairs.len() <= PINS_MAX {
+            return None;
+        }
+        let is_spare = |address: &IpAddr| {
+            !self.held.contains_key(address) || self.names.get(address).is_some_and(|names| names.len() > 1)
+        };
+        let oldest = self
+            .pairs
+            .iter()
+            .rev()
+            .find(|((_, address), _)| is_spare(address));
+        let (name, address) = oldest?.0.clone();
+        self.pairs.pop(&(name.clone(), address));
+        self.forget(&name, address)
+    }
+
+    fn forget(&mut self, name: &DomainName, address: IpAddr) -> Option<IpAddr> {
         let names = self.names.get_mut(&address)?;
         names.remove(name);
         if !names.is_empty() {
@@ -162,8 +217,11 @@ mod tests {
         DomainName::parse(text).expect("a name")
     }
 
-    fn address(last: u8) -> Ipv4Addr {
-        Ipv4Addr::new(203, 0, 113, last)
+    fn address(last: u8) -> IpAddr {
+        match last % 2 {
+            0 => [203, 0, 113, last].into(),
+            _ => [0x2001, 0xdb8, 0, 0, 0, 0, 0, u16::from(last)].into(),
+        }
     }
 
     #[test]
@@ -214,6 +272,46 @@ mod tests {
         assert_eq!(pins.len(), PINS_MAX);
         assert!(pins.names(address(0), 2).contains(&name("n0.test")));
         assert!(!pins.names(address(1), 2).contains(&name("n1.test")));
+    }
+
+    #[test]
+    fn what_a_flow_uses_is_neither_evicted_nor_too_old() {
+        let mut pins = Pins::default();
+        pins.pin(&name("used.test"), address(250), 0);
+        pins.hold(address(250));
+        pins.hold(address(250));
+        pins.release(address(250));
+        let mut unbound = Vec::new();
+        for index in 0..2 * PINS_MAX {
+            let last = u8::try_from(index % 200).expect("small");
+            unbound.extend(
+                pins.pin(&name(&format!("n{index}.test")), address(last), 1)
+                    .evicted,
+            );
+        }
+        assert_eq!(pins.len(), PINS_MAX);
+        assert!(!unbound.contains(&address(250)));
+        assert_eq!(pins.names(address(250), 2), [name("used.test")]);
+        let week = 7 * PIN_LIFETIME.as_secs();
+        assert!(!pins.sweep(week, |_| true).contains(&address(250)));
+        pins.release(address(250));
+        assert_eq!(pins.sweep(week, |_| true), [address(250)]);
+        // What the policy takes away is gone, used or not.
+        pins.pin(&name("used.test"), address(250), week);
+        pins.hold(address(250));
+        assert_eq!(pins.sweep(week, |_| false), [address(250)]);
+    }
+
+    #[test]
+    fn a_held_address_gives_up_names_it_can_spare() {
+        let mut pins = Pins::default();
+        pins.hold(address(1));
+        for index in 0..=PINS_MAX {
+            let pinned = pins.pin(&name(&format!("n{index}.test")), address(1), 0);
+            assert_eq!(pinned.evicted, None);
+        }
+        assert_eq!(pins.len(), PINS_MAX);
+        assert!(!pins.contains(&name("n0.test"), address(1), 1));
     }
 
     proptest! {

@@ -10,7 +10,7 @@ mod rules;
 use std::{
     collections::BTreeSet,
     io,
-    net::{Ipv4Addr, SocketAddrV4},
+    net::{IpAddr, SocketAddrV4},
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
@@ -20,7 +20,7 @@ use sandgate_api::{
     feed::Endpoint,
     id::{OrgId, SandboxId},
 };
-use sandgate_policy::{DomainName, FailureMode};
+use sandgate_policy::{DnsBudget, DomainName, FailureMode};
 use tokio::sync::{Notify, Semaphore};
 use tracing::Span;
 
@@ -32,6 +32,7 @@ pub use self::{
     rules::{Decision, Judgement, Rules, RulesError},
 };
 use crate::{
+    dns::budget::Budget,
     intercept::{bindings::Bindings, leases::Leases},
     kernel::{Datapath, DatapathError, EndpointHandle},
     pins::{PIN_LIFETIME, Seconds, log::PinLog},
@@ -62,6 +63,8 @@ pub struct Sandbox {
     pub limits: Limits,
     /// What it has on lease.
     pub leases: Leases,
+    /// What it has said by asking for names.
+    dns_budget: Mutex<Budget>,
     state: Mutex<State>,
     /// Ports that tunnels lead to, never the agent's. Locked while a connection to one is admitted, so that none
     /// slips in while its port is taken away.
@@ -119,6 +122,17 @@ pub struct AdmittedRequest {
     pub bindings: Arc<Bindings>,
 }
 
+/// What the rules say about asking for a name.
+#[derive(Debug)]
+pub struct NameLeave {
+    /// Whether it may be asked for.
+    pub decision: Decision,
+    /// Which types of records, and how much.
+    pub dns: DnsBudget,
+    /// For whom.
+    pub org_id: OrgId,
+}
+
 /// An address could not be pinned.
 #[derive(Debug, thiserror::Error)]
 pub enum PinError {
@@ -128,8 +142,8 @@ pub enum PinError {
     /// The kernel's set did not take it.
     #[error("the kernel did not take the address: {0}")]
     Kernel(#[from] DatapathError),
-    /// The log did not take it.
-    #[error("the pin log could not be written: {0}")]
+    /// Those of an earlier netd could not be read.
+    #[error("the pin log could not be read: {0}")]
     Log(#[source] io::Error),
 }
 
@@ -157,10 +171,10 @@ impl Sandbox {
         let (log, mut pins) = PinLog::open(pin_file, now).map_err(PinError::Log)?;
         let forgotten = pins.sweep(now, |name| rules.judge_name(name).is_allowed());
         for address in forgotten {
-            datapath.unbind_address(handle, address.into())?;
+            datapath.unbind_address(handle, address)?;
         }
         for address in pins.addresses() {
-            datapath.bind_address(handle, address.into())?;
+            datapath.bind_address(handle, address)?;
         }
         let limits = Limits {
             flows: Arc::new(Semaphore::new(FLOWS_MAX)),
@@ -177,6 +191,7 @@ impl Sandbox {
             handle,
             limits,
             leases: Leases::default(),
+            dns_budget: Mutex::default(),
             state: Mutex::new(State {
                 enforced: Enforced::new(rules, pins),
                 log: Some(log),
@@ -231,8 +246,17 @@ impl Sandbox {
         let entered = state.enforced.admit(facts.clone(), now)?;
         // Only a pair that DNS made is prolonged: a name beside an address range was not looked up here.
         if let Some(name) = &facts.name
-            && state.enforced.pins().names(*facts.to.ip(), now).contains(name)
-            && let Err(error) = state.pin(&self.datapath, self.handle, name, *facts.to.ip(), now)
+            && state
+                .enforced
+                .pins()
+                .contains(name, IpAddr::V4(*facts.to.ip()), now)
+            && let Err(error) = state.pin(
+                &self.datapath,
+                self.handle,
+                name,
+                &[IpAddr::V4(*facts.to.ip())],
+                now,
+            )
         {
             // The pair is still pinned as it was: only its life was not prolonged.
             tracing::warn!(sandbox_id = %self.id, %error, "cannot prolong a pin");
@@ -247,9 +271,30 @@ impl Sandbox {
         })
     }
 
+    /// Whether it has an IPv6 address.
+    pub fn has_ipv6(&self) -> bool {
+        self.endpoint.address6.is_some()
+    }
+
     /// What the rules say about asking for a name.
-    pub fn judge_name(&self, name: &DomainName) -> Decision {
-        self.lock().enforced.rules().judge_name(name)
+    pub fn ask_name(&self, name: &DomainName) -> NameLeave {
+        let state = self.lock();
+        let rules = state.enforced.rules();
+        NameLeave {
+            decision: rules.judge_name(name),
+            dns: rules.dns(),
+            org_id: rules.org_id().clone(),
+        }
+    }
+
+    /// What it may ask of DNS.
+    pub fn dns_limits(&self) -> DnsBudget {
+        self.lock().enforced.rules().dns()
+    }
+
+    /// What it has said by asking for names.
+    pub fn dns_budget(&self) -> MutexGuard<'_, Budget> {
+        self.dns_budget.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The decision that address and port alone lead to, for records about packets.
@@ -261,17 +306,13 @@ impl Sandbox {
     ///
     /// # Errors
     /// When the name is no longer allowed, or an address could not be made usable; the answer must not go out.
-    pub fn pin(&self, name: &DomainName, addresses: &[Ipv4Addr]) -> Result<(), PinError> {
+    pub fn pin(&self, name: &DomainName, addresses: &[IpAddr]) -> Result<(), PinError> {
         let mut state = self.lock();
         let decision = state.enforced.rules().judge_name(name);
         if !decision.is_allowed() || state.enforced.is_closed() {
             return Err(PinError::NotAllowed(decision));
         }
-        let now = seconds();
-        for address in addresses {
-            state.pin(&self.datapath, self.handle, name, *address, now)?;
-        }
-        Ok(())
+        state.pin(&self.datapath, self.handle, name, addresses, seconds())
     }
 
     /// Puts new rules in force: the kernel first, then names, pins and flows in one step. Returns the flows
@@ -378,6 +419,10 @@ impl Sandbox {
         let mut state = self.lock();
         let unbound = state.enforced.sweep_pins(seconds());
         state.forget(&self.datapath, self.handle, &self.id, &unbound);
+        let State { enforced, log } = &mut *state;
+        if let Some(log) = log {
+            log.settle(enforced.pins());
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -387,49 +432,57 @@ impl Sandbox {
 }
 
 impl State {
+    /// Pins addresses to a name. What was pinned before a failure stays.
     fn pin(
         &mut self,
         datapath: &Datapath,
         handle: EndpointHandle,
         name: &DomainName,
-        address: Ipv4Addr,
+        addresses: &[IpAddr],
         now: Seconds,
     ) -> Result<(), PinError> {
         let pins = self.enforced.pins();
-        let pinned = pins.pin(name, address, now);
-        if pinned.is_new_address
-            && let Err(error) = datapath.bind_address(handle, address.into())
-        {
-            pins.unpin(name, address);
-            return Err(error.into());
+        let mut unlogged = Vec::new();
+        let mut told = Ok(());
+        for address in addresses {
+            let pinned = pins.pin(name, *address, now);
+            if pinned.is_new_address
+                && let Err(error) = datapath.bind_address(handle, *address)
+            {
+                pins.unpin(name, *address);
+                told = Err(error);
+            }
+            if let Some(evicted) = pinned.evicted
+                && let Err(error) = datapath.unbind_address(handle, evicted)
+            {
+                told = Err(error);
+            }
+            if told.is_err() {
+                break;
+            }
+            if pinned.must_be_logged {
+                unlogged.push(*address);
+            }
         }
-        if let Some(evicted) = pinned.evicted {
-            datapath.unbind_address(handle, evicted.into())?;
+        if let Some(log) = &mut self.log {
+            log.append(name, &unlogged, now + PIN_LIFETIME.as_secs(), pins);
         }
-        if pinned.must_be_logged
-            && let Some(log) = &mut self.log
-        {
-            let ends = now + PIN_LIFETIME.as_secs();
-            log.append(name, address, ends, pins).map_err(PinError::Log)?;
-        }
-        Ok(())
+        Ok(told?)
     }
 
     /// Brings kernel and log in step with pins that were dropped.
-    fn forget(&mut self, datapath: &Datapath, handle: EndpointHandle, id: &SandboxId, unbound: &[Ipv4Addr]) {
+    fn forget(&mut self, datapath: &Datapath, handle: EndpointHandle, id: &SandboxId, unbound: &[IpAddr]) {
         if unbound.is_empty() {
             return;
         }
         for address in unbound {
             // Left in the kernel it only brings the connection to netd, which refuses it.
-            if let Err(error) = datapath.unbind_address(handle, (*address).into()) {
+            if let Err(error) = datapath.unbind_address(handle, *address) {
                 tracing::warn!(sandbox_id = %id, %error, "cannot unbind an address in the kernel");
             }
         }
-        if let Some(log) = &mut self.log
-            && let Err(error) = log.rewrite(self.enforced.pins())
-        {
-            tracing::warn!(sandbox_id = %id, %error, "cannot write the pin log");
+        if let Some(log) = &mut self.log {
+            log.rewrite(self.enforced.pins());
         }
     }
 }

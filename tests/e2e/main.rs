@@ -7,6 +7,7 @@ use harness::{cases, suite::Suite};
 
 mod attacks;
 mod bad_input;
+mod dns;
 mod execution;
 mod flow;
 mod frames;
@@ -71,6 +72,35 @@ fn main() -> ExitCode {
                 attacks::icmp_and_ipv6_go_nowhere,
                 frames::forged_frames_go_nowhere,
                 attacks::every_attempt_is_counted,
+            ],
+        )
+        .group(
+            "dns",
+            cases![
+                dns::asking::real_clients_resolve_what_is_allowed_and_nothing_else,
+                dns::asking::types_that_no_policy_lists_are_refused_and_service_bindings_are_empty,
+                dns::asking::types_that_the_policy_lists_are_answered_from_parsed_records,
+                dns::asking::nothing_but_a_name_and_a_type_goes_upstream,
+                dns::asking::improper_questions_get_no_further,
+                dns::asking::answers_are_cut_to_what_a_client_takes_and_whole_by_tcp,
+                dns::asking::a_connection_carries_many_questions_at_once,
+                dns::asking::aliases_are_judged_by_the_name_that_was_asked,
+                dns::asking::addresses_that_nobody_may_reach_are_stripped_in_every_form,
+                dns::asking::names_of_a_cluster_and_of_search_domains_go_nowhere_unless_listed,
+                dns::upstreams::forged_answers_are_not_heard,
+                dns::upstreams::a_sandbox_cannot_answer_netds_questions,
+                dns::upstreams::an_upstream_that_fails_is_passed_over_and_remembered,
+                dns::upstreams::what_one_organisation_asked_another_cannot_tell,
+                dns::budgets::names_under_a_wildcard_carry_little_out,
+                dns::budgets::long_labels_and_names_are_refused,
+                dns::budgets::bytes_that_go_upstream_are_counted_and_the_caches_are_not,
+                dns::budgets::the_strictest_tier_sets_the_budget,
+                dns::pinned::an_address_that_turns_all_the_time_drops_no_flow,
+                dns::pinned::every_one_of_three_hundred_addresses_is_pinned,
+                dns::pinned::what_a_flow_uses_is_not_forgotten_however_much_is_asked,
+                dns::pinned::pins_outlive_netd_and_not_the_policy,
+                dns::pinned::whoever_gets_an_address_next_inherits_no_pin,
+                dns::pinned::names_resolve_while_policies_change,
             ],
         )
         .group(

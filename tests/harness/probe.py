@@ -163,43 +163,93 @@ def udp(attempt, result):
             result["outcome"] = "silent"
 
 
-def skip_name(message, at):
+def name_at(message, at):
+    """The name there, and where it ends."""
+    labels, end = [], None
     while message[at]:
         if message[at] >= 0xC0:
-            return at + 2
-        at += message[at] + 1
-    return at + 1
+            end = end or at + 2
+            at = struct.unpack(">H", message[at : at + 2])[0] & 0x3FFF
+        else:
+            labels.append(message[at + 1 : at + 1 + message[at]].decode("latin-1"))
+            at += message[at] + 1
+    return ".".join(labels), end or at + 1
+
+
+def dns_query(attempt, name):
+    """A query; `edns`: the size it takes, `options`: what else its OPT record holds, `questions`: how often it asks."""
+    labels = b"".join(bytes([len(label)]) + label for label in name.encode("latin-1").split(b".") if label)
+    opt = b""
+    if "edns" in attempt:
+        options = bytes.fromhex(attempt.get("options", ""))
+        opt = b"\0" + struct.pack(">2HIH", 41, attempt["edns"], attempt.get("edns_flags", 0), len(options)) + options
+    count = attempt.get("questions", 1)
+    query = os.urandom(2) + struct.pack(">5H", attempt.get("flags", 0x0100), count, 0, 0, 1 if opt else 0)
+    question = labels + b"\0" + struct.pack(">2H", attempt["type"], attempt.get("class", 1))
+    return query + question * count + opt + bytes.fromhex(attempt.get("trailing", ""))
+
+
+def dns_answer(message):
+    flags, questions, answers = struct.unpack(">3H", message[2:8])
+    found = {"rcode": flags & 15, "truncated": bool(flags & 0x200), "size": len(message)}
+    found.update(addresses=[], records=[])
+    at = 12
+    for _ in range(questions):
+        found["name"], at = name_at(message, at)
+        at += 4
+    for _ in range(answers):
+        owner, at = name_at(message, at)
+        kind, _, found["ttl"], length = struct.unpack(">2HIH", message[at : at + 10])
+        data = message[at + 10 : at + 10 + length]
+        text = data.decode("latin-1")
+        if kind in (1, 28):
+            text = socket.inet_ntop(socket.AF_INET if kind == 1 else socket.AF_INET6, data)
+            found["addresses"].append(text)
+        elif kind == 5:
+            text, _ = name_at(message, at + 10)
+        at += 10 + length
+        found["records"].append([owner, kind, text])
+    return found
+
+
+def read_dns(stream):
+    header = stream.recv(2, socket.MSG_WAITALL)
+    if len(header) < 2:
+        return None
+    return stream.recv(struct.unpack(">H", header)[0], socket.MSG_WAITALL)
 
 
 def dns(attempt, result):
-    labels = b"".join(bytes([len(label)]) + label for label in attempt["name"].encode("latin-1").split(b".") if label)
-    query = os.urandom(2) + struct.pack(">5H", 0x0100, 1, 0, 0, 0) + labels + b"\0"
-    query += struct.pack(">2H", attempt["type"], attempt.get("class", 1))
+    query = bytes.fromhex(attempt["raw"]) if "raw" in attempt else dns_query(attempt, attempt["name"])
     if attempt["tcp"]:
         with open_tcp(attempt, result) as stream:
             stream.sendall(struct.pack(">H", len(query)) + query)
-            length = struct.unpack(">H", stream.recv(2, socket.MSG_WAITALL))[0]
-            message = stream.recv(length, socket.MSG_WAITALL)
+            message = read_dns(stream)
     else:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stream:
-            stream.settimeout(attempt.get("timeout", TIMEOUT))
+        family = socket.AF_INET6 if ":" in attempt["to"] else socket.AF_INET
+        with socket.socket(family, socket.SOCK_DGRAM) as stream:
+            stream.settimeout(attempt.get("timeout", 8.0))
             stream.connect((attempt["to"], attempt["port"]))
             stream.send(query)
             message = stream.recv(65536)
-    identifier, flags, questions, answers = struct.unpack(">4H", message[:8])
+    if not message:
+        result["outcome"] = "closed"
+        return
     assert message[:2] == query[:2], "another id"
-    result.update(outcome="answered", rcode=flags & 15, truncated=bool(flags & 0x200), addresses=[], kinds=[])
-    at = 12
-    for _ in range(questions):
-        at = skip_name(message, at) + 4
-    for _ in range(answers):
-        at = skip_name(message, at)
-        kind, _, result["ttl"], length = struct.unpack(">2HIH", message[at : at + 10])
-        data = message[at + 10 : at + 10 + length]
-        at += 10 + length
-        result["kinds"].append(kind)
-        if kind in (1, 28):
-            result["addresses"].append(socket.inet_ntop(socket.AF_INET if kind == 1 else socket.AF_INET6, data))
+    result.update(dns_answer(message), outcome="answered")
+
+
+def dns_stream(attempt, result):
+    """Questions for all `names` on one connection, sent at once; their answers as they come."""
+    with open_tcp(attempt, result) as stream:
+        queries = [dns_query(attempt, name) for name in attempt["names"]]
+        stream.sendall(b"".join(struct.pack(">H", len(query)) + query for query in queries))
+        answers = []
+        while len(answers) < len(queries) and (message := read_dns(stream)):
+            answers.append(dns_answer(message))
+        result.update(outcome="answered", answers=answers)
+        if attempt.get("until_closed"):
+            result["outcome"] = "answered" if read_dns(stream) else "closed"
 
 
 def lookup(attempt, result):
@@ -272,7 +322,7 @@ def frame(attempt, result):
         result["outcome"] = "sent"
 
 
-KINDS = {"tcp": tcp, "tls": tls, "udp": udp, "dns": dns, "lookup": lookup, "icmp": icmp, "frame": frame}
+KINDS = {"tcp": tcp, "tls": tls, "udp": udp, "dns": dns, "dns_stream": dns_stream, "lookup": lookup, "icmp": icmp, "frame": frame}
 
 
 def run(attempt):

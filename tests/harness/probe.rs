@@ -51,6 +51,18 @@ pub struct Outcome {
     /// Of DNS: the answer was cut.
     #[serde(default)]
     pub truncated: bool,
+    /// Of DNS: bytes of the answer.
+    #[serde(default)]
+    pub size: usize,
+    /// Of DNS: the lifetime of the last record, in seconds.
+    #[serde(default)]
+    pub ttl: Option<u32>,
+    /// Of DNS: name, type and data of each record.
+    #[serde(default)]
+    pub records: Vec<(String, u16, String)>,
+    /// Of several DNS questions on one connection: the answers, as they came.
+    #[serde(default)]
+    pub answers: Vec<Value>,
     /// The error as the program saw it.
     #[serde(default)]
     pub error: String,
@@ -125,6 +137,11 @@ pub fn udp(to: impl ToString, port: u16) -> Value {
 /// A DNS query for an address record, to a given server.
 pub fn dns(server: impl ToString, name: &str) -> Value {
     json!({ "kind": "dns", "to": server.to_string(), "port": 53, "name": name, "type": 1, "tcp": false })
+}
+
+/// DNS queries for address records, to a given server, all at once on one connection.
+pub fn dns_stream(server: impl ToString, names: &[String]) -> Value {
+    json!({ "kind": "dns_stream", "to": server.to_string(), "port": 53, "names": names, "type": 1, "timeout": 15.0 })
 }
 
 /// What the sandbox's own resolver says.

@@ -10,7 +10,7 @@
 
 use std::{
     io::{BufRead as _, BufReader},
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::unix::fs::PermissionsExt as _,
     path::Path,
     process::{Child, Command, Stdio},
@@ -38,6 +38,10 @@ pub const NODE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 130);
 pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 129);
 /// The name server the node uses.
 pub const RESOLVER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 53);
+/// Others that a node may be told to use besides.
+pub const SECOND_RESOLVER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 54);
+/// The same, by IPv6.
+pub const RESOLVER6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0x53, 0, 0, 0, 0, 0x53);
 /// A public name server that is not the node's.
 pub const OTHER_RESOLVER: Ipv4Addr = Ipv4Addr::new(8, 8, 8, 8);
 /// `ok.test`, and another tenant of the same front, `tenant.test`.
@@ -345,8 +349,15 @@ impl Builder {
         for (name, answer) in self.names {
             dns.set(&name, answer);
         }
-        dns.serve(&internet, (RESOLVER, 53).into())?;
-        dns.serve(&internet, (OTHER_RESOLVER, 53).into())?;
+        let servers: [IpAddr; 4] = [
+            RESOLVER.into(),
+            SECOND_RESOLVER.into(),
+            RESOLVER6.into(),
+            OTHER_RESOLVER.into(),
+        ];
+        for server in servers {
+            dns.serve(&internet, (server, 53).into())?;
+        }
         let (web, ca) = (Web::default(), CertificateAuthority::new()?);
         for (address, names) in self.sites {
             web.serve(&internet, (address, 80).into(), None)?;
@@ -416,7 +427,8 @@ fn join(node: &Namespace, internet: &Namespace) -> Result<usize> {
         "addr add 2001:db8:ffff::1/64 dev world nodad",
         "link set world up",
         "route add local default dev lo",
-        "-6 route add local default dev lo",
+        // In the main table: that of local routes is asked first, and would take the node's own address too.
+        "-6 route add local default dev lo table main",
     ] {
         internet.ip(line)?;
     }

@@ -8,7 +8,7 @@ pub(crate) fn canonical(address: IpAddr) -> IpAddr {
 }
 
 /// The address in canonical form, and every IPv4 address that something on the way might take out of it.
-pub(crate) fn faces(address: IpAddr) -> impl Iterator<Item = IpAddr> + Clone {
+pub fn faces(address: IpAddr) -> impl Iterator<Item = IpAddr> + Clone {
     let address = canonical(address);
     let inner = match address {
         IpAddr::V4(_) => [None, None],

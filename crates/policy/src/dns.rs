@@ -87,7 +87,8 @@ pub struct DnsBudget {
     pub types: DnsTypes,
     /// Different names in a minute.
     pub unique_names_per_minute: u32,
-    /// Bytes of all names asked for in a minute, each counted as often as it is asked for.
+    /// Bytes of all names that the upstream is asked for in a minute, each counted as often as that is done. What the
+    /// node knows already costs nothing.
     pub query_bytes_per_minute: u32,
     /// Longest label in bytes.
     pub label_max: u8,

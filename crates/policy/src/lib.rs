@@ -27,6 +27,7 @@ mod reason;
 mod request;
 mod tier;
 
+pub use address::faces;
 pub use decide::{BoundHost, Flow, Protocol, SandboxPolicy, Verdict};
 pub use dns::{DnsBudget, DnsType, DnsTypes};
 pub use document::{Action, Enforcement, FailureMode, Mode, Policy, Rule, RuleProtocol, Tls};

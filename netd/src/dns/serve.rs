@@ -3,55 +3,61 @@
 
 use std::{
     io::{self, IoSlice, IoSliceMut},
-    net::{Ipv4Addr, SocketAddrV4},
+    net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6},
     os::fd::AsRawFd as _,
     sync::Arc,
     time::Duration,
 };
 
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, SockaddrIn, recvmsg, sendmsg};
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
+use nix::sys::socket::{
+    ControlMessage, ControlMessageOwned, MsgFlags, SockaddrIn, SockaddrIn6, SockaddrStorage, recvmsg, sendmsg,
+};
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _, Interest},
+    io::{AsyncWriteExt as _, Interest},
     net::{TcpListener, TcpStream, UdpSocket},
 };
+use tokio_util::codec::LengthDelimitedCodec;
 
-use super::{Reply, Resolver, message::QUERY_MAX};
+use super::{Reply, Resolver, Step, message::QUERY_MAX};
 use crate::sandbox::Sandbox;
 
-/// How long a DNS connection may say nothing.
+/// How long a DNS connection may say nothing, or not take what it is told (RFC 7766, 6.2.3).
 const STREAM_IDLE: Duration = Duration::from_secs(10);
 /// Questions of one connection.
-const STREAM_QUESTIONS: usize = 100;
+const STREAM_QUESTIONS: usize = 1000;
+/// Questions of one connection that are being answered at once; more are read when some are answered.
+const STREAM_OPEN: usize = 16;
 const PAUSE: Duration = Duration::from_millis(20);
 /// Packets taken before other tasks get their turn.
 const BURST: usize = 64;
 
-/// One question over UDP.
-struct Datagram {
-    packet: Vec<u8>,
-    from: SocketAddrV4,
-    /// The address the sandbox asked.
-    asked: Ipv4Addr,
+/// Who asked, and what address it was that they asked.
+#[derive(Debug, Clone, Copy)]
+struct Way {
+    from: SocketAddr,
+    asked: IpAddr,
 }
 
 impl Resolver {
-    /// Answers questions over UDP until the program ends. `answers` is bound to port 53 and may send from any
-    /// address.
+    /// Answers questions over UDP until the program ends. `answers` is bound to port 53, of the same family, and may
+    /// send from any address.
     ///
     /// # Errors
     /// When a socket cannot be watched.
     pub async fn serve_udp(self: Arc<Self>, questions: UdpSocket, answers: UdpSocket) -> io::Result<()> {
         let answers = Arc::new(answers);
         let end = self.tasks.shutdown();
+        let mut buffer = [0; QUERY_MAX + 1];
         loop {
             tokio::select! {
                 ready = questions.readable() => ready?,
                 () = end.cancelled() => return Ok(()),
             }
             for _ in 0..BURST {
-                match questions.try_io(Interest::READABLE, || receive(&questions)) {
-                    Ok(Some(datagram)) => self.take(datagram, &answers),
-                    Ok(None) => {}
+                match questions.try_io(Interest::READABLE, || receive(&questions, &mut buffer)) {
+                    Ok((length, Some(way))) => self.take(&buffer[..length], way, &answers),
+                    Ok((_, None)) => {}
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                     Err(error) => {
                         tracing::warn!(%error, "cannot receive a DNS question");
@@ -64,30 +70,28 @@ impl Resolver {
         }
     }
 
-    fn take(self: &Arc<Self>, datagram: Datagram, answers: &Arc<UdpSocket>) {
+    fn take(self: &Arc<Self>, packet: &[u8], way: Way, answers: &Arc<UdpSocket>) {
         // The kernel has checked the source against the interface: it names the sandbox.
-        let Some(sandbox) = self.sandboxes.by_address(*datagram.from.ip()) else {
+        let Some(sandbox) = self.sandbox_at(way.from.ip()) else {
             return;
         };
         let Ok(permit) = Arc::clone(&sandbox.limits.queries).try_acquire_owned() else {
-            let reply = self.over_limit(&sandbox, &datagram.packet);
-            if let Some(bytes) = reply.into_bytes(None)
-                && let Err(error) = answers.try_io(Interest::WRITABLE, || send(answers, &bytes, &datagram))
-            {
-                tracing::debug!(%error, "cannot send a DNS answer");
-            }
-            return;
+            return try_answer(answers, self.over_limit(&sandbox, packet), way);
+        };
+        let waiting = match self.begin(&sandbox, packet) {
+            Step::Done(reply) => return try_answer(answers, reply, way),
+            Step::Wait(waiting) => waiting,
         };
         let (resolver, answers) = (Arc::clone(self), Arc::clone(answers));
         self.tasks
             .spawn_within("dns question", &sandbox.span(), async move {
                 let _permit = permit;
-                let reply = resolver.reply(&sandbox, &datagram.packet).await;
+                let reply = resolver.finish(&sandbox, waiting).await;
                 let Some(bytes) = reply.into_bytes(None) else {
                     return;
                 };
                 let sent = answers
-                    .async_io(Interest::WRITABLE, || send(&answers, &bytes, &datagram))
+                    .async_io(Interest::WRITABLE, || send(&answers, &bytes, way))
                     .await;
                 if let Err(error) = sent {
                     tracing::debug!(%error, "cannot send a DNS answer");
@@ -111,10 +115,7 @@ impl Resolver {
                     continue;
                 }
             };
-            let std::net::IpAddr::V4(from) = peer.ip() else {
-                continue;
-            };
-            let Some(sandbox) = self.sandboxes.by_address(from) else {
+            let Some(sandbox) = self.sandbox_at(peer.ip()) else {
                 continue;
             };
             let Ok(permit) = Arc::clone(&sandbox.limits.dns_streams).try_acquire_owned() else {
@@ -136,30 +137,58 @@ impl Resolver {
         }
     }
 
-    async fn converse(&self, sandbox: &Sandbox, mut stream: TcpStream) -> io::Result<()> {
-        for _ in 0..STREAM_QUESTIONS {
-            let reading = async {
-                let length = usize::from(stream.read_u16().await?);
-                if length > QUERY_MAX {
-                    return Err(io::ErrorKind::InvalidData.into());
-                }
-                let mut packet = vec![0; length];
-                stream.read_exact(&mut packet).await?;
-                io::Result::Ok(packet)
-            };
-            let packet = tokio::time::timeout(STREAM_IDLE, reading).await??;
-            let reply = match Arc::clone(&sandbox.limits.queries).try_acquire_owned() {
-                Ok(_permit) => self.reply(sandbox, &packet).await,
-                Err(_) => self.over_limit(sandbox, &packet),
-            };
-            let Some(bytes) = reply.into_bytes(Some(usize::from(u16::MAX))) else {
+    /// Answers the questions of one connection as they can be answered, which need not be the order in which they came
+    /// (RFC 7766, 7).
+    async fn converse(&self, sandbox: &Sandbox, stream: TcpStream) -> io::Result<()> {
+        let (reader, mut writer) = stream.into_split();
+        let mut questions = LengthDelimitedCodec::builder()
+            .length_field_length(2)
+            .max_frame_length(QUERY_MAX)
+            .new_read(reader);
+        let mut open = FuturesUnordered::new();
+        let mut left = STREAM_QUESTIONS;
+        loop {
+            if left == 0 && open.is_empty() {
                 return Ok(());
-            };
-            let length = u16::try_from(bytes.len()).map_err(io::Error::other)?;
-            let framed = [&length.to_be_bytes()[..], &bytes].concat();
-            tokio::time::timeout(STREAM_IDLE, stream.write_all(&framed)).await??;
+            }
+            tokio::select! {
+                Some(reply) = open.next(), if !open.is_empty() => {
+                    let reply: Reply = reply;
+                    let Some(bytes) = reply.into_bytes(Some(usize::from(u16::MAX))) else {
+                        return Ok(());
+                    };
+                    let length = u16::try_from(bytes.len()).map_err(io::Error::other)?;
+                    let framed = [&length.to_be_bytes()[..], &bytes].concat();
+                    tokio::time::timeout(STREAM_IDLE, writer.write_all(&framed)).await??;
+                }
+                question = tokio::time::timeout(STREAM_IDLE, questions.next()),
+                        if left > 0 && open.len() < STREAM_OPEN => {
+                    // What was asked is answered, also when nothing more comes.
+                    let Ok(Some(question)) = question else {
+                        left = 0;
+                        continue;
+                    };
+                    let question = question?;
+                    left -= 1;
+                    open.push(async move {
+                        let Ok(_permit) = Arc::clone(&sandbox.limits.queries).try_acquire_owned() else {
+                            return self.over_limit(sandbox, &question);
+                        };
+                        match self.begin(sandbox, &question) {
+                            Step::Done(reply) => reply,
+                            Step::Wait(waiting) => self.finish(sandbox, waiting).await,
+                        }
+                    });
+                }
+            }
         }
-        Ok(())
+    }
+
+    fn sandbox_at(&self, address: IpAddr) -> Option<Arc<Sandbox>> {
+        match address {
+            IpAddr::V4(address) => self.sandboxes.by_address(address),
+            IpAddr::V6(_) => None,
+        }
     }
 }
 
@@ -174,50 +203,77 @@ impl Reply {
     }
 }
 
-/// Takes one datagram, with the address it was sent to. Nothing when it came without one.
-fn receive(socket: &UdpSocket) -> io::Result<Option<Datagram>> {
-    let mut packet = vec![0; QUERY_MAX + 1];
-    let mut control = nix::cmsg_space!(libc::sockaddr_in);
-    let (length, from, asked) = {
-        let mut parts = [IoSliceMut::new(&mut packet)];
-        let received = recvmsg::<SockaddrIn>(
-            socket.as_raw_fd(),
-            &mut parts,
-            Some(&mut control),
-            MsgFlags::MSG_DONTWAIT,
-        )?;
-        let asked = received.cmsgs()?.find_map(|message| match message {
-            ControlMessageOwned::Ipv4OrigDstAddr(address) => Some(SockaddrIn::from(address).ip()),
-            _ => None,
-        });
-        (received.bytes, received.address, asked)
-    };
-    packet.truncate(length);
-    Ok(from.zip(asked).map(|(from, asked)| Datagram {
-        packet,
-        from: SocketAddrV4::from(from),
-        asked,
-    }))
+/// Sends what can be sent at once: a sandbox whose answers find no room asks again.
+fn try_answer(socket: &UdpSocket, reply: Reply, way: Way) {
+    if let Some(bytes) = reply.into_bytes(None)
+        && let Err(error) = socket.try_io(Interest::WRITABLE, || send(socket, &bytes, way))
+    {
+        tracing::debug!(%error, "cannot send a DNS answer");
+    }
+}
+
+/// Takes one datagram, with the address it was sent to. No way when it came without one.
+fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<(usize, Option<Way>)> {
+    let mut control = nix::cmsg_space!(libc::sockaddr_in6);
+    let mut parts = [IoSliceMut::new(buffer)];
+    let received = recvmsg::<SockaddrStorage>(
+        socket.as_raw_fd(),
+        &mut parts,
+        Some(&mut control),
+        MsgFlags::MSG_DONTWAIT,
+    )?;
+    let asked = received.cmsgs()?.find_map(|message| match message {
+        ControlMessageOwned::Ipv4OrigDstAddr(address) => Some(IpAddr::V4(SockaddrIn::from(address).ip())),
+        ControlMessageOwned::Ipv6OrigDstAddr(address) => Some(IpAddr::V6(SockaddrIn6::from(address).ip())),
+        _ => None,
+    });
+    let from = received.address.and_then(|address| {
+        let v4 = address
+            .as_sockaddr_in()
+            .map(|v4| SocketAddr::V4(SocketAddrV4::from(*v4)));
+        v4.or_else(|| {
+            address
+                .as_sockaddr_in6()
+                .map(|v6| SocketAddr::V6(SocketAddrV6::from(*v6)))
+        })
+    });
+    let way = from.zip(asked).map(|(from, asked)| Way { from, asked });
+    Ok((received.bytes, way))
 }
 
 /// Sends an answer from the address that was asked.
-fn send(socket: &UdpSocket, bytes: &[u8], to: &Datagram) -> io::Result<()> {
-    let from = libc::in_pktinfo {
-        ipi_ifindex: 0,
-        ipi_spec_dst: libc::in_addr {
-            s_addr: u32::from(to.asked).to_be(),
-        },
-        ipi_addr: libc::in_addr { s_addr: 0 },
-    };
+fn send(socket: &UdpSocket, bytes: &[u8], way: Way) -> io::Result<()> {
     let parts = [IoSlice::new(bytes)];
-    let control = [ControlMessage::Ipv4PacketInfo(&from)];
-    let address = SockaddrIn::from(to.from);
+    let to = SockaddrStorage::from(way.from);
+    let from4;
+    let from6;
+    let control = match way.asked {
+        IpAddr::V4(asked) => {
+            from4 = libc::in_pktinfo {
+                ipi_ifindex: 0,
+                ipi_spec_dst: libc::in_addr {
+                    s_addr: u32::from(asked).to_be(),
+                },
+                ipi_addr: libc::in_addr { s_addr: 0 },
+            };
+            ControlMessage::Ipv4PacketInfo(&from4)
+        }
+        IpAddr::V6(asked) => {
+            from6 = libc::in6_pktinfo {
+                ipi6_ifindex: 0,
+                ipi6_addr: libc::in6_addr {
+                    s6_addr: asked.octets(),
+                },
+            };
+            ControlMessage::Ipv6PacketInfo(&from6)
+        }
+    };
     sendmsg(
         socket.as_raw_fd(),
         &parts,
-        &control,
+        &[control],
         MsgFlags::MSG_DONTWAIT,
-        Some(&address),
+        Some(&to),
     )?;
     Ok(())
 }

@@ -1,34 +1,56 @@
-//! Asks the node's upstream resolvers, from the node's own namespace. Owns: which server is asked when, over
-//! what, and for how long. Asks only what it is given: the decision whether to ask is made before.
+//! Asks the node's upstream resolvers, from the node's own namespace. Owns: which server is asked when, what is
+//! remembered of their health, and for how long one question may take. Asks only what it is given: the decision
+//! whether to ask is made before.
+
+mod exchange;
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use hickory_proto::rr::Name;
-use sandgate_policy::DomainName;
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpStream, UdpSocket},
-    time::Instant,
-};
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
+use sandgate_daemon::tasks::Tasks;
+use sandgate_policy::{DnsType, DomainName};
+use tokio::time::Instant;
 
-use super::message::{self, Unusable, Upstream};
+use super::found::{Found, Unusable};
 
 /// Time for one name, over all servers and attempts. Below the timeout of the resolver library inside.
 const TOTAL: Duration = Duration::from_millis(4500);
-/// Time for one server before the next is asked.
-const ATTEMPT: Duration = Duration::from_millis(1200);
-const ROUNDS: usize = 2;
-/// Answers over UDP are at most as long as the query allowed, plus what a careless server adds.
-const UDP_BUFFER: usize = 4096;
+/// Silence after which another attempt is begun. The earlier ones still count when their answer comes.
+const PATIENCE: Duration = Duration::from_millis(700);
+/// How often a server is asked for one name, at most: a datagram may be lost.
+const ROUNDS: usize = 3;
+/// Attempts for one name.
+const ATTEMPTS_MAX: usize = 6;
+/// A server that failed is asked last for this long, twice as long after each further failure.
+const REST: Duration = Duration::from_secs(5);
+const REST_MAX: Duration = Duration::from_secs(60);
+/// Time for a server that failed to show that it is well.
+const PROBE: Duration = Duration::from_secs(3);
 
-/// The upstream resolvers, in the order in which they are asked.
-#[derive(Debug, Clone)]
+/// The upstream resolvers, in the order in which they are asked while all are well. Clones share what is known of
+/// their health.
+#[derive(Clone)]
 pub struct Servers {
-    servers: Vec<SocketAddr>,
+    servers: Arc<[Server]>,
+    tasks: Tasks,
+}
+
+struct Server {
+    address: SocketAddr,
+    health: Mutex<Health>,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Health {
+    /// Since it last answered.
+    failures: u32,
+    /// Of a server that failed: until when it is asked last. Then one question tries it beside the others.
+    rests_until: Option<Instant>,
 }
 
 /// No upstream helped.
@@ -40,9 +62,6 @@ pub enum UpstreamError {
     /// There are none.
     #[error("there is no DNS upstream")]
     NoServer,
-    /// The name or an id could not be made into a query.
-    #[error("the query could not be made")]
-    Unwritable,
 }
 
 /// One server did not help.
@@ -56,186 +75,178 @@ pub enum AttemptError {
     TimedOut,
     /// It answered with a failure, or over TCP with something else.
     #[error(transparent)]
-    Unusable(Unusable),
+    Unusable(#[from] Unusable),
+    /// The name or an id could not be made into a query.
+    #[error("the query could not be made")]
+    Unwritable,
+}
+
+impl AttemptError {
+    /// Whether the server is to blame, and not the name.
+    fn is_illness(&self) -> bool {
+        match self {
+            Self::Network(_) | Self::TimedOut => true,
+            Self::Unusable(_) | Self::Unwritable => false,
+        }
+    }
 }
 
 impl Servers {
-    /// Asks these servers.
-    pub fn new(servers: Vec<SocketAddr>) -> Self {
-        Self { servers }
+    /// Asks these servers; looks after those that failed among `tasks`.
+    pub fn new(servers: Vec<SocketAddr>, tasks: Tasks) -> Self {
+        let server = |address| Server {
+            address,
+            health: Mutex::default(),
+        };
+        Self {
+            servers: servers.into_iter().map(server).collect(),
+            tasks,
+        }
     }
 
-    /// The addresses of `name` as the first server that can answer has them.
+    /// The records of `name` as the first server that can answer has them.
     ///
     /// # Errors
     /// When none answers in time.
-    pub async fn resolve(&self, name: &DomainName) -> Result<Upstream, UpstreamError> {
-        let deadline = Instant::now() + TOTAL;
+    pub async fn resolve(&self, name: &DomainName, kind: DnsType) -> Result<Found, UpstreamError> {
+        let now = Instant::now();
+        let order = self.order();
+        self.try_the_rested(&order, name, kind, now);
+        let deadline = now + TOTAL;
+        let mut plan = order
+            .iter()
+            .cycle()
+            .take((order.len() * ROUNDS).min(ATTEMPTS_MAX))
+            .copied();
+        let mut attempts = FuturesUnordered::new();
+        // When each server was first asked, and those that have said something.
+        let mut asked: Vec<Option<Instant>> = vec![None; self.servers.len()];
+        let mut heard = vec![false; self.servers.len()];
         let mut failed = None;
-        for server in self.servers.iter().cycle().take(self.servers.len() * ROUNDS) {
-            let until = deadline.min(Instant::now() + ATTEMPT);
-            let id = random_id()?;
-            let (packet, asked) = message::upstream_query(id, name).ok_or(UpstreamError::Unwritable)?;
-            let query = Query {
-                server: *server,
-                id,
-                packet: &packet,
-                name: &asked,
-            };
-            match tokio::time::timeout_at(until, query.ask()).await {
-                Ok(Ok(answer)) => return Ok(answer),
-                Ok(Err(error)) => failed = Some(error),
-                Err(_elapsed) => failed = Some(AttemptError::TimedOut),
-            }
-            tracing::debug!(%server, error = failed.as_ref().map(tracing::field::display), "DNS upstream failed");
-            if Instant::now() >= deadline {
-                break;
-            }
-        }
-        Err(failed.map_or(UpstreamError::NoServer, UpstreamError::Unanswered))
-    }
-}
-
-struct Query<'a> {
-    server: SocketAddr,
-    id: u16,
-    packet: &'a [u8],
-    name: &'a Name,
-}
-
-impl Query<'_> {
-    async fn ask(&self) -> Result<Upstream, AttemptError> {
-        match self.over_udp().await? {
-            Upstream::Truncated => self.over_tcp().await,
-            answer @ (Upstream::Exists(_) | Upstream::NoSuchName(_)) => Ok(answer),
-        }
-    }
-
-    async fn over_udp(&self) -> Result<Upstream, AttemptError> {
-        let any: IpAddr = match self.server {
-            SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-            SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-        };
-        // A fresh socket per query: a random port, and connected, so that only this server is heard.
-        let socket = UdpSocket::bind((any, 0)).await.map_err(AttemptError::Network)?;
-        socket.connect(self.server).await.map_err(AttemptError::Network)?;
-        socket.send(self.packet).await.map_err(AttemptError::Network)?;
-        let mut buffer = vec![0; UDP_BUFFER];
+        let mut next = now;
         loop {
-            let length = socket.recv(&mut buffer).await.map_err(AttemptError::Network)?;
-            match message::read_upstream(&buffer[..length], self.id, self.name) {
-                Ok(answer) => return Ok(answer),
-                // Possibly somebody guessing: the real answer may still come.
-                Err(Unusable::Foreign) => {}
-                Err(failed @ Unusable::Failed(_)) => return Err(AttemptError::Unusable(failed)),
+            let due = tokio::time::sleep_until(next.min(deadline));
+            tokio::select! {
+                biased;
+                Some((index, outcome)) = attempts.next(), if !attempts.is_empty() => {
+                    let index: usize = index;
+                    heard[index] = true;
+                    match outcome {
+                        Ok(found) => {
+                            self.servers[index].answered();
+                            self.blame(&asked, &heard);
+                            return Ok(found);
+                        }
+                        Err(error) => {
+                            self.note(index, name, &error);
+                            failed = Some(error);
+                            // What failed did so at once, and so does the next attempt begin.
+                            next = Instant::now();
+                        }
+                    }
+                }
+                () = due => {
+                    let now = Instant::now();
+                    if now >= deadline {
+                        self.blame(&asked, &heard);
+                        return Err(UpstreamError::Unanswered(failed.unwrap_or(AttemptError::TimedOut)));
+                    }
+                    // One that has failed for this name fails again.
+                    match plan.find(|index| !heard[*index]) {
+                        Some(index) => {
+                            asked[index].get_or_insert(now);
+                            let address = self.servers[index].address;
+                            attempts.push(async move { (index, exchange::ask(address, name, kind).await) });
+                            next = now + PATIENCE;
+                        }
+                        None if attempts.is_empty() => {
+                            return Err(failed.map_or(UpstreamError::NoServer, UpstreamError::Unanswered));
+                        }
+                        None => next = deadline,
+                    }
+                }
             }
         }
     }
 
-    async fn over_tcp(&self) -> Result<Upstream, AttemptError> {
-        let exchange = async {
-            let mut stream = TcpStream::connect(self.server).await?;
-            let length = u16::try_from(self.packet.len()).map_err(io::Error::other)?;
-            stream
-                .write_all(&[&length.to_be_bytes(), self.packet].concat())
-                .await?;
-            let length = stream.read_u16().await?;
-            let mut answer = vec![0; usize::from(length)];
-            stream.read_exact(&mut answer).await?;
-            Ok(answer)
-        };
-        let answer = exchange.await.map_err(AttemptError::Network)?;
-        match message::read_upstream(&answer, self.id, self.name).map_err(AttemptError::Unusable)? {
-            Upstream::Truncated => Err(AttemptError::Unusable(Unusable::Foreign)),
-            answer @ (Upstream::Exists(_) | Upstream::NoSuchName(_)) => Ok(answer),
+    /// The servers that are well in their order, then the others.
+    fn order(&self) -> Vec<usize> {
+        let (well, resting): (Vec<usize>, Vec<usize>) =
+            (0..self.servers.len()).partition(|index| self.servers[*index].health().rests_until.is_none());
+        [well, resting].concat()
+    }
+
+    /// Asks a server that has rested beside the others, so that nobody waits for it.
+    fn try_the_rested(&self, order: &[usize], name: &DomainName, kind: DnsType, now: Instant) {
+        // Where no server is well the question itself tries them.
+        let any_well = order
+            .first()
+            .is_some_and(|first| self.servers[*first].health().rests_until.is_none());
+        for index in order.iter().copied().filter(|_| any_well) {
+            {
+                let mut health = self.servers[index].health();
+                if health.rests_until.is_none_or(|until| until > now) {
+                    continue;
+                }
+                // Nobody else tries it meanwhile.
+                health.rests_until = Some(now + PROBE);
+            }
+            let (servers, name) = (self.clone(), name.clone());
+            self.tasks.spawn("dns upstream probe", async move {
+                let address = servers.servers[index].address;
+                match tokio::time::timeout(PROBE, exchange::ask(address, &name, kind)).await {
+                    Ok(Ok(_)) => servers.servers[index].answered(),
+                    Ok(Err(error)) if !error.is_illness() => servers.servers[index].answered(),
+                    Ok(Err(_)) | Err(_) => servers.servers[index].failed(),
+                }
+            });
+        }
+    }
+
+    /// Notes the servers that were given time and said nothing.
+    fn blame(&self, asked: &[Option<Instant>], heard: &[bool]) {
+        for (index, since) in asked.iter().enumerate() {
+            if !heard[index] && since.is_some_and(|since| since.elapsed() >= PATIENCE) {
+                self.servers[index].failed();
+            }
+        }
+    }
+
+    fn note(&self, index: usize, name: &DomainName, error: &AttemptError) {
+        let server = &self.servers[index];
+        tracing::debug!(server = %server.address, %name, %error, "DNS upstream failed");
+        if error.is_illness() {
+            server.failed();
+        } else {
+            server.answered();
         }
     }
 }
 
-fn random_id() -> Result<u16, UpstreamError> {
-    let mut id = [0; 2];
-    getrandom::fill(&mut id).map_err(|_no_entropy| UpstreamError::Unwritable)?;
-    Ok(u16::from_be_bytes(id))
+impl Server {
+    fn answered(&self) {
+        let before = std::mem::take(&mut *self.health());
+        if before.rests_until.is_some() {
+            tracing::info!(server = %self.address, "the DNS upstream answers again");
+        }
+    }
+
+    fn failed(&self) {
+        let mut health = self.health();
+        let was_well = health.rests_until.is_none();
+        let rest = REST * 2_u32.pow(health.failures.min(4));
+        health.failures = health.failures.saturating_add(1);
+        health.rests_until = Some(Instant::now() + rest.min(REST_MAX));
+        drop(health);
+        if was_well {
+            tracing::warn!(server = %self.address, "the DNS upstream does not answer; others are asked first");
+        }
+    }
+
+    fn health(&self) -> MutexGuard<'_, Health> {
+        self.health.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use hickory_proto::{
-        op::{Message, MessageType},
-        rr::{RData, Record, rdata},
-    };
-    use tokio::net::TcpListener;
-
-    use super::*;
-
-    fn answer(packet: &[u8], addresses: u8) -> Message {
-        let mut message = Message::from_vec(packet).expect("a query");
-        message.metadata.message_type = MessageType::Response;
-        let name = message.queries[0].name().clone();
-        for last in 0..addresses {
-            let data = RData::A(rdata::A(Ipv4Addr::new(203, 0, 113, last)));
-            message.add_answer(Record::from_rdata(name.clone(), 30, data));
-        }
-        message
-    }
-
-    async fn found(servers: Vec<SocketAddr>) -> usize {
-        match Servers::new(servers)
-            .resolve(&DomainName::parse("ok.test").expect("a name"))
-            .await
-        {
-            Ok(Upstream::Exists(resolved)) => resolved.addresses.len(),
-            other => panic!("{other:?}"),
-        }
-    }
-
-    #[tokio::test]
-    async fn a_silent_server_is_passed_over_and_a_forged_answer_ignored() {
-        let silent = UdpSocket::bind("127.0.0.1:0").await.expect("bound");
-        let server = UdpSocket::bind("127.0.0.1:0").await.expect("bound");
-        let servers = vec![
-            silent.local_addr().expect("bound"),
-            server.local_addr().expect("bound"),
-        ];
-        let serving = async {
-            let mut buffer = [0; 512];
-            let (length, from) = server.recv_from(&mut buffer).await.expect("asked");
-            let mut forged = answer(&buffer[..length], 9);
-            forged.metadata.id ^= 1;
-            server
-                .send_to(&forged.to_vec().expect("written"), from)
-                .await
-                .expect("sent");
-            let real = answer(&buffer[..length], 1).to_vec().expect("written");
-            server.send_to(&real, from).await.expect("sent");
-        };
-        assert_eq!(tokio::join!(found(servers), serving).0, 1);
-    }
-
-    #[tokio::test]
-    async fn a_truncated_answer_is_asked_for_again_over_tcp() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
-        let address = listener.local_addr().expect("bound");
-        let server = UdpSocket::bind(address).await.expect("bound");
-        let serving = async {
-            let mut buffer = [0; 512];
-            let (length, from) = server.recv_from(&mut buffer).await.expect("asked");
-            let mut short = answer(&buffer[..length], 0);
-            short.metadata.truncation = true;
-            server
-                .send_to(&short.to_vec().expect("written"), from)
-                .await
-                .expect("sent");
-            let (mut stream, _) = listener.accept().await.expect("accepted");
-            let mut query = vec![0; usize::from(stream.read_u16().await.expect("length"))];
-            stream.read_exact(&mut query).await.expect("query");
-            let whole = answer(&query, 60).to_vec().expect("written");
-            stream
-                .write_u16(u16::try_from(whole.len()).expect("short"))
-                .await
-                .expect("sent");
-            stream.write_all(&whole).await.expect("sent");
-        };
-        assert_eq!(tokio::join!(found(vec![address]), serving).0, 60);
-    }
-}
+mod tests;

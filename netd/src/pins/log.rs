@@ -4,7 +4,7 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Write as _},
-    net::Ipv4Addr,
+    net::IpAddr,
     path::{Path, PathBuf},
 };
 
@@ -15,11 +15,13 @@ use super::{PINS_MAX, Pins, Seconds};
 /// Lines after which the log is written anew.
 const LINES_MAX: usize = 4 * PINS_MAX;
 
-/// One sandbox's log, open for appending.
+/// One sandbox's log. While it cannot be written (a full disk), pins are kept in memory alone, and the log is written
+/// anew when [`PinLog::settle`] finds that it can be.
 #[derive(Debug)]
 pub struct PinLog {
     path: PathBuf,
-    file: File,
+    /// Open for appending. None: what is on disk lacks something.
+    file: Option<File>,
     lines: usize,
 }
 
@@ -27,7 +29,7 @@ impl PinLog {
     /// Opens the log at `path`, or begins it, and returns the pairs that have not ended.
     ///
     /// # Errors
-    /// When the file can be neither read nor written.
+    /// When there is one that cannot be read.
     pub fn open(path: &Path, now: Seconds) -> io::Result<(Self, Pins)> {
         let text = match fs::read(path) {
             Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
@@ -40,50 +42,50 @@ impl PinLog {
                 pins.pin_until(&name, address, ends);
             }
         }
-        let file = write_anew(path, &pins)?;
-        let lines = pins.len();
-        Ok((
-            Self {
-                path: path.to_owned(),
-                file,
-                lines,
-            },
-            pins,
-        ))
+        let mut log = Self {
+            path: path.to_owned(),
+            file: None,
+            lines: 0,
+        };
+        log.rewrite(&pins);
+        Ok((log, pins))
     }
 
-    /// Adds a pair. `pins` holds it already.
-    ///
-    /// # Errors
-    /// When it cannot be written.
-    pub fn append(
-        &mut self,
-        name: &DomainName,
-        address: Ipv4Addr,
-        ends: Seconds,
-        pins: &Pins,
-    ) -> io::Result<()> {
-        if self.lines >= LINES_MAX {
+    /// Adds pairs of one name, all with the same end. `pins` holds them already.
+    pub fn append(&mut self, name: &DomainName, addresses: &[IpAddr], ends: Seconds, pins: &Pins) {
+        if addresses.is_empty() {
+            return;
+        }
+        if self.lines + addresses.len() > LINES_MAX {
             return self.rewrite(pins);
         }
-        let written = self.file.write_all(line(name, address, ends).as_bytes());
-        // What follows half a line would be another than was meant: the next one begins with all of them.
-        self.lines = if written.is_ok() {
-            self.lines + 1
-        } else {
-            LINES_MAX
-        };
-        written
+        let text: String = addresses
+            .iter()
+            .map(|address| line(name, *address, ends))
+            .collect();
+        let Some(file) = &mut self.file else { return };
+        match file.write_all(text.as_bytes()) {
+            Ok(()) => self.lines += addresses.len(),
+            Err(error) => self.fall_behind(&error),
+        }
     }
 
     /// Writes the log anew, so that pairs which `pins` no longer holds are forgotten on disk too.
-    ///
-    /// # Errors
-    /// When it cannot be written.
-    pub fn rewrite(&mut self, pins: &Pins) -> io::Result<()> {
-        self.file = write_anew(&self.path, pins)?;
-        self.lines = pins.len();
-        Ok(())
+    pub fn rewrite(&mut self, pins: &Pins) {
+        match write_anew(&self.path, pins) {
+            Ok(file) => {
+                self.file = Some(file);
+                self.lines = pins.len();
+            }
+            Err(error) => self.fall_behind(&error),
+        }
+    }
+
+    /// Makes up for what could not be written.
+    pub fn settle(&mut self, pins: &Pins) {
+        if self.file.is_none() {
+            self.rewrite(pins);
+        }
     }
 
     /// Deletes the log at `path`, if there is one.
@@ -94,6 +96,12 @@ impl PinLog {
         match fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
+    fn fall_behind(&mut self, error: &io::Error) {
+        if self.file.take().is_some() {
+            tracing::warn!(path = %self.path.display(), %error, "cannot write a pin log; pins made from here on would not outlive netd");
         }
     }
 }
@@ -113,11 +121,11 @@ fn write_anew(path: &Path, pins: &Pins) -> io::Result<File> {
     OpenOptions::new().append(true).open(path)
 }
 
-fn line(name: &DomainName, address: Ipv4Addr, ends: Seconds) -> String {
+fn line(name: &DomainName, address: IpAddr, ends: Seconds) -> String {
     format!("{ends} {address} {}\n", name.as_str())
 }
 
-fn read_line(line: &str) -> Option<(DomainName, Ipv4Addr, Seconds)> {
+fn read_line(line: &str) -> Option<(DomainName, IpAddr, Seconds)> {
     let mut parts = line.split(' ');
     let (ends, address, name) = (parts.next()?, parts.next()?, parts.next()?);
     if parts.next().is_some() {
@@ -137,10 +145,10 @@ mod tests {
     fn pin(log: &mut PinLog, pins: &mut Pins, text: &str, last: u8, ends: Seconds) {
         let (name, address) = (
             DomainName::parse(text).expect("a name"),
-            Ipv4Addr::new(203, 0, 113, last),
+            IpAddr::from([203, 0, 113, last]),
         );
         pins.pin_until(&name, address, ends);
-        log.append(&name, address, ends, pins).expect("written");
+        log.append(&name, &[address], ends, pins);
     }
 
     #[test]
@@ -158,6 +166,34 @@ mod tests {
             .map(|(name, _, ends)| (name.as_str().to_owned(), ends))
             .collect();
         assert_eq!(kept, [("a.test".to_owned(), 100), ("b.test".to_owned(), 200)]);
+    }
+
+    #[test]
+    fn addresses_of_both_families_come_back() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("sandbox-1");
+        let (mut log, mut pins) = PinLog::open(&path, 0).expect("opened");
+        let name = DomainName::parse("a.test").expect("a name");
+        let both: [IpAddr; 2] = [[203, 0, 113, 1].into(), [0x2001, 0xdb8, 0, 0, 0, 0, 0, 1].into()];
+        for address in both {
+            pins.pin_until(&name, address, 100);
+        }
+        log.append(&name, &both, 100, &pins);
+        let (_, pins) = PinLog::open(&path, 50).expect("opened");
+        assert!(both.iter().all(|address| pins.contains(&name, *address, 50)));
+    }
+
+    #[test]
+    fn what_could_not_be_written_is_made_up_for() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("gone").join("sandbox-1");
+        let (mut log, mut pins) = PinLog::open(&path, 0).expect("opened");
+        pin(&mut log, &mut pins, "a.test", 1, 100);
+        log.settle(&pins);
+        fs::create_dir(path.parent().expect("a folder")).expect("made");
+        log.settle(&pins);
+        pin(&mut log, &mut pins, "b.test", 2, 100);
+        assert_eq!(PinLog::open(&path, 50).expect("opened").1.len(), 2);
     }
 
     #[test]
@@ -180,13 +216,10 @@ mod tests {
         let path = directory.path().join("sandbox-1");
         let (mut log, mut pins) = PinLog::open(&path, 0).expect("opened");
         pin(&mut log, &mut pins, "a.test", 1, 100);
-        log.file = OpenOptions::new().append(true).open("/dev/full").expect("opened");
-        let (name, address) = (
-            DomainName::parse("b.test").expect("a name"),
-            Ipv4Addr::new(203, 0, 113, 2),
-        );
-        pins.pin_until(&name, address, 100);
-        log.append(&name, address, 100, &pins).expect_err("full");
+        log.file = Some(OpenOptions::new().append(true).open("/dev/full").expect("opened"));
+        pin(&mut log, &mut pins, "b.test", 2, 100);
+        assert_eq!(PinLog::open(&path, 0).expect("opened").1.len(), 1, "full");
+        log.settle(&pins);
         pin(&mut log, &mut pins, "c.test", 3, 100);
         let (_, pins) = PinLog::open(&path, 0).expect("opened");
         let names: Vec<_> = pins.iter().map(|(name, _, _)| name.as_str().to_owned()).collect();

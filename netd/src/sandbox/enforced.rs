@@ -3,7 +3,7 @@
 
 use std::{
     collections::HashMap,
-    net::{Ipv4Addr, SocketAddr, SocketAddrV4},
+    net::{IpAddr, SocketAddr, SocketAddrV4},
     sync::{Arc, OnceLock},
 };
 
@@ -115,7 +115,7 @@ pub(super) struct Entered {
 
 pub(super) struct Replaced {
     pub(super) cut: Vec<u64>,
-    pub(super) unbound: Vec<Ipv4Addr>,
+    pub(super) unbound: Vec<IpAddr>,
 }
 
 impl Enforced {
@@ -146,7 +146,7 @@ impl Enforced {
     }
 
     pub(super) fn first_look(&self, to: SocketAddrV4, now: Seconds) -> FirstLook {
-        let bound = self.pins.names(*to.ip(), now);
+        let bound = self.pins.names(IpAddr::V4(*to.ip()), now);
         let facts = Facts { to, name: None };
         let judgement = judge(&self.rules, &facts, &bound);
         match (judgement.decision.is_allowed(), judgement.needs_name) {
@@ -173,11 +173,12 @@ impl Enforced {
         if self.closed {
             return Err(Decision::of(Reason::UnknownSandbox));
         }
-        let bound = self.pins.names(*facts.to.ip(), now);
+        let bound = self.pins.names(IpAddr::V4(*facts.to.ip()), now);
         let judgement = admissible(&self.rules, &facts, &bound)?;
         let flow = self.next;
         self.next += 1;
         let cut = Arc::new(Cut::default());
+        self.pins.hold(IpAddr::V4(*facts.to.ip()));
         self.live.insert(
             flow,
             Live {
@@ -218,7 +219,9 @@ impl Enforced {
     }
 
     pub(super) fn leave(&mut self, flow: u64) {
-        self.live.remove(&flow);
+        if let Some(ended) = self.live.remove(&flow) {
+            self.pins.release(IpAddr::V4(*ended.facts.to.ip()));
+        }
     }
 
     pub(super) fn has_any(&self, flows: &[u64]) -> bool {
@@ -247,7 +250,7 @@ impl Enforced {
         self.live.keys().copied().collect()
     }
 
-    pub(super) fn sweep_pins(&mut self, now: Seconds) -> Vec<Ipv4Addr> {
+    pub(super) fn sweep_pins(&mut self, now: Seconds) -> Vec<IpAddr> {
         self.pins.sweep(now, |_| true)
     }
 }
@@ -333,7 +336,7 @@ mod tests {
     }
 
     fn to(port: u16) -> SocketAddrV4 {
-        SocketAddrV4::new(Ipv4Addr::new(203, 0, 113, 10), port)
+        SocketAddrV4::new([203, 0, 113, 10].into(), port)
     }
 
     fn facts(text: &str) -> Facts {
@@ -346,7 +349,7 @@ mod tests {
     fn pinned(rules: Rules, names: &[&str]) -> Enforced {
         let mut enforced = Enforced::new(rules, Pins::default());
         for text in names {
-            enforced.pins().pin(&name(text), *to(443).ip(), 0);
+            enforced.pins().pin(&name(text), IpAddr::V4(*to(443).ip()), 0);
         }
         enforced
     }
@@ -377,7 +380,7 @@ mod tests {
     fn another_port_or_an_unpinned_address_is_refused_unread() {
         let enforced = pinned(allowing(&["ok.test"]), &["ok.test"]);
         assert!(matches!(enforced.first_look(to(22), 1), FirstLook::Refuse(_)));
-        let elsewhere = SocketAddrV4::new(Ipv4Addr::new(203, 0, 113, 66), 443);
+        let elsewhere = SocketAddrV4::new([203, 0, 113, 66].into(), 443);
         let FirstLook::Refuse(decision) = enforced.first_look(elsewhere, 1) else {
             panic!("not refused")
         };
@@ -404,7 +407,7 @@ mod tests {
     fn names_that_are_no_longer_allowed_lose_their_pins() {
         let mut enforced = pinned(allowing(&["ok.test"]), &["ok.test"]);
         let replaced = enforced.replace(allowing(&["api.test"]), 1);
-        assert_eq!(replaced.unbound, [*to(443).ip()]);
+        assert_eq!(replaced.unbound, [IpAddr::V4(*to(443).ip())]);
         enforced.replace(allowing(&["ok.test"]), 1);
         assert!(enforced.admit(facts("ok.test"), 1).is_err());
     }

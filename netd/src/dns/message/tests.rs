@@ -1,3 +1,6 @@
+use std::{net::IpAddr, time::Duration};
+
+use hickory_proto::{op::MessageType, rr::Name};
 use proptest::prelude::*;
 
 use super::*;
@@ -34,38 +37,14 @@ fn name(text: &str) -> Name {
     Name::from_ascii(text).expect("a name")
 }
 
-fn a(owner: &str, last: u8, ttl: u32) -> Record {
-    Record::from_rdata(
-        name(owner),
-        ttl,
-        RData::A(rdata::A(Ipv4Addr::new(203, 0, 113, last))),
-    )
-}
-
-fn cname(owner: &str, target: &str) -> Record {
-    Record::from_rdata(name(owner), 3600, RData::CNAME(rdata::CNAME(name(target))))
-}
-
-fn reply(id: u16, code: ResponseCode, answers: Vec<Record>) -> Vec<u8> {
-    let mut message = Message::response(id, OpCode::Query);
-    message.metadata.response_code = code;
-    message.add_query(Query::query(name("ok.test."), RecordType::A));
-    message.add_answers(answers);
-    message.to_vec().expect("written")
-}
-
-fn resolved(answers: Vec<Record>) -> Resolved {
-    match read_upstream(&reply(9, ResponseCode::NoError, answers), 9, &name("ok.test.")) {
-        Ok(Upstream::Exists(resolved)) => resolved,
-        other => panic!("{other:?}"),
-    }
-}
-
 #[test]
 fn a_question_is_read_and_its_name_made_canonical() {
     let question = question(&query("OK.Test.", RecordType::A));
     assert_eq!(question.name().as_ref().map(DomainName::as_str), Some("ok.test"));
-    assert_eq!((question.asked(), question.payload), (Asked::Addresses, 512));
+    assert_eq!(
+        (question.asked(), question.payload),
+        (Asked::Records(DnsType::A), 512)
+    );
 }
 
 #[test]
@@ -94,7 +73,11 @@ fn what_is_not_one_plain_question_is_refused_without_a_look_at_its_name() {
     );
 
     let mut carrying = query("ok.test.", RecordType::A);
-    carrying.add_answer(a("ok.test.", 1, 1));
+    carrying.add_answer(Record::from_rdata(
+        name("ok.test."),
+        1,
+        RData::A(rdata::A::new(203, 0, 113, 1)),
+    ));
     assert_eq!(
         code(read(&carrying.to_vec().expect("written"))),
         ResponseCode::FormErr
@@ -121,104 +104,11 @@ fn what_is_not_one_plain_question_is_refused_without_a_look_at_its_name() {
 
 #[test]
 fn a_response_is_never_answered() {
-    let packet = reply(7, ResponseCode::NoError, Vec::new());
+    let mut packet = query("ok.test.", RecordType::A).to_vec().expect("written");
+    packet[2] |= 0x80;
     assert!(matches!(read(&packet), Received::Nothing));
     assert!(matches!(read(&packet[..11]), Received::Nothing));
     assert!(matches!(read(&[0; QUERY_MAX + 1]), Received::Nothing));
-}
-
-#[test]
-fn nothing_but_name_and_type_goes_upstream() {
-    let mut asked = query("OK.test.", RecordType::A);
-    let mut edns = Edns::new();
-    edns.set_max_payload(4096).set_dnssec_ok(true);
-    edns.options_mut()
-        .insert(rdata::opt::EdnsOption::Unknown(65001, b"covert".to_vec()));
-    asked.set_edns(edns);
-    asked.metadata.authentic_data = true;
-    asked.metadata.checking_disabled = true;
-    let question = question(&asked);
-    assert_eq!(question.payload, UDP_MAX);
-    let (packet, _) = upstream_query(0x1234, &question.name().expect("a name")).expect("written");
-    let same = upstream_query(0x1234, &DomainName::parse("ok.test").expect("a name"))
-        .expect("written")
-        .0;
-    assert_eq!(packet, same);
-    assert!(!packet.windows(6).any(|window| window == b"covert"));
-    let message = Message::from_vec(&packet).expect("a message");
-    assert!(!message.metadata.authentic_data && !message.metadata.checking_disabled);
-    assert_eq!(message.edns.map(|edns| edns.flags().dnssec_ok), Some(false));
-}
-
-#[test]
-fn aliases_are_followed_and_strangers_left_out() {
-    let resolved = resolved(vec![
-        a("stranger.test.", 66, 5),
-        cname("ok.test.", "edge.cdn.test."),
-        cname("edge.cdn.test.", "pop.cdn.test."),
-        a("pop.cdn.test.", 10, 300),
-        a("pop.cdn.test.", 10, 300),
-        a("pop.cdn.test.", 11, 20),
-        a("ok.test.", 77, 5),
-    ]);
-    assert_eq!(resolved.aliases.len(), 2);
-    let addresses: Vec<u8> = resolved
-        .addresses
-        .iter()
-        .map(|(address, _)| address.octets()[3])
-        .collect();
-    assert_eq!(addresses, [10, 11]);
-
-    let question = question(&query("ok.test.", RecordType::A));
-    let answer = question
-        .resolved(&resolved, &[Ipv4Addr::new(203, 0, 113, 11)])
-        .encode(512)
-        .expect("written");
-    let message = Message::from_vec(&answer).expect("a message");
-    assert_eq!(message.answers.len(), 3);
-    assert_eq!(message.answers[2].name, name("pop.cdn.test."));
-    assert!(message.answers.iter().all(|record| record.ttl <= TTL_MAX));
-    assert_eq!(message.answers[2].ttl, 20);
-}
-
-#[test]
-fn a_circle_of_aliases_ends() {
-    let resolved = resolved(vec![cname("ok.test.", "b.test."), cname("b.test.", "ok.test.")]);
-    assert_eq!((resolved.aliases.len(), resolved.addresses.len()), (CHAIN_MAX, 0));
-}
-
-#[test]
-fn only_the_answer_to_this_very_question_counts() {
-    let good = reply(9, ResponseCode::NoError, vec![a("ok.test.", 1, 1)]);
-    let ok = name("ok.test.");
-    assert!(read_upstream(&good, 9, &ok).is_ok());
-    assert_eq!(read_upstream(&good, 10, &ok), Err(Unusable::Foreign));
-    assert_eq!(
-        read_upstream(&good, 9, &name("evil.test.")),
-        Err(Unusable::Foreign)
-    );
-    assert_eq!(read_upstream(&good[..20], 9, &ok), Err(Unusable::Foreign));
-    let failed = reply(9, ResponseCode::ServFail, Vec::new());
-    assert_eq!(
-        read_upstream(&failed, 9, &ok),
-        Err(Unusable::Failed(ResponseCode::ServFail))
-    );
-    let (own_query, _) = upstream_query(9, &DomainName::parse("ok.test").expect("a name")).expect("written");
-    assert_eq!(read_upstream(&own_query, 9, &ok), Err(Unusable::Foreign));
-}
-
-#[test]
-fn an_answer_that_does_not_fit_says_so_and_fits() {
-    let answers = (0..64).map(|last| a("ok.test.", last, 30)).collect();
-    let resolved = resolved(answers);
-    let kept: Vec<Ipv4Addr> = resolved.addresses.iter().map(|(address, _)| *address).collect();
-    let answer = question(&query("ok.test.", RecordType::A)).resolved(&resolved, &kept);
-    let short = answer.encode(512).expect("written");
-    assert!(short.len() <= 512);
-    let message = Message::from_vec(&short).expect("a message");
-    assert!(message.metadata.truncation && message.answers.is_empty());
-    let whole = Message::from_vec(&answer.encode(65_535).expect("written")).expect("a message");
-    assert_eq!(whole.answers.len(), 64);
 }
 
 #[test]
@@ -233,15 +123,109 @@ fn a_name_that_is_not_text_has_no_canonical_form() {
     assert_eq!(question(&dotted).name(), None);
 }
 
+#[test]
+fn what_hides_behind_a_question_makes_it_improper() {
+    let mut trailing = query("ok.test.", RecordType::A).to_vec().expect("written");
+    trailing.extend(b"covert");
+    assert_eq!(code(read(&trailing)), ResponseCode::FormErr);
+
+    let mut more = query("ok.test.", RecordType::A);
+    more.add_additional(Record::from_rdata(
+        name("x.test."),
+        1,
+        RData::A(rdata::A::new(1, 2, 3, 4)),
+    ));
+    assert_eq!(
+        code(read(&more.to_vec().expect("written"))),
+        ResponseCode::FormErr
+    );
+
+    let mut newer = query("ok.test.", RecordType::A);
+    let mut edns = Edns::new();
+    edns.set_version(1);
+    newer.set_edns(edns);
+    let Received::Improper(answer, _) = read(&newer.to_vec().expect("written")) else {
+        panic!("a version that nobody knows");
+    };
+    let answer = Message::from_vec(&answer).expect("an answer");
+    assert_eq!(u16::from(answer.metadata.response_code), 16, "BADVERS");
+}
+
+#[test]
+fn types_are_those_of_policies_withheld_or_refused() {
+    for (kind, asked) in [
+        (RecordType::A, Asked::Records(DnsType::A)),
+        (RecordType::AAAA, Asked::Records(DnsType::Aaaa)),
+        (RecordType::TXT, Asked::Records(DnsType::Txt)),
+        (RecordType::HTTPS, Asked::Withheld),
+        (RecordType::SVCB, Asked::Withheld),
+        (RecordType::ANY, Asked::Other(RecordType::ANY)),
+        (RecordType::NULL, Asked::Other(RecordType::NULL)),
+        (RecordType::AXFR, Asked::Other(RecordType::AXFR)),
+        (
+            RecordType::Unknown(65_280),
+            Asked::Other(RecordType::Unknown(65_280)),
+        ),
+    ] {
+        assert_eq!(question(&query("ok.test.", kind)).asked(), asked, "{kind}");
+    }
+}
+
+fn many(count: u8) -> Found {
+    Found::addresses_of(
+        (0..count).map(|last| IpAddr::from([203, 0, 113, last])),
+        Duration::from_secs(30),
+    )
+}
+
+#[test]
+fn only_what_is_kept_is_given_and_no_longer_than_it_lives() {
+    let mut found = many(3);
+    found.aliases = vec![name("edge.cdn.test."), name("pop.cdn.test.")];
+    let kept = RData::A(rdata::A::new(203, 0, 113, 1));
+    let answer =
+        question(&query("ok.test.", RecordType::A))
+            .found(&found, Duration::from_millis(19_900), |data| *data == kept);
+    let message = Message::from_vec(&answer.encode(512).expect("written")).expect("a message");
+    let given: Vec<String> = message
+        .answers
+        .iter()
+        .map(|record| format!("{} {} {}", record.name, record.ttl, record.data))
+        .collect();
+    let expected = [
+        "ok.test. 19 edge.cdn.test.",
+        "edge.cdn.test. 19 pop.cdn.test.",
+        "pop.cdn.test. 19 203.0.113.1",
+    ];
+    assert_eq!(given, expected);
+}
+
+#[test]
+fn an_answer_that_does_not_fit_says_so_and_brings_what_fits() {
+    let answer = || question(&query("ok.test.", RecordType::A)).found(&many(200), Duration::ZERO, |_| true);
+    for limit in [512, 1232] {
+        let short = answer().encode(limit).expect("written");
+        assert!(
+            short.len() <= limit && short.len() > limit / 2,
+            "{} of {limit}",
+            short.len()
+        );
+        let message = Message::from_vec(&short).expect("a message");
+        assert!(message.metadata.truncation && !message.answers.is_empty());
+    }
+    let whole = Message::from_vec(&answer().encode(65_535).expect("written")).expect("a message");
+    assert_eq!((whole.answers.len(), whole.metadata.truncation), (200, false));
+}
+
 proptest! {
     #[test]
-    fn no_packet_can_panic_the_readers(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+    fn no_packet_can_panic_the_reader_and_every_answer_fits(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
         if let Received::Question(question) = read(&bytes) {
             question.name();
             question.display_name();
-            question.answer(ResponseCode::Refused).encode(512);
+            let bytes = question.found(&many(200), Duration::ZERO, |_| true).encode(usize::from(question.payload));
+            prop_assert!(bytes.is_some_and(|bytes| bytes.len() <= usize::from(question.payload)));
         }
-        read_upstream(&bytes, 1, &name("ok.test.")).ok();
     }
 
     #[test]
@@ -249,6 +233,10 @@ proptest! {
         let mut packet = query("ok.test.", RecordType::A).to_vec().expect("written");
         let at = at % packet.len();
         packet[at] = to;
-        read(&packet);
+        match read(&packet) {
+            Received::Question(question) => drop(question.name()),
+            Received::Improper(answer, _) => prop_assert!(Message::from_vec(&answer).is_ok()),
+            Received::Nothing => prop_assert!(at == 2),
+        }
     }
 }
