@@ -36,13 +36,17 @@ impl Store {
     /// earlier one gets a snapshot: that could have been of another database of the same machine, or have had
     /// commits that the machine lost with its power, whose numbers must not be given to others.
     pub(super) async fn open_feed(&self) -> Result<Revision, StoreError> {
+        // Without a transaction the commit would come with the end of the statement, and nobody would hear of its
+        // failure: a disk without room gave revisions that nobody could follow.
+        let mut transaction = self.write().await?;
         let revision: i64 = sqlx::query_scalar(
             "INSERT INTO feed (one, revision, horizon) VALUES (1, ?1, ?1) ON CONFLICT DO UPDATE SET \
              revision = max(revision + 1, ?1), horizon = max(revision + 1, ?1) RETURNING revision",
         )
         .bind(millis(Timestamp::now()))
-        .fetch_one(&self.writer)
+        .fetch_one(&mut *transaction)
         .await?;
+        transaction.commit().await?;
         to_revision(revision)
     }
 

@@ -35,11 +35,10 @@ impl Sequence {
                 is_fresh || self.position.is_some_and(|ours| ours < *revision),
                 *revision,
             ),
-            // The answer to `since` may have nothing new in it.
+            // There may be nothing new in it.
             FeedFrame::Delta { since, revision, .. } => {
                 let follows = self.position.is_some_and(|ours| {
-                    since.is_none_or(|since| since == ours)
-                        && (ours < *revision || is_fresh && ours == *revision)
+                    since.map_or(is_fresh || ours < *revision, |since| since == ours) && ours <= *revision
                 });
                 (follows, *revision)
             }
