@@ -22,6 +22,7 @@ mod policies;
 mod pool;
 mod promise;
 mod restart;
+mod siege;
 mod tour;
 mod tunnels;
 
@@ -222,6 +223,19 @@ fn main() -> ExitCode {
                 instances::one_beside_it_has_addresses_of_its_own,
                 instances::what_is_in_use_is_refused_by_name,
                 instances::the_last_one_takes_the_shared_control_group_away,
+            ],
+        )
+        .group(
+            "siege",
+            cases![
+                siege::frozen::a_frozen_netd_lets_nothing_out_and_goes_on_where_it_was,
+                siege::frozen::denials_that_find_the_ring_full_are_counted,
+                siege::starved::a_netd_without_memory_is_killed_and_replaced,
+                siege::starved::without_the_controller_what_was_wanted_is_enforced_and_nothing_is_lost,
+                siege::starved::a_node_without_room_forgets_rather_than_allows,
+                siege::starved::a_controller_without_room_loses_nothing,
+                siege::fresh::what_sends_with_its_first_instruction_gets_nothing_out,
+                siege::fresh::an_address_that_is_given_again_inherits_nothing,
             ],
         )
         .group("leak", cases![leak::two_hundred_sandboxes_leave_nothing])

@@ -100,7 +100,7 @@ pub(crate) fn each_mode_does_what_it_says(machine: &Machine) {
 
 /// Opens a connection from the sandbox to `ok.test` that never ends by itself.
 #[track_caller]
-fn open_drip(sandbox: &Sandbox) {
+pub(crate) fn open_drip(sandbox: &Sandbox) {
     let line = format!("exec curl -sSN --cacert {} https://ok.test/drip", probe::CA);
     sandbox.background(&line, |sandbox| {
         sandbox.sh_ok("wc -l < /workspace/background.log") != "0"
@@ -108,7 +108,7 @@ fn open_drip(sandbox: &Sandbox) {
 }
 
 #[track_caller]
-fn lines(sandbox: &Sandbox) -> u64 {
+pub(crate) fn lines(sandbox: &Sandbox) -> u64 {
     sandbox
         .sh_ok("grep -c drip /workspace/background.log")
         .parse()

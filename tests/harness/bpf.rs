@@ -127,6 +127,41 @@ impl Objects {
     }
 }
 
+/// How many bytes of the pinned ring buffer hold what nobody has read, and how many there are. The kernel shows the
+/// positions of reader and writer in the first two pages of the map.
+///
+/// # Errors
+/// When it is not there, or no ring buffer.
+pub fn ring(bpffs: &Path, name: &str) -> Result<(u64, u64)> {
+    let map = pinned(&bpffs.join("maps").join(name))?;
+    let size = word(&describe(&map)?, 16);
+    let page =
+        usize::try_from(nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)?.context("a page size")?)?;
+    let position = |at: usize| -> Result<u64> {
+        let offset = libc::off_t::try_from(at)?;
+        // SAFETY: a new mapping of one page, read once within it, and taken away.
+        #[expect(unsafe_code, reason = "the positions are only to be had from shared memory")]
+        unsafe {
+            let start = libc::mmap(
+                std::ptr::null_mut(),
+                page,
+                libc::PROT_READ,
+                libc::MAP_SHARED,
+                map.as_raw_fd(),
+                offset,
+            );
+            if start == libc::MAP_FAILED {
+                return Err(io::Error::last_os_error()).context("mapping a ring buffer");
+            }
+            let value = start.cast::<u64>().read_volatile();
+            libc::munmap(start, page);
+            Ok(value)
+        }
+    };
+    let (read, written) = (position(0)?, position(page)?);
+    Ok((written.saturating_sub(read), u64::from(size)))
+}
+
 /// Name and maps of a program; `None` when it is gone.
 fn program(id: u32) -> Result<Option<(String, Vec<u32>)>> {
     let Some(program) = open(Call::OpenProgram, id)? else {

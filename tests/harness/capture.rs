@@ -140,6 +140,15 @@ impl Capture {
         })
     }
 
+    /// Everything the node sent up to this moment, which is then forgotten: for runs so long that it would not fit into
+    /// memory. Marks made before mean nothing any more.
+    pub fn take(&self) -> Vec<Packet> {
+        let end = self.mark();
+        let mut packets: Vec<Packet> = lock(&self.packets).drain(..end.0).collect();
+        packets.retain(|packet| packet.from_node && !packet.is_housekeeping());
+        packets
+    }
+
     /// What the node sent since `mark`, up to this moment. Neighbour discovery and the like are left out.
     pub fn sent_since(&self, mark: Mark) -> Vec<Packet> {
         let end = self.mark();

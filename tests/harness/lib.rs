@@ -12,6 +12,7 @@
 //! | [`tunnel`] | a tunnel's URL as a client uses it |
 //! | [`probe`] | network attempts made from inside a sandbox, and how they ended |
 //! | [`snapshot`], [`bpf`] | everything that exists because of an instance, to compare two moments |
+//! | [`pressure`] | file systems without room, and memory that runs out |
 //! | [`search`] | where a secret could be found, in any usual form |
 //! | [`suite`] | a test runner whose groups share a world |
 //! | [`wait`] | waiting for a condition |
@@ -28,6 +29,7 @@ pub mod mirror;
 pub mod namespace;
 pub mod node;
 pub mod openmetrics;
+pub mod pressure;
 pub mod probe;
 pub mod sandbox;
 pub mod search;

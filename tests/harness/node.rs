@@ -101,9 +101,28 @@ impl Node {
     /// As [`Node::start`].
     pub fn start_upgradable(world: &Arc<World>, settings: &[(&str, &str)]) -> Result<Self> {
         let mut node = Self::new(world, world.place(), "", settings)?;
-        node.binaries = own_binaries(&world.directory().join("bin"))?;
+        node.own_programs()?;
         node.start_again()?;
         Ok(node)
+    }
+
+    /// Gives an instance that is not started yet program files of its own.
+    ///
+    /// # Errors
+    /// When they cannot be made.
+    pub fn own_programs(&mut self) -> Result<()> {
+        self.binaries = own_binaries(&self.world.directory().join("bin"))?;
+        Ok(())
+    }
+
+    /// Where the programs lie that it runs.
+    pub fn programs_dir(&self) -> &Path {
+        &self.binaries
+    }
+
+    /// Changes a setting, for the next start.
+    pub fn set(&mut self, name: &str, value: &str) {
+        self.settings.push((name.to_owned(), value.to_owned()));
     }
 
     /// An instance that is not started yet.
@@ -426,6 +445,12 @@ impl Node {
     /// Everything the API has answered to this node's clients.
     pub fn answers(&self) -> Vec<Answer> {
         lock(&self.heard).clone()
+    }
+
+    /// Forgets what was answered and logged so far, which would grow without end in a long run.
+    pub fn forget(&self) {
+        lock(&self.heard).clear();
+        lock(&self.log).clear();
     }
 
     /// The end of the log, for failures.

@@ -52,6 +52,9 @@ def open_tcp(attempt, result):
     family, _, _, _, address = socket.getaddrinfo(attempt["to"], attempt["port"], type=socket.SOCK_STREAM)[0]
     stream = socket.socket(family, socket.SOCK_STREAM)
     stream.settimeout(attempt.get("timeout", TIMEOUT))
+    if "from" in attempt:
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        stream.bind(("", attempt["from"]))
     try:
         stream.connect(address)
     except OSError:
@@ -307,6 +310,31 @@ def ipv6(attempt):
     return struct.pack(">IHBB", 0x60000000, len(body), 17, 64) + source + target + body
 
 
+def flood(attempt, result):
+    """The same Ethernet frame `count` times, `burst` of them every 100 ms. Tells how many were taken."""
+    gateway = bytes.fromhex("025347000001")
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as stream:
+        stream.bind(("eth0", 0))
+        own = stream.getsockname()[4]
+        data = gateway + own + struct.pack(">H", 0x0800) + ipv4(attempt)
+        left, sent = attempt["count"], 0
+        while left:
+            began = time.monotonic()
+            for _ in range(min(attempt["burst"], left)):
+                # A queue that is full for a moment takes it later; a frame that was not taken was not sent.
+                while True:
+                    try:
+                        stream.send(data)
+                        break
+                    except OSError as error:
+                        if error.errno != errno.ENOBUFS:
+                            raise
+                        time.sleep(0.001)
+                left, sent = left - 1, sent + 1
+            time.sleep(max(0.0, 0.1 - (time.monotonic() - began)))
+    result.update(outcome="sent", data=str(sent))
+
+
 def frame(attempt, result):
     """Ethernet frames as no well-behaved stack would send them. `tags`: hexadecimal, between the addresses
     and the packet's own type."""
@@ -322,7 +350,8 @@ def frame(attempt, result):
         result["outcome"] = "sent"
 
 
-KINDS = {"tcp": tcp, "tls": tls, "udp": udp, "dns": dns, "dns_stream": dns_stream, "lookup": lookup, "icmp": icmp, "frame": frame}
+KINDS = {"tcp": tcp, "tls": tls, "udp": udp, "dns": dns, "dns_stream": dns_stream, "lookup": lookup, "icmp": icmp, "frame": frame,
+         "flood": flood}
 
 
 def run(attempt):
