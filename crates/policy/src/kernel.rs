@@ -78,7 +78,7 @@ impl KernelTable {
                     .iter()
                     .find(|range| range.protocol == protocol && (range.first..=range.last).contains(&port))
             })
-            .map_or(KernelAction::Deny(unlisted(protocol)), |range| range.action)
+            .map_or_else(|| KernelAction::Deny(unlisted(protocol)), |range| range.action)
     }
 }
 
