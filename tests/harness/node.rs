@@ -529,7 +529,10 @@ fn follow(stream: impl std::io::Read + Send + 'static, name: &'static str, log: 
 }
 
 /// The directory with the built programs.
-fn binaries() -> PathBuf {
+///
+/// # Panics
+/// When they are not built.
+pub fn binaries() -> PathBuf {
     let target = env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
     let target = target.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../target"));
     let candidates = match env::var_os("SANDGATE_BIN_DIR") {

@@ -277,7 +277,7 @@ mod tests {
 
     #[test]
     fn a_tier_without_its_document_is_refused() {
-        let text = r#"{"snapshot":{"revision":1,"sandboxes":[{"sandbox_id":"a","org_id":"o","endpoint":{"ifindex":1,
+        let text = r#"{"snapshot":{"revision":1,"sandboxes":[{"sandbox_id":"sandbox-1","org_id":"org-1","endpoint":{"ifindex":1,
             "interface":"sg1","address":"10.213.0.1","mac":[2,0,0,0,0,1],"agent_port":1},
             "tiers":[{"tier":"sandbox","policy":0}]}]}}"#;
         let refused = serde_json::from_str::<FeedFrame>(text).expect_err("refused");
