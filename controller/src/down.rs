@@ -4,6 +4,7 @@ use std::{
     fs,
     os::unix::ffi::OsStringExt as _,
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -12,8 +13,8 @@ use rustix::mount::{UnmountFlags, unmount};
 
 use crate::{app, backend::LocalBackend, config::Config, lifecycle::Cause, store::Store, up::InstanceLock};
 
-/// Takes every sandbox away, then what netd left: the router namespace, the pins that kept its programs
-/// in the kernel, and the routes of tunnels.
+/// Takes every sandbox away, then what netd left: the uplink and what it changed in the node's network, the router
+/// namespace, the pins that kept its programs in the kernel, and the routes of tunnels.
 ///
 /// # Errors
 /// When the instance runs, or something could not be taken away; calling it again goes on.
@@ -33,6 +34,7 @@ pub fn run(config: Config) -> Result<()> {
         .build()
         .context("starting")?;
     runtime.block_on(take_sandboxes_away(&config))?;
+    take_uplink_away(&config)?;
     for mount_point in mounts_below(&config.run_dir)? {
         unmount(&mount_point, UnmountFlags::DETACH)
             .with_context(|| format!("unmounting {}", mount_point.display()))?;
@@ -47,6 +49,27 @@ pub fn run(config: Config) -> Result<()> {
         }
     }
     tracing::info!(run_dir = %config.run_dir.display(), "everything of this instance is taken away");
+    Ok(())
+}
+
+/// What netd made or changed in the node's own network. While the router namespace stands, for that is where the other
+/// end is.
+fn take_uplink_away(config: &Config) -> Result<()> {
+    if !config.run_dir.join("netd").exists() {
+        return Ok(());
+    }
+    let netd = app::beside("netd")?;
+    let done = Command::new(&netd)
+        .arg("--remove-uplink")
+        .arg("--run-dir")
+        .arg(&config.run_dir)
+        .output()
+        .with_context(|| format!("running {}", netd.display()))?;
+    ensure!(
+        done.status.success(),
+        "the node's network is not as it was: {}",
+        String::from_utf8_lossy(&done.stderr).trim()
+    );
     Ok(())
 }
 

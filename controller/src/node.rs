@@ -45,7 +45,7 @@ const MAX_TEXT: usize = 512;
 pub const LOCAL_NODE: &str = "local";
 
 /// What the node says about itself.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodeState {
     /// It follows the feed.
     pub connected: bool,
@@ -53,10 +53,26 @@ pub struct NodeState {
     pub ready: bool,
     /// Why it is not ready.
     pub reason: Option<String>,
+    /// Whether packets may leave it without passing through netd, which rules for UDP need. As it last said, also
+    /// while it is not connected; before that, the reason is that it has said nothing yet.
+    pub kernel_pass: Result<(), String>,
     /// Everything up to this revision is enforced, but for refusals.
     pub acknowledged: Revision,
     /// Open feed bodies: while netd restarts, the new one may come before the old one is seen to end.
     followers: u32,
+}
+
+impl Default for NodeState {
+    fn default() -> Self {
+        Self {
+            connected: false,
+            ready: false,
+            reason: None,
+            kernel_pass: Err("the node has not reported yet".to_owned()),
+            acknowledged: 0,
+            followers: 0,
+        }
+    }
 }
 
 /// Whether a revision is in force.
@@ -250,6 +266,12 @@ impl NodeLink {
                 .as_deref()
                 .map(clean)
                 .filter(|_| !state.ready);
+            state.kernel_pass = if ack.kernel_pass {
+                Ok(())
+            } else {
+                let reason = ack.no_kernel_pass_reason.as_deref();
+                Err(clean(reason.unwrap_or("the node did not say why")))
+            };
             if before.ready != state.ready {
                 tracing::info!(
                     node = LOCAL_NODE,

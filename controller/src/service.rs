@@ -306,6 +306,8 @@ impl Service {
                 connected: node.connected,
                 ready: node.ready,
                 reason: node.reason,
+                kernel_pass: node.kernel_pass.is_ok(),
+                kernel_pass_reason: node.kernel_pass.err(),
             }],
         }
     }

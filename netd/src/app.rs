@@ -24,21 +24,24 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    audit::{Audit, packets},
+    audit::{Audit, packets, passed},
     canary::{self, Greeting},
-    config::Config,
+    config::{Config, KernelPass},
     control::{Control, ControlError, Inherited},
     dial::{self, Caller, Inward},
     dns::{Resolver, cache::Cache, filter::Filter, upstream::Servers},
     egress::{Egress, dial::Dialer},
-    feed::{Controller, Feed, Ready, StateFile, acknowledge, enforce::Enforcer},
+    feed::{Controller, Feed, Standing, StateFile, acknowledge, enforce::Enforcer},
+    guard,
     intercept::{leases::Broker, upstream::UpstreamTls},
     kernel::{Datapath, DatapathConfig},
     metrics::{Counted, Metrics, Present},
     nodeaddr::NodeAddresses,
     privileges,
+    router::pass,
     sandbox::Sandboxes,
     sockets::{Family, Listeners},
+    uplink::{Keeper, Place, Uplink},
 };
 
 /// Time for flows to end when netd does.
@@ -63,6 +66,7 @@ pub struct Ground {
     platform: Arc<Platform>,
     datapath: Arc<Datapath>,
     listeners: Listeners,
+    uplink: Result<Place, String>,
     upstream: UpstreamTls,
     /// Released by the kernel when the process ends, however it ends.
     _lock: Flock<fs::File>,
@@ -90,9 +94,11 @@ impl Ground {
             run_dir: config.run_dir.clone(),
             sandbox_cidr: config.sandbox_cidr,
             sandbox_cidr6: None,
+            force_clsact: false,
         };
         let datapath = Datapath::open(&place, &platform).context("cannot set up the kernel half")?;
         let listeners = Listeners::open(datapath.router())?;
+        let uplink = uplink(config, &datapath)?;
         let upstream = UpstreamTls::load(config.upstream_ca_file.as_deref())
             .context("cannot verify the servers of flows that are read")?;
         privileges::give_up()?;
@@ -109,9 +115,30 @@ impl Ground {
             platform,
             datapath: Arc::new(datapath),
             listeners,
+            uplink,
             upstream,
             _lock: lock,
         })
+    }
+}
+
+/// Where a way out for what needs no look inside would belong; the reason why there shall be none, and then nothing
+/// of an earlier one is left.
+fn uplink(config: &Config, datapath: &Datapath) -> Result<Result<Place, String>> {
+    match config.kernel_pass {
+        KernelPass::Auto => Ok(Ok(Place {
+            run_dir: config.run_dir.clone(),
+            sandboxes: config.sandbox_cidr,
+            sandboxes6: None,
+        })),
+        KernelPass::Off => {
+            datapath
+                .set_uplink(None)
+                .context("the programs cannot be told that there is no uplink")?;
+            pass::close(datapath.router()).context("cannot close the way out")?;
+            Uplink::take_away(&config.run_dir).context("cannot take away what an earlier netd left")?;
+            Ok(Err("SANDGATE_KERNEL_PASS is off".to_owned()))
+        }
     }
 }
 
@@ -126,6 +153,7 @@ pub async fn run(config: Config, ground: Ground, shown: Option<std::net::TcpList
         platform,
         datapath,
         listeners,
+        uplink,
         upstream,
         _lock,
     } = ground;
@@ -195,6 +223,13 @@ pub async fn run(config: Config, ground: Ground, shown: Option<std::net::TcpList
     .context("cannot start a thread")?;
 
     let gathering = Arc::clone(&audit);
+    let passing = passed::follow(
+        Arc::clone(&datapath),
+        Arc::clone(&sandboxes),
+        Arc::clone(&audit),
+        end.clone(),
+    );
+    tasks.spawn("passed flows", passing);
     late.spawn("audit", async move { gathering.gather().await });
     late.spawn(
         "audit delivery",
@@ -203,26 +238,41 @@ pub async fn run(config: Config, ground: Ground, shown: Option<std::net::TcpList
     let inward = Arc::new(Inward::new(Arc::clone(&sandboxes), Arc::clone(&datapath)));
     keep_tidy(&tasks, &datapath, &sandboxes, &inward);
 
-    let (ready, readiness) = watch::channel::<Ready>(Err("the canaries have not returned yet".to_owned()));
+    let unknown = "the canaries have not returned yet".to_owned();
+    let (told, standing) = watch::channel(Standing {
+        ready: Err(unknown.clone()),
+        kernel_pass: Err(unknown),
+        lost: Vec::new(),
+    });
+    let told = Arc::new(told);
     let (enforced, news) = watch::channel(None);
+    let guarded = Arc::clone(&sandboxes);
     if let Some(listener) = shown {
         let present = Present {
             sandboxes,
             audit: Arc::clone(&audit),
             datapath: Arc::clone(&datapath),
             enforced: news.clone(),
-            ready: readiness.clone(),
+            standing: standing.clone(),
         };
         show_metrics(listener, &metrics, present, &tasks)?;
     }
-    fly_canaries(&tasks, &config, datapath, greeting, ready);
+    let guarding = guard::watch(
+        Arc::clone(&datapath),
+        Arc::clone(&guarded),
+        Arc::clone(&told),
+        end.clone(),
+    );
+    tasks.spawn("guard", guarding);
+    let keeper = Arc::new(Keeper::new(uplink, Arc::clone(&datapath)));
+    fly_canaries(&tasks, &late, &config, (datapath, keeper), greeting, told);
     let feed = Feed {
         controller: Arc::clone(&controller),
         node: config.node,
         enforced,
     };
     tasks.spawn("feed", feed.follow(enforcer, end.clone()));
-    late.spawn("acknowledge", acknowledge(controller, news, readiness));
+    late.spawn("acknowledge", acknowledge(controller, news, standing));
     if let Some(tunnel_proxy) = tunnel_proxy {
         tasks.spawn(
             "tunnel dials",
@@ -331,33 +381,46 @@ fn keep_tidy(tasks: &Tasks, datapath: &Arc<Datapath>, sandboxes: &Arc<Sandboxes>
     });
 }
 
+/// Flies them until the node is ready, and then looks after its uplink.
 fn fly_canaries(
     tasks: &Tasks,
+    late: &Tasks,
     config: &Config,
-    datapath: Arc<Datapath>,
+    (datapath, keeper): (Arc<Datapath>, Arc<Keeper>),
     greeting: Arc<Greeting>,
-    ready: watch::Sender<Ready>,
+    told: Arc<watch::Sender<Standing>>,
 ) {
-    let (sandbox_cidr, end) = (config.sandbox_cidr, tasks.shutdown());
+    let (sandbox_cidr, end, late) = (config.sandbox_cidr, tasks.shutdown(), late.clone());
     tasks.spawn("canaries", async move {
         loop {
             let (datapath, greeting) = (Arc::clone(&datapath), Arc::clone(&greeting));
-            let flown =
-                tokio::task::spawn_blocking(move || canary::fly(&datapath, sandbox_cidr, &greeting)).await;
-            let outcome = match flown {
-                Ok(outcome) => outcome.map_err(|error| error.to_string()),
-                Err(error) => Err(error.to_string()),
-            };
-            let is_ready = outcome.is_ok();
-            match &outcome {
-                Ok(()) => tracing::info!("the canaries returned: refusing and redirecting work"),
-                Err(reason) => tracing::error!(%reason, "the canaries failed; the node is not ready"),
+            let prover = Arc::clone(&keeper);
+            let flown = tokio::task::spawn_blocking(move || {
+                canary::fly(&datapath, sandbox_cidr, &greeting)
+                    .map_err(|error| error.to_string())
+                    .map(|()| prover.prove())
+            });
+            let outcome = flown.await.unwrap_or_else(|error| Err(error.to_string()));
+            match outcome {
+                Ok(passing) => {
+                    tracing::info!("the canaries returned: refusing and redirecting work");
+                    told.send_modify(|standing| {
+                        standing.ready = Ok(());
+                        standing.kernel_pass = passing.clone();
+                    });
+                    let changed = |passing| told.send_modify(|standing| standing.kernel_pass = passing);
+                    keeper.keep(passing, changed, &late, end.clone()).await;
+                    // Kept, so that the standing stays readable.
+                    end.cancelled().await;
+                    drop(told);
+                    return;
+                }
+                Err(reason) => {
+                    tracing::error!(%reason, "the canaries failed; the node is not ready");
+                    told.send_modify(|standing| standing.ready = Err(reason));
+                }
             }
-            let _earlier = ready.send_replace(outcome);
-            if is_ready || waited(CANARY_PAUSE, &end).await {
-                // Kept, so that the readiness stays readable.
-                end.cancelled().await;
-                drop(ready);
+            if waited(CANARY_PAUSE, &end).await {
                 return;
             }
         }

@@ -5,6 +5,7 @@
 pub mod delivery;
 mod gather;
 pub mod packets;
+pub mod passed;
 mod queue;
 
 use std::{

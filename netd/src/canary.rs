@@ -1,26 +1,39 @@
 //! Proves at start that the wall stands: a throw-away endpoint in a namespace of its own sends one packet
-//! that must be refused and one that must reach netd's listener. Owns: that endpoint, from making to removal.
-//! Nothing it sends can leave the node: the kernel refuses the one, netd itself answers the other.
+//! that must be refused and one that must reach netd's listener. Where there is an uplink, another one sends a packet
+//! that must pass without netd, be forwarded under the node's address, and be answered.
+//!
+//! Owns: those endpoints and who answers, from making to removal. Nothing they send can leave the node: the kernel
+//! refuses the one, netd itself answers the other, and the third goes to a namespace behind the node's own.
 
 mod endpoint;
+mod responder;
 
 use std::{
     io::{self, Read as _},
-    net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream},
+    net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream},
     sync::{Mutex, PoisonError},
+    thread,
     time::{Duration, Instant},
 };
 
 use ipnet::Ipv4Net;
 use sandgate_policy::{KernelAction, KernelTable, PortRange, PrefixEntry, Protocol};
 
-use self::endpoint::{Throwaway, ThrowawayError};
-use crate::kernel::{Datapath, DatapathError};
+use self::{
+    endpoint::{Throwaway, ThrowawayError},
+    responder::Responder,
+};
+use crate::{
+    kernel::{Datapath, DatapathError},
+    uplink::Names,
+};
 
 /// A destination of the documentation ranges (RFC 5737): nobody has it.
 const TO: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
 const REDIRECTED: u16 = 443;
 const REFUSED: u16 = 444;
+/// netd may listen where everybody may.
+const PASSED: u16 = 44_500;
 /// Both answers come from this machine.
 const ANSWER_TIME: Duration = Duration::from_secs(2);
 
@@ -52,6 +65,23 @@ pub enum CanaryError {
         "the redirection failed: an allowed connection did not reach netd's listener: {0} (the tc program on the endpoint, or the routing rule for its mark in the router namespace)"
     )]
     Redirection(String),
+    /// The passed connection was not answered.
+    #[error("the pass failed: a connection by the uplink {0}")]
+    Pass(String),
+}
+
+impl CanaryError {
+    /// Whether a packet that should have passed did not, so that something on its way has kept it.
+    pub fn is_lost(&self) -> bool {
+        match self {
+            Self::Pass(_) => true,
+            Self::Endpoint(_)
+            | Self::Datapath(_)
+            | Self::Random(_)
+            | Self::Refusal(_)
+            | Self::Redirection(_) => false,
+        }
+    }
 }
 
 impl Greeting {
@@ -85,7 +115,7 @@ pub fn fly(datapath: &Datapath, sandbox_cidr: Ipv4Net, greeting: &Greeting) -> R
     let endpoint = datapath.attach(throwaway.endpoint())?;
     greeting.set(Some((address, word)));
     let outcome = (|| {
-        datapath.set_policy(endpoint, &table())?;
+        datapath.set_policy(endpoint, &table(REDIRECTED, KernelAction::Proxy))?;
         throwaway.connect_up(datapath.router())?;
         let refused = throwaway.inside(refused)?;
         let redirected = throwaway.inside(|| redirected(word))?;
@@ -98,12 +128,63 @@ pub fn fly(datapath: &Datapath, sandbox_cidr: Ipv4Net, greeting: &Greeting) -> R
     Ok(detached?)
 }
 
-fn table() -> KernelTable {
+/// Sends the packet that leaves by the kernel. Blocking, a fraction of a second when all is well.
+///
+/// # Errors
+/// Names what failed.
+pub fn pass(datapath: &Datapath, sandbox_cidr: Ipv4Net, names: &Names) -> Result<(), CanaryError> {
+    let address = address(sandbox_cidr);
+    let mut word = [0; 16];
+    getrandom::fill(&mut word).map_err(CanaryError::Random)?;
+    let responder = Responder::make(names, PASSED, ANSWER_TIME)?;
+    let outcome = passed(datapath, address, word, &responder);
+    responder.remove()?;
+    outcome
+}
+
+fn passed(
+    datapath: &Datapath,
+    address: Ipv4Addr,
+    word: [u8; 16],
+    responder: &Responder,
+) -> Result<(), CanaryError> {
+    let throwaway = Throwaway::make(datapath.router(), address)?;
+    let endpoint = datapath.attach(throwaway.endpoint())?;
+    let outcome = (|| {
+        datapath.set_policy(endpoint, &table(PASSED, KernelAction::Pass))?;
+        throwaway.connect_up(datapath.router())?;
+        let (from, heard) = thread::scope(|scope| {
+            let answering = scope.spawn(|| responder.answer(word, address));
+            let heard = throwaway.inside(|| hear(SocketAddr::V4(responder.at)));
+            let from = answering
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            (from, heard)
+        });
+        match (from, heard?) {
+            (Ok(from), _) if from == IpAddr::V4(address) => Err(CanaryError::Pass(
+                "arrived with the sandbox's own address, and not with the node's".to_owned(),
+            )),
+            (_, Ok(heard)) if heard == word => Ok(()),
+            (_, Ok(_)) => Err(CanaryError::Pass("was answered by somebody else".to_owned())),
+            (Ok(_), Err(error)) => Err(CanaryError::Pass(format!(
+                "arrived, and the answer did not: {error}"
+            ))),
+            (Err(_), Err(error)) => Err(CanaryError::Pass(format!("did not arrive: {error}"))),
+        }
+    })();
+    let detached = datapath.detach(endpoint);
+    throwaway.remove(datapath.router())?;
+    outcome?;
+    Ok(detached?)
+}
+
+fn table(port: u16, action: KernelAction) -> KernelTable {
     let range = PortRange {
         protocol: Protocol::Tcp,
-        first: REDIRECTED,
-        last: REDIRECTED,
-        action: KernelAction::Proxy,
+        first: port,
+        last: port,
+        action,
     };
     KernelTable {
         entries: vec![PrefixEntry {
@@ -114,7 +195,20 @@ fn table() -> KernelTable {
 }
 
 fn connect(port: u16) -> io::Result<TcpStream> {
-    TcpStream::connect_timeout(&SocketAddr::V4(SocketAddrV4::new(TO, port)), ANSWER_TIME)
+    TcpStream::connect_timeout(&to(port), ANSWER_TIME)
+}
+
+fn to(port: u16) -> SocketAddr {
+    SocketAddr::V4(SocketAddrV4::new(TO, port))
+}
+
+/// Connects, and reads who answers.
+fn hear(to: SocketAddr) -> io::Result<[u8; 16]> {
+    let mut stream = TcpStream::connect_timeout(&to, ANSWER_TIME)?;
+    stream.set_read_timeout(Some(ANSWER_TIME))?;
+    let mut heard = [0; 16];
+    stream.read_exact(&mut heard)?;
+    Ok(heard)
 }
 
 fn refused() -> Result<(), CanaryError> {
@@ -130,11 +224,7 @@ fn refused() -> Result<(), CanaryError> {
 }
 
 fn redirected(word: [u8; 16]) -> Result<(), CanaryError> {
-    let failed = |error: io::Error| CanaryError::Redirection(error.to_string());
-    let mut stream = connect(REDIRECTED).map_err(failed)?;
-    stream.set_read_timeout(Some(ANSWER_TIME)).map_err(failed)?;
-    let mut heard = [0; 16];
-    stream.read_exact(&mut heard).map_err(failed)?;
+    let heard = hear(to(REDIRECTED)).map_err(|error| CanaryError::Redirection(error.to_string()))?;
     if heard != word {
         return Err(CanaryError::Redirection("somebody else answered".to_owned()));
     }

@@ -39,7 +39,8 @@ pub struct Arguments {
         value_name = "CIDR"
     )]
     pub sandbox_cidr: String,
-    /// Whether allowed TCP may leave without passing netd: `auto` or `off`. This version sends all of it through netd
+    /// Whether what address and port alone allow may leave without passing netd: `auto`, or `off`, which leaves the
+    /// node's network settings alone
     #[arg(
         long,
         env = "SANDGATE_KERNEL_PASS",
@@ -61,6 +62,10 @@ pub struct Arguments {
     /// Name under which the controller knows this node
     #[arg(long, default_value = "local", value_name = "NAME")]
     pub node: String,
+    /// Take away what an earlier netd left in the node's network, restore what it changed there, and end. For
+    /// `controller down`
+    #[arg(long)]
+    pub remove_uplink: bool,
 }
 
 /// What netd runs with.
@@ -74,7 +79,7 @@ pub struct Config {
     pub allow_private: Vec<PrivateException>,
     /// Addresses of local sandboxes.
     pub sandbox_cidr: Ipv4Net,
-    /// Whether allowed TCP may leave without passing netd.
+    /// Whether what address and port alone allow may leave without passing netd.
     pub kernel_pass: KernelPass,
     /// Roots that servers are verified against besides the system's.
     pub upstream_ca_file: Option<PathBuf>,
@@ -269,6 +274,7 @@ mod tests {
             upstream_ca_file: None,
             metrics_addr: "off".into(),
             node: "local".into(),
+            remove_uplink: false,
         }
     }
 

@@ -9,7 +9,7 @@ mod state;
 
 use std::{sync::Arc, time::Duration};
 
-use sandgate_api::feed::{FeedAck, FeedFrame, HEARTBEAT_SECONDS, Revision};
+use sandgate_api::feed::{FeedAck, FeedError, FeedFrame, HEARTBEAT_SECONDS, Revision};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -18,14 +18,23 @@ pub use self::{
     state::StateFile,
 };
 use self::{enforce::Enforcer, sequence::Sequence};
+use crate::uplink::Passing;
 
 /// Silence after which the connection counts as broken.
 const SILENCE: Duration = Duration::from_secs(3 * HEARTBEAT_SECONDS);
 /// Pauses between attempts, growing from one to the other.
 const PAUSE: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(3)];
 
-/// Whether the node may get sandboxes; the reason why not.
-pub type Ready = Result<(), String>;
+/// What the canaries said of the node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Standing {
+    /// Whether it may get sandboxes; the reason why not.
+    pub ready: Result<(), String>,
+    /// Whether packets may leave it without passing through netd; the reason why not.
+    pub kernel_pass: Passing,
+    /// Sandboxes that ceased to be enforced without a change of their rules; nothing passes to or from them.
+    pub lost: Vec<FeedError>,
+}
 
 /// Follows the feed and acknowledges it.
 pub struct Feed {
@@ -43,7 +52,7 @@ pub struct Enforced {
     /// Up to this revision.
     pub revision: Revision,
     /// But for these.
-    pub errors: Vec<sandgate_api::feed::FeedError>,
+    pub errors: Vec<FeedError>,
     /// Counts connections: a controller that comes back wants to hear it again.
     pub connection: u64,
 }
@@ -119,18 +128,19 @@ impl Feed {
 pub async fn acknowledge(
     controller: Arc<Controller>,
     mut enforced: watch::Receiver<Option<Enforced>>,
-    mut ready: watch::Receiver<Ready>,
+    mut standing: watch::Receiver<Standing>,
 ) {
     let mut pause = PAUSE[0];
     loop {
         let ack = {
-            let readiness = ready.borrow_and_update().clone();
+            let standing = standing.borrow_and_update().clone();
             enforced.borrow_and_update().clone().map(|enforced| FeedAck {
                 revision: enforced.revision,
-                ready: readiness.is_ok(),
-                not_ready_reason: readiness.err(),
-                kernel_pass: false,
-                errors: enforced.errors,
+                ready: standing.ready.is_ok(),
+                not_ready_reason: standing.ready.err(),
+                kernel_pass: standing.kernel_pass.is_ok(),
+                no_kernel_pass_reason: standing.kernel_pass.err(),
+                errors: enforced.errors.into_iter().chain(standing.lost).collect(),
             })
         };
         let Some(ack) = ack else {
@@ -145,7 +155,7 @@ pub async fn acknowledge(
                 pause = PAUSE[0];
                 let closed = tokio::select! {
                     changed = enforced.changed() => changed.is_err(),
-                    changed = ready.changed() => changed.is_err(),
+                    changed = standing.changed() => changed.is_err(),
                     () = tokio::time::sleep(Duration::from_secs(HEARTBEAT_SECONDS)) => false,
                 };
                 if closed {

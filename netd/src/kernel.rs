@@ -26,10 +26,10 @@ use self::{
     events::SharedSweep,
     pins::Pins,
     platform::{Opening, Ranges},
-    programs::Programs,
+    programs::{Means, Programs},
     tables::Tables,
 };
-pub use self::{error::DatapathError, events::EventReader, policies::PolicyContent};
+pub use self::{error::DatapathError, events::EventReader, policies::PolicyContent, programs::Guarded};
 use crate::router::RouterNamespace;
 
 mod address;
@@ -44,9 +44,6 @@ mod programs;
 mod reasons;
 mod tables;
 
-/// The oldest kernel that has all that is needed.
-const OLDEST_KERNEL: (u32, u32) = (6, 6);
-
 /// Where the datapath lives.
 #[derive(Debug, Clone)]
 pub struct DatapathConfig {
@@ -56,6 +53,8 @@ pub struct DatapathConfig {
     pub sandbox_cidr: Ipv4Net,
     /// Their IPv6 addresses, if they have any.
     pub sandbox_cidr6: Option<Ipv6Net>,
+    /// Attach by `clsact` filters, as on a kernel before 6.6, also where TCX links are to be had. For tests.
+    pub force_clsact: bool,
 }
 
 /// The way out of the router namespace, for what the kernel forwards itself.
@@ -180,13 +179,13 @@ impl Datapath {
     /// Makes or adopts the router namespace, the bpffs, maps, programs and links, and writes the platform's ranges.
     /// Endpoints of an earlier netd stay in force under their last policies.
     pub fn open(config: &DatapathConfig, platform: &Platform) -> Result<Self, DatapathError> {
-        require_kernel()?;
         let pins = Pins::open(&config.run_dir)?;
         let router = RouterNamespace::open(&config.run_dir)?;
         if !pins.adoptable() {
             pins.discard_maps()?;
         }
-        let mut programs = Programs::load(&pins)?;
+        let means = Means::probe(&router, config.force_clsact)?;
+        let mut programs = Programs::load(&pins, means)?;
         let sweep = SharedSweep::open(&pins)?;
         let mut tables = Tables::open(&pins)?;
         let ranges = Ranges {
@@ -207,7 +206,7 @@ impl Datapath {
         }
         tables.add_throttle(0)?;
         // Only now, with maps that say what they must, do the programs of an earlier netd give way.
-        let attached = programs.adopt(&pins)?;
+        let attached = programs.adopt(&router, &pins)?;
         let datapath = Self {
             router,
             pins,
@@ -251,7 +250,7 @@ impl Datapath {
             // Another endpoint, or another interface under a reused index: nothing of the old one may pass to it. The
             // programs stay where they are: the kernel lets go of a link some time after its pin, and until then
             // takes no other.
-            if !same || !programs.hold(&self.pins, endpoint.ifindex)? {
+            if !same || !programs.hold(&self.router, &self.pins, endpoint.ifindex)? {
                 self.disown(tables, endpoint.ifindex)?;
             }
         }
@@ -263,7 +262,7 @@ impl Datapath {
             let Some(other) = tables.owner(address).filter(|other| *other != endpoint.ifindex) else {
                 continue;
             };
-            if programs.hold(&self.pins, other)? {
+            if programs.hold(&self.router, &self.pins, other)? {
                 return Err(DatapathError::AddressInUse {
                     address,
                     ifindex: other,
@@ -388,6 +387,18 @@ impl Datapath {
         self.state().tables.write_platform(&entries, false)
     }
 
+    /// Attaches the program that judges what comes back to the uplink's interface in the router namespace, before all
+    /// others. Before [`Self::set_uplink`]. Idempotent.
+    ///
+    /// # Errors
+    /// When it does not stand there first.
+    pub fn attach_uplink(&self, uplink: &Uplink) -> Result<(), DatapathError> {
+        let mut state = self.state();
+        state
+            .programs
+            .attach_uplink(&self.router, &self.pins, uplink.ifindex)
+    }
+
     /// Says where packets leave that the kernel may forward itself. `None`: there is no such way, so what address and
     /// port alone allow goes to netd if it is TCP, and is refused if it is UDP. Holds from the next packet on.
     pub fn set_uplink(&self, uplink: Option<Uplink>) -> Result<(), DatapathError> {
@@ -407,6 +418,23 @@ impl Datapath {
     /// A reader of denials, also of those that happened while no netd ran.
     pub fn take_events(&self) -> Result<EventReader, DatapathError> {
         EventReader::open(&self.pins, self.sweep.clone())
+    }
+
+    /// Looks whether our programs still come first on the endpoints' interfaces, as only they may end a packet's way
+    /// past them. Where they do not they are put first again, and where that fails the interface is set down. Gives the
+    /// interfaces on which they were not. Call it every few seconds.
+    ///
+    /// # Errors
+    /// When it could not be looked at.
+    pub fn guard(&self) -> Result<Vec<Guarded>, DatapathError> {
+        let mut state = self.state();
+        let State { programs, tables } = &mut *state;
+        let interfaces: Vec<u32> = tables
+            .known()
+            .into_iter()
+            .map(|(handle, _)| handle.ifindex)
+            .collect();
+        programs.guard(&self.router, &self.pins, &interfaces)
     }
 
     /// Frees what was replaced a while ago. Call it every few seconds.
@@ -447,7 +475,7 @@ impl Datapath {
     /// First the endpoint, so that everything is denied from here on; then what belongs to it.
     fn forget(&self, tables: &mut Tables, ifindex: u32) -> Result<(), DatapathError> {
         let disowned = self.disown(tables, ifindex);
-        Programs::detach(&self.pins, ifindex)?;
+        Programs::detach(&self.router, &self.pins, ifindex)?;
         disowned
     }
 
@@ -491,47 +519,8 @@ fn openings(platform: &Platform) -> Vec<Opening> {
         .collect()
 }
 
-/// TCX links, which survive their maker and are replaced in one step, came with 6.6.
-fn require_kernel() -> Result<(), DatapathError> {
-    let release = nix::sys::utsname::uname()
-        .map_err(|errno| DatapathError::Io {
-            action: "read the kernel's version",
-            source: errno.into(),
-        })?
-        .release()
-        .to_string_lossy()
-        .into_owned();
-    let mut numbers = release
-        .split(['.', '-'])
-        .map(|part| part.parse::<u32>().unwrap_or(0));
-    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
-    if version < OLDEST_KERNEL {
-        let (major, minor) = OLDEST_KERNEL;
-        return Err(DatapathError::Unsupported(format!(
-            "it is {release}, {major}.{minor} or newer is needed"
-        )));
-    }
-    Ok(())
-}
-
 /// Tasks share it.
 const _: fn() = || {
     fn shared<T: Send + Sync>() {}
     shared::<Datapath>();
 };
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn this_machine_is_new_enough_to_build_on() {
-        // The comparison itself: a version is a pair, not a text.
-        for new in [(6, 18), (10, 0)] {
-            assert!(new > OLDEST_KERNEL, "{new:?}");
-        }
-        for old in [(6, 1), (5, 15)] {
-            assert!(old < OLDEST_KERNEL, "{old:?}");
-        }
-    }
-}

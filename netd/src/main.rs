@@ -7,6 +7,7 @@ use netd::{
     app,
     config::{Arguments, Config},
     metrics::ADDRESS_VARIABLE,
+    uplink::Uplink,
 };
 use sandgate_daemon::{metrics, telemetry};
 
@@ -30,6 +31,15 @@ fn main() -> ExitCode {
             };
         }
     };
+    if arguments.remove_uplink {
+        return match Uplink::take_away(&arguments.run_dir) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("netd: {error}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     let config = match Config::try_from(arguments) {
         Ok(config) => config,
         Err(error) => {

@@ -2,7 +2,8 @@
 //! all sandbox veths live, so that no host firewall, route or sysctl can disturb them.
 //!
 //! Owns its creation, adoption and settings (sysctls, addresses, rules, the nftables table that refuses). Never
-//! touches the namespace it is started in, and forwards nothing: a packet is for a local socket or it is refused.
+//! touches the namespace it is started in, and forwards nothing by itself: a packet is for a local socket or it is
+//! refused, but for those that [`pass`] sends to the uplink.
 
 use std::{
     fs::File,
@@ -15,7 +16,10 @@ use std::{
 
 use nix::sched::{CloneFlags, setns};
 
+use crate::command::CommandError;
+
 mod namespace;
+pub mod pass;
 mod settings;
 
 /// Address of the router in every sandbox's eyes; on `lo` of the router namespace.
@@ -60,13 +64,8 @@ pub enum RouterError {
         source: io::Error,
     },
     /// A command (`nft`, `ip`) failed.
-    #[error("`{command}` failed in the router namespace: {message}")]
-    Command {
-        /// The command line.
-        command: String,
-        /// What it printed, or why it could not be run.
-        message: String,
-    },
+    #[error("in the router namespace: {0}")]
+    Command(#[from] CommandError),
 }
 
 /// A handle on the router namespace. Closing it destroys nothing: the namespace stays by its file.

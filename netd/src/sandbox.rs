@@ -302,6 +302,15 @@ impl Sandbox {
         self.lock().enforced.judge_packet(udp, to)
     }
 
+    /// The name of an address, if it has exactly one: what a flow is for that nobody has read.
+    pub fn only_name(&self, address: IpAddr) -> Option<String> {
+        let mut state = self.lock();
+        match state.enforced.pins().names(address, seconds()).as_slice() {
+            [only] => Some(only.to_string()),
+            _ => None,
+        }
+    }
+
     /// Remembers that `name` is about to be answered with `addresses`.
     ///
     /// # Errors

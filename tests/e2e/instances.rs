@@ -92,13 +92,25 @@ impl First {
             &run,
             &data,
         ];
-        let rest = wait::within(SETTLED, || {
-            let changed = self.snapshot().since(before).without(&but);
-            changed.is_empty().then_some(())
-        });
+        let changed = || {
+            let its = self.uplink_of(other);
+            self.snapshot().since(before).without(&but).without_any(&its)
+        };
+        let rest = wait::within(SETTLED, || changed().is_empty().then_some(()));
         if rest.is_none() {
-            panic!("disturbed:\n{}", self.snapshot().since(before).without(&but));
+            panic!("disturbed:\n{}", changed());
         }
+    }
+
+    /// What the other instance's uplink is called, if it has one here: interface and table.
+    fn uplink_of(&self, other: &Node) -> Vec<String> {
+        let links = self.world.node().ip("-o link").expect("the links");
+        let whose = format!("alias sandgate {}", other.run_dir().display());
+        let its = links.lines().find(|line| line.contains(&whose));
+        let name = its.and_then(|line| line.split([':', '@']).nth(1)).map(str::trim);
+        name.map_or_else(Vec::new, |name| {
+            vec![name.to_owned(), name.replacen("sgup", "sandgate_", 1)]
+        })
     }
 
     /// Its sandbox works, and what is forbidden to it is refused, since this many attempts.

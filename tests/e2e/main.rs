@@ -18,6 +18,7 @@ mod machine;
 mod names;
 mod observe;
 mod outages;
+mod passes;
 mod policies;
 mod pool;
 mod promise;
@@ -236,6 +237,19 @@ fn main() -> ExitCode {
                 siege::starved::a_controller_without_room_loses_nothing,
                 siege::fresh::what_sends_with_its_first_instruction_gets_nothing_out,
                 siege::fresh::an_address_that_is_given_again_inherits_nothing,
+            ],
+        )
+        .group(
+            "passes",
+            cases![
+                passes::what_address_and_port_allow_leaves_by_the_kernel_and_is_recorded,
+                passes::tightening_ends_an_open_connection,
+                passes::nothing_else_gets_out_that_way,
+                passes::datagrams_pass_by_a_rule_and_only_by_one,
+                passes::a_killed_netd_does_not_touch_what_passes,
+                passes::a_firewall_that_drops_is_named_and_left_alone,
+                passes::switched_off_it_leaves_the_node_alone,
+                passes::the_node_is_as_it_was_when_all_is_taken_down,
             ],
         )
         .group("leak", cases![leak::two_hundred_sandboxes_leave_nothing])

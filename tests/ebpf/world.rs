@@ -114,6 +114,7 @@ pub(crate) fn config(run_dir: &Path) -> DatapathConfig {
         run_dir: run_dir.to_owned(),
         sandbox_cidr: sandbox_cidr(),
         sandbox_cidr6: Some("fd53:4700::/64".parse().expect("a prefix")),
+        force_clsact: false,
     }
 }
 

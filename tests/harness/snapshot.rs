@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// What is asked in each network namespace. None of it shows a counter.
-const NETWORK: [&[&str]; 9] = [
+const NETWORK: [&[&str]; 8] = [
     &["ip", "-o", "link"],
     &["ip", "-o", "-4", "address"],
     &["ip", "-o", "-6", "address"],
@@ -31,7 +31,6 @@ const NETWORK: [&[&str]; 9] = [
     &["ip", "-4", "rule"],
     &["ip", "-6", "rule"],
     &["ip", "-o", "neigh", "show", "nud", "permanent"],
-    &["nft", "list", "ruleset"],
 ];
 /// The kinds of namespaces (namespaces(7)).
 const NAMESPACES: [&str; 8] = ["cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts"];
@@ -197,6 +196,18 @@ impl Snapshot {
                 self.add(format!("{name}: {}: {}", command.join(" "), line.trim_end()));
             }
         }
+        let rules = namespace.command("nft", &["list", "ruleset"])?;
+        let mut table = String::new();
+        for line in String::from_utf8_lossy(&rules.stdout).lines() {
+            if line.starts_with("table ") {
+                line.trim_end_matches(" {").clone_into(&mut table);
+            }
+            self.add(format!("{name}: nft: {table}: {}", line.trim_end()));
+        }
+        // `/proc/sys/net` shows the namespace of whoever opens it.
+        for line in namespace.run(forwarding) {
+            self.add(format!("{name}: {line}"));
+        }
         Ok(())
     }
 }
@@ -212,6 +223,16 @@ impl Difference {
     pub fn without(mut self, prefixes: &[&str]) -> Self {
         self.0
             .retain(|line, _| !prefixes.iter().any(|prefix| line.starts_with(prefix)));
+        self
+    }
+}
+
+impl Difference {
+    /// Without lines that hold one of these.
+    #[must_use]
+    pub fn without_any(mut self, words: &[String]) -> Self {
+        self.0
+            .retain(|line, _| !words.iter().any(|word| line.contains(word)));
         self
     }
 }
@@ -354,6 +375,19 @@ fn files_below(root: &Path) -> Vec<PathBuf> {
         }
     }
     found
+}
+
+/// The switches for forwarding of the calling thread's namespace.
+fn forwarding() -> Vec<String> {
+    let families = ["/proc/sys/net/ipv4/conf", "/proc/sys/net/ipv6/conf"];
+    let interfaces = families.into_iter().flat_map(|family| entries(Path::new(family)));
+    let switches = interfaces.flat_map(|path| [path.join("forwarding"), path.join("force_forwarding")]);
+    switches
+        .filter_map(|path| {
+            let value = fs::read_to_string(&path).ok()?;
+            Some(format!("{} is {}", path.display(), value.trim()))
+        })
+        .collect()
 }
 
 fn entries(directory: &Path) -> Vec<PathBuf> {

@@ -172,6 +172,7 @@ impl World {
             ready: true,
             not_ready_reason: None,
             kernel_pass: false,
+            no_kernel_pass_reason: None,
             errors,
         };
         assert_eq!(self.post("/feed/ack", &ack).await, 200);

@@ -137,6 +137,9 @@ pub struct FeedAck {
     /// Whether packets may leave this node without passing through netd, which rules for UDP need.
     #[serde(default)]
     pub kernel_pass: bool,
+    /// Why not, when `kernel_pass` is false.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub no_kernel_pass_reason: Option<String>,
     /// Sandboxes that could not be enforced as asked; they are denied everything.
     #[serde(default)]
     pub errors: Vec<FeedError>,

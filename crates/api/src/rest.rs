@@ -78,4 +78,10 @@ pub struct NodeHealth {
     /// Why not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    /// Whether packets that need no look inside leave the node without passing through netd. Rules for `udp` need it.
+    #[serde(default)]
+    pub kernel_pass: bool,
+    /// Why they do not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel_pass_reason: Option<String>,
 }

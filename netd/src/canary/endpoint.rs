@@ -23,7 +23,7 @@ use sandgate_api::feed::Endpoint;
 use crate::router::{GATEWAY, RouterError, RouterNamespace};
 
 const ROUTER_END: &str = "sgcanary";
-const INNER_END: &str = "eth0";
+pub(super) const INNER_END: &str = "eth0";
 const MAC: [u8; 6] = [0x02, 0x53, 0x47, 0x02, 0x00, 0x01];
 
 /// The endpoint.
@@ -46,11 +46,11 @@ pub enum ThrowawayError {
     Netlink(&'static str, #[source] rtnetlink::Error),
 }
 
-fn system(what: &'static str) -> impl Fn(io::Error) -> ThrowawayError {
+pub(super) fn system(what: &'static str) -> impl Fn(io::Error) -> ThrowawayError {
     move |error| ThrowawayError::System(what, error)
 }
 
-fn netlink(what: &'static str) -> impl Fn(rtnetlink::Error) -> ThrowawayError {
+pub(super) fn netlink(what: &'static str) -> impl Fn(rtnetlink::Error) -> ThrowawayError {
     move |error| ThrowawayError::Netlink(what, error)
 }
 
@@ -161,10 +161,7 @@ impl Throwaway {
 
     /// Runs a closure inside the namespace.
     pub(super) fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T, ThrowawayError> {
-        on_thread(|| {
-            setns(&self.namespace, CloneFlags::CLONE_NEWNET).map_err(io::Error::from)?;
-            Ok(work())
-        })
+        on_thread_in(&self.namespace, work)
     }
 
     /// Removes everything.
@@ -183,10 +180,21 @@ impl Throwaway {
     }
 }
 
-fn new_namespace() -> Result<File, ThrowawayError> {
+pub(super) fn new_namespace() -> Result<File, ThrowawayError> {
     on_thread(|| {
         unshare(CloneFlags::CLONE_NEWNET).map_err(io::Error::from)?;
         File::open("/proc/thread-self/ns/net")
+    })
+}
+
+/// Runs a closure inside a namespace.
+pub(super) fn on_thread_in<T: Send>(
+    namespace: &File,
+    work: impl FnOnce() -> T + Send,
+) -> Result<T, ThrowawayError> {
+    on_thread(|| {
+        setns(namespace, CloneFlags::CLONE_NEWNET).map_err(io::Error::from)?;
+        Ok(work())
     })
 }
 
@@ -205,7 +213,9 @@ fn on_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> Result<T, 
 }
 
 /// Runs netlink calls in the calling thread's namespace.
-fn blocking<T>(calls: impl AsyncFnOnce(&Handle) -> Result<T, ThrowawayError>) -> Result<T, ThrowawayError> {
+pub(super) fn blocking<T>(
+    calls: impl AsyncFnOnce(&Handle) -> Result<T, ThrowawayError>,
+) -> Result<T, ThrowawayError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -219,7 +229,7 @@ fn blocking<T>(calls: impl AsyncFnOnce(&Handle) -> Result<T, ThrowawayError>) ->
     })
 }
 
-async fn index_of(handle: &Handle, name: &str) -> Result<u32, ThrowawayError> {
+pub(super) async fn index_of(handle: &Handle, name: &str) -> Result<u32, ThrowawayError> {
     let mut found = Box::pin(handle.link().get().match_name(name.to_owned()).execute());
     match found
         .try_next()
@@ -231,7 +241,7 @@ async fn index_of(handle: &Handle, name: &str) -> Result<u32, ThrowawayError> {
     }
 }
 
-async fn up(handle: &Handle, index: u32) -> Result<(), ThrowawayError> {
+pub(super) async fn up(handle: &Handle, index: u32) -> Result<(), ThrowawayError> {
     let message = LinkMessageBuilder::<LinkUnspec>::new().index(index).up().build();
     handle
         .link()
@@ -241,7 +251,7 @@ async fn up(handle: &Handle, index: u32) -> Result<(), ThrowawayError> {
         .map_err(netlink("setting an interface up"))
 }
 
-async fn neighbour(
+pub(super) async fn neighbour(
     handle: &Handle,
     index: u32,
     address: Ipv4Addr,

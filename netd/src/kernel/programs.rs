@@ -1,24 +1,29 @@
-//! The two programs and their links to interfaces.
+//! The two programs and where they hang: on the router ends of sandbox veths, before all others.
 //!
-//! A link is made once, pinned, and then lives until it is unpinned or its interface goes; a newer netd replaces the
-//! program in the living link, so that there is no moment without one.
+//! Two means: [`tcx`] links (Linux 6.6), which are pinned, and [`clsact`] filters on older kernels. With both, what
+//! hangs there lives until it is taken away or its interface goes, and a newer netd replaces the program in it, so that
+//! there is no moment without one.
+
+mod clsact;
+mod tcx;
+
+use std::{collections::BTreeSet, fs, io, path::Path};
 
 use aya::{
     Ebpf, EbpfLoader,
-    programs::{
-        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
-        links::{FdLink, LinkError, PinnedLink},
-        tc::TcAttachOptions,
-    },
+    programs::{ProgramError, SchedClassifier, TcAttachType},
 };
-use nix::net::if_::if_nametoindex;
+use nix::net::if_::{if_indextoname, if_nametoindex};
 
 use super::{
     DatapathError,
-    error::on_program,
+    error::{on_file, on_program},
     pins::{self, Pins},
 };
-use crate::router::RouterNamespace;
+use crate::{
+    command,
+    router::{RouterError, RouterNamespace, pass},
+};
 
 /// The object that build.rs made.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/netd-ebpf"));
@@ -29,52 +34,97 @@ const PROGRAMS: [(&str, TcAttachType); 2] = [
     ("to_sandbox", TcAttachType::Egress),
 ];
 
+/// The program at the router's end of the uplink.
+const UPLINK: (&str, TcAttachType) = ("from_uplink", TcAttachType::Ingress);
+
+/// How programs hang on an interface.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Means {
+    /// Links in the interface's own list of programs.
+    Tcx,
+    /// Filters of the `clsact` queueing discipline.
+    Clsact,
+}
+
 /// The loaded object.
 pub(super) struct Programs {
     object: Ebpf,
+    means: Means,
+    /// Interfaces that were set down because ours did not come first.
+    down: BTreeSet<u32>,
+}
+
+/// An interface on which another program had come before one of ours.
+#[derive(Debug)]
+pub struct Guarded {
+    /// Index of the interface.
+    pub ifindex: u32,
+    /// Why ours do not stand first again; the interface was set down then.
+    pub outcome: Result<(), DatapathError>,
+}
+
+impl Means {
+    /// What this kernel has, by asking it and not by its version.
+    ///
+    /// # Errors
+    /// Names what is missing when it has neither.
+    pub(super) fn probe(router: &RouterNamespace, force_clsact: bool) -> Result<Self, DatapathError> {
+        router.run(|| {
+            if !force_clsact && tcx::is_there() {
+                return Ok(Self::Tcx);
+            }
+            let missing = |error| {
+                DatapathError::Unsupported(format!(
+                    "programs can be attached to interfaces neither by TCX links (Linux 6.6) nor by filters of a clsact \
+                     queueing discipline (CONFIG_NET_SCH_INGRESS): {error}"
+                ))
+            };
+            clsact::prepare("lo").map_err(missing)?;
+            Ok(Self::Clsact)
+        })?
+    }
 }
 
 impl Programs {
     /// Loads the object with the pinned maps, pinning those that are not, and verifies the programs.
-    pub(super) fn load(pins: &Pins) -> Result<Self, DatapathError> {
-        let mut loader = EbpfLoader::new();
-        for (name, path) in pins.map_paths() {
-            loader.map_pin_path(name, path);
-        }
-        let mut object = loader
-            .load(OBJECT)
-            .map_err(|error| DatapathError::Load(Box::new(error)))?;
-        for (name, _) in PROGRAMS {
-            program(&mut object, name)?
-                .load()
-                .map_err(on_program("load", name))?;
-        }
-        Ok(Self { object })
+    pub(super) fn load(pins: &Pins, means: Means) -> Result<Self, DatapathError> {
+        let object = load(pins)?;
+        Ok(Self {
+            object,
+            means,
+            down: BTreeSet::new(),
+        })
     }
 
-    /// Puts our programs into every link that an earlier netd pinned. Links whose interface is gone are unpinned.
-    /// Returns the interfaces that are attached completely.
-    pub(super) fn adopt(&mut self, pins: &Pins) -> Result<Vec<u32>, DatapathError> {
-        let mut live: Vec<(u32, usize)> = Vec::new();
-        for (ifindex, name, path) in pins.links()? {
-            let ours = PROGRAMS.iter().find(|(program, _)| *program == name);
-            let alive = match ours {
-                Some((name, _)) => self.replace(&path, name)?,
-                None => false,
-            };
-            if !alive {
-                pins::remove(&path)?;
-            } else if let Some((_, count)) = live.iter_mut().find(|(seen, _)| *seen == ifindex) {
-                *count += 1;
-            } else {
-                live.push((ifindex, 1));
+    /// Puts our programs wherever an earlier netd's hang. What hung on interfaces that are gone is forgotten. Returns
+    /// the interfaces that are attached completely.
+    pub(super) fn adopt(&mut self, router: &RouterNamespace, pins: &Pins) -> Result<Vec<u32>, DatapathError> {
+        router.run(|| {
+            let mut live: Vec<(u32, usize)> = Vec::new();
+            for (ifindex, name, path) in pins.links()? {
+                let mut known = PROGRAMS.iter().chain([&UPLINK]);
+                let ours = known.find(|(program, _)| *program == name);
+                let alive = match ours {
+                    Some((name, side)) => self.replace(&path, name, *side, ifindex)?,
+                    None => false,
+                };
+                if !alive {
+                    let side = ours.map(|(_, side)| *side);
+                    take_down(&path, side, ifindex)?;
+                } else if name == UPLINK.0 {
+                    // Of no endpoint.
+                } else if let Some((_, count)) = live.iter_mut().find(|(seen, _)| *seen == ifindex) {
+                    *count += 1;
+                } else {
+                    live.push((ifindex, 1));
+                }
             }
-        }
-        Ok(live
-            .into_iter()
-            .filter(|(_, count)| *count == PROGRAMS.len())
-            .map(|(ifindex, _)| ifindex)
-            .collect())
+            Ok(live
+                .into_iter()
+                .filter(|(_, count)| *count == PROGRAMS.len())
+                .map(|(ifindex, _)| ifindex)
+                .collect())
+        })?
     }
 
     /// Attaches both programs to an interface of the router namespace, before all others, or finds them there.
@@ -84,6 +134,26 @@ impl Programs {
         pins: &Pins,
         interface: &str,
         ifindex: u32,
+    ) -> Result<(), DatapathError> {
+        self.attach_each(router, pins, (interface, ifindex), &PROGRAMS)
+    }
+
+    /// The same with the program of the uplink's end in the router namespace.
+    pub(super) fn attach_uplink(
+        &mut self,
+        router: &RouterNamespace,
+        pins: &Pins,
+        ifindex: u32,
+    ) -> Result<(), DatapathError> {
+        self.attach_each(router, pins, (pass::INTERFACE, ifindex), &[UPLINK])
+    }
+
+    fn attach_each(
+        &mut self,
+        router: &RouterNamespace,
+        pins: &Pins,
+        (interface, ifindex): (&str, u32),
+        programs: &[(&'static str, TcAttachType)],
     ) -> Result<(), DatapathError> {
         // Interfaces are looked up in the namespace of the calling thread.
         router.run(|| {
@@ -96,89 +166,171 @@ impl Programs {
                     found,
                 });
             }
-            for (name, side) in PROGRAMS {
+            for (name, side) in programs.iter().copied() {
                 let path = pins.link(ifindex, name);
-                if !self.replace(&path, name)? {
-                    pins::remove(&path)?;
+                if !self.replace(&path, name, side, ifindex)? {
+                    take_down(&path, Some(side), ifindex)?;
                     self.create(&path, name, side, interface)?;
                 }
-                self.stands_first(name, side, interface)?;
+                self.stands_first(&path, name, side, interface)?;
             }
             Ok(())
         })?
     }
 
-    /// Whether an interface lives that one of our pinned links hangs on.
-    pub(super) fn hold(&mut self, pins: &Pins, ifindex: u32) -> Result<bool, DatapathError> {
-        let (name, _) = PROGRAMS[0];
-        self.replace(&pins.link(ifindex, name), name)
+    /// Whether an interface lives on which one of our programs hangs.
+    pub(super) fn hold(
+        &mut self,
+        router: &RouterNamespace,
+        pins: &Pins,
+        ifindex: u32,
+    ) -> Result<bool, DatapathError> {
+        let (name, side) = PROGRAMS[0];
+        router.run(|| self.replace(&pins.link(ifindex, name), name, side, ifindex))?
     }
 
-    /// Unpins an interface's links; the programs are detached with them.
-    pub(super) fn detach(pins: &Pins, ifindex: u32) -> Result<(), DatapathError> {
-        PROGRAMS
+    /// Takes both programs off an interface.
+    pub(super) fn detach(router: &RouterNamespace, pins: &Pins, ifindex: u32) -> Result<(), DatapathError> {
+        let filtered = PROGRAMS
             .iter()
-            .try_for_each(|(name, _)| pins::remove(&pins.link(ifindex, name)))
+            .any(|(name, _)| clsact::handle_at(&pins.link(ifindex, name)).is_some());
+        if !filtered {
+            return PROGRAMS
+                .iter()
+                .try_for_each(|(name, _)| pins::remove(&pins.link(ifindex, name)));
+        }
+        router.run(|| {
+            PROGRAMS
+                .iter()
+                .try_for_each(|(name, side)| take_down(&pins.link(ifindex, name), Some(*side), ifindex))
+        })?
     }
 
-    /// Puts our program into a pinned link; false when there is none, or its interface is gone.
-    fn replace(&mut self, path: &std::path::Path, name: &'static str) -> Result<bool, DatapathError> {
-        if !path.exists() {
-            return Ok(false);
-        }
-        let Ok(pinned) = PinnedLink::from_pin(path) else {
-            return Ok(false);
-        };
-        let link = FdLink::from(pinned).try_into().map_err(on_link(name))?;
+    /// Looks whether our programs still come first on these interfaces. Where another one has come before, ours is put
+    /// before it again; where that fails, the interface is set down, so that nothing passes.
+    ///
+    /// # Errors
+    /// When the namespace cannot be entered.
+    pub(super) fn guard(
+        &mut self,
+        router: &RouterNamespace,
+        pins: &Pins,
+        interfaces: &[u32],
+    ) -> Result<Vec<Guarded>, DatapathError> {
+        router.run(|| {
+            let mut found = Vec::new();
+            for ifindex in interfaces {
+                // One that went away takes its programs with it.
+                let Some(interface) = name_of(*ifindex) else {
+                    continue;
+                };
+                let mut moved = false;
+                let outcome = PROGRAMS.iter().try_for_each(|(name, side)| {
+                    let path = pins.link(*ifindex, name);
+                    if self.stands_first(&path, name, *side, &interface).is_ok() {
+                        return Ok(());
+                    }
+                    moved = true;
+                    self.bring_forward(pins, &path, name, *side, &interface)?;
+                    self.stands_first(&path, name, *side, &interface)
+                });
+                if outcome.is_err() && name_of(*ifindex).is_none() {
+                    continue;
+                }
+                let was_down = self.down.contains(ifindex);
+                if outcome.is_err() {
+                    set_link(&interface, "down")?;
+                    self.down.insert(*ifindex);
+                } else if was_down {
+                    set_link(&interface, "up")?;
+                    self.down.remove(ifindex);
+                }
+                if moved || outcome.is_err() {
+                    let ifindex = *ifindex;
+                    found.push(Guarded { ifindex, outcome });
+                }
+            }
+            Ok(found)
+        })?
+    }
+
+    /// Puts our program where one of ours hangs; false when there is none, or its interface is gone.
+    fn replace(
+        &mut self,
+        path: &Path,
+        name: &'static str,
+        side: TcAttachType,
+        ifindex: u32,
+    ) -> Result<bool, DatapathError> {
         let program = program(&mut self.object, name)?;
-        match program.attach_to_link(link) {
-            // Taken back and closed here: the pin keeps it.
-            Ok(id) => program
-                .take_link(id)
-                .map(drop)
-                .map(|()| true)
-                .map_err(on_program("adopt", name)),
-            Err(error) if is_dead(&error) => Ok(false),
-            Err(error) => Err(on_program("replace", name)(error)),
+        match (self.means, clsact::handle_at(path)) {
+            (Means::Clsact, Some(handle)) => {
+                Ok(name_of(ifindex)
+                    .is_some_and(|interface| clsact::replace(program, side, &interface, handle)))
+            }
+            (Means::Tcx, None) => tcx::replace(program, path, name),
+            // Of another kernel, or of other means by order: made anew.
+            (Means::Clsact, None) | (Means::Tcx, Some(_)) => Ok(false),
         }
     }
 
     fn create(
         &mut self,
-        path: &std::path::Path,
+        path: &Path,
         name: &'static str,
         side: TcAttachType,
         interface: &str,
     ) -> Result<(), DatapathError> {
         let program = program(&mut self.object, name)?;
-        let link = program
-            .attach_with_options(interface, side, TcAttachOptions::TcxOrder(LinkOrder::first()))
-            .and_then(|id| program.take_link(id))
-            .map_err(on_program("attach", name))?;
-        let link = FdLink::try_from(link).map_err(on_link(name))?;
-        link.pin(path).map(drop).map_err(|source| DatapathError::Pin {
-            path: path.to_owned(),
-            source: Box::new(source),
-        })
+        match self.means {
+            Means::Tcx => tcx::create(program, path, name, side, interface),
+            Means::Clsact => clsact::create(program, path, name, side, interface),
+        }
     }
 
     fn stands_first(
         &mut self,
+        path: &Path,
         name: &'static str,
         side: TcAttachType,
         interface: &str,
     ) -> Result<(), DatapathError> {
         let ours = program(&mut self.object, name)?
             .info()
-            .map_err(on_program("look at", name))?
-            .id();
-        let (_, chain) = SchedClassifier::query_tcx(interface, side).map_err(on_program("query", name))?;
-        match chain.first() {
-            Some(first) if first.id() == ours => Ok(()),
-            Some(_) | None => Err(DatapathError::NotFirst {
-                program: name,
-                name: interface.to_owned(),
-            }),
+            .map_err(on_program("look at", name))?;
+        let first = match self.means {
+            Means::Tcx => tcx::first(side, interface, name)? == Some(ours.tag()),
+            Means::Clsact => clsact::is_first(path, side, interface)?,
+        };
+        if first {
+            return Ok(());
+        }
+        Err(DatapathError::NotFirst {
+            program: name,
+            name: interface.to_owned(),
+        })
+    }
+
+    /// Puts our program before all others again. A list takes a program only once, so this one is of a fresh copy of the
+    /// object, and the old one goes when the new one stands.
+    fn bring_forward(
+        &self,
+        pins: &Pins,
+        path: &Path,
+        name: &'static str,
+        side: TcAttachType,
+        interface: &str,
+    ) -> Result<(), DatapathError> {
+        let mut fresh = load(pins)?;
+        let program = program(&mut fresh, name)?;
+        match self.means {
+            Means::Tcx => {
+                let new = path.with_extension("new");
+                pins::remove(&new)?;
+                tcx::create(program, &new, name, side, interface)?;
+                fs::rename(&new, path).map_err(on_file("replace", path))
+            }
+            Means::Clsact => clsact::bring_forward(program, path, name, side, interface),
         }
     }
 
@@ -186,6 +338,44 @@ impl Programs {
     pub(super) fn program(&mut self, name: &'static str) -> Result<&mut SchedClassifier, DatapathError> {
         program(&mut self.object, name)
     }
+}
+
+fn load(pins: &Pins) -> Result<Ebpf, DatapathError> {
+    let mut loader = EbpfLoader::new();
+    for (name, path) in pins.map_paths() {
+        loader.map_pin_path(name, path);
+    }
+    let mut object = loader
+        .load(OBJECT)
+        .map_err(|error| DatapathError::Load(Box::new(error)))?;
+    for (name, _) in PROGRAMS.into_iter().chain([UPLINK]) {
+        program(&mut object, name)?
+            .load()
+            .map_err(on_program("load", name))?;
+    }
+    Ok(object)
+}
+
+/// Takes off what hangs there and forgets it.
+fn take_down(path: &Path, side: Option<TcAttachType>, ifindex: u32) -> Result<(), DatapathError> {
+    if let (Some(handle), Some(side), Some(interface)) = (clsact::handle_at(path), side, name_of(ifindex)) {
+        clsact::remove(side, &interface, handle);
+    }
+    pins::remove(path)
+}
+
+/// Sets it up or down; one that went away is neither.
+fn set_link(interface: &str, state: &str) -> Result<(), DatapathError> {
+    let set = command::run(&["ip", "link", "set", "dev", interface, state], "");
+    if set.is_err() && if_nametoindex(interface).is_err() {
+        return Ok(());
+    }
+    set.map_err(RouterError::from)?;
+    Ok(())
+}
+
+fn name_of(ifindex: u32) -> Option<String> {
+    if_indextoname(ifindex).ok()?.into_string().ok()
 }
 
 fn program<'object>(
@@ -199,17 +389,15 @@ fn program<'object>(
         .map_err(on_program("find", name))
 }
 
-fn on_link(program: &'static str) -> impl FnOnce(LinkError) -> DatapathError {
-    move |source| DatapathError::Link {
-        program,
-        source: Box::new(source),
-    }
-}
-
-/// Whether a link update failed because the link's interface is gone.
+/// Whether a call failed because its interface is gone.
 fn is_dead(error: &ProgramError) -> bool {
     match error {
         ProgramError::SyscallError(call) => call.io_error.raw_os_error() == Some(libc::ENOLINK),
         _ => false,
     }
+}
+
+/// An error about something that hangs on an interface and that aya knows only as an `io::Error`.
+fn on_hook(action: &'static str) -> impl FnOnce(io::Error) -> DatapathError {
+    move |source| DatapathError::Io { action, source }
 }

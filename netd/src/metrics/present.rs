@@ -11,7 +11,7 @@ use tokio::sync::watch;
 
 use crate::{
     audit::Audit,
-    feed::{Enforced, Ready},
+    feed::{Enforced, Standing},
     kernel::{Counters, Datapath},
     sandbox::Sandboxes,
 };
@@ -27,7 +27,7 @@ pub struct Present {
     /// What is in force.
     pub enforced: watch::Receiver<Option<Enforced>>,
     /// What the canaries said.
-    pub ready: watch::Receiver<Ready>,
+    pub standing: watch::Receiver<Standing>,
 }
 
 impl fmt::Debug for Present {
@@ -99,7 +99,7 @@ impl Present {
             (
                 "sandgate_netd_canaries",
                 "1 when the canaries returned: refusing and redirecting work.",
-                u64::from(self.ready.borrow().is_ok()),
+                u64::from(self.standing.borrow().ready.is_ok()),
             ),
         ] {
             let gauge = ConstGauge::new(value);

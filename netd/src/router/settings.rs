@@ -3,21 +3,18 @@
 //!
 //! Forwarding is closed four times: the sysctls say no, the routing rules hold no route for a packet that came in
 //! (only `local` ones), the forward chain drops, and the programs let nothing through without a mark. All of it holds
-//! for both families.
+//! for both families. What may leave without netd is [`super::pass`]'s: two lines of each chain here, which mean
+//! nothing without the rest.
 //!
 //! IPv6 is off but on `lo` and on the interfaces of sandboxes that have an address, where the controller turns it on;
 //! those get no address of their own, so that the kernel has nothing to say there by itself.
 
-use std::{
-    fs,
-    io::{self, Write},
-    path::Path,
-    process::{Command, Stdio},
-};
+use std::{fs, io, path::Path};
 
 use netd_common::mark;
 
-use super::{GATEWAY, GATEWAY6, RouterError};
+use super::{GATEWAY, GATEWAY6, RouterError, pass};
+use crate::command;
 
 /// Routing table whose only route delivers everything to the local host.
 const LOCAL_TABLE: u32 = 133;
@@ -137,6 +134,7 @@ fn set(name: &str, value: &str) -> io::Result<()> {
 /// disconnect it and connect it to netd's listeners. Nothing here has a reason to speak to loopback.
 fn ruleset() -> String {
     let (proxy, inbound) = (mark::PROXY, mark::INBOUND);
+    let ([from_sandboxes, from_uplink], [out, back]) = (pass::prerouting(), pass::forward());
     format!(
         "table inet sandgate
 delete table inet sandgate
@@ -146,6 +144,8 @@ table inet sandgate {{
     iif lo drop
     meta mark {proxy:#x} accept
     meta mark {inbound:#x} accept
+    {from_sandboxes}
+    {from_uplink}
     meta l4proto tcp reject with tcp reset
     meta l4proto udp reject with icmpx admin-prohibited
   }}
@@ -155,6 +155,8 @@ table inet sandgate {{
   }}
   chain forward {{
     type filter hook forward priority filter; policy drop;
+    {out}
+    {back}
   }}
 }}
 "
@@ -203,40 +205,10 @@ fn rules(family: &str) -> Result<(), RouterError> {
 
 /// Runs a command in this thread's namespace with `input` on its standard input.
 fn feed(command: &[&str], input: &str) -> Result<(), RouterError> {
-    run(command, input).map(drop)
+    command::run(command, input)?;
+    Ok(())
 }
 
 fn output(command: &[&str]) -> Result<String, RouterError> {
-    run(command, "")
-}
-
-fn run(command: &[&str], input: &str) -> Result<String, RouterError> {
-    let failed = |message: String| RouterError::Command {
-        command: command.join(" "),
-        message,
-    };
-    let [program, arguments @ ..] = command else {
-        return Err(failed("no command".to_owned()));
-    };
-    let mut child = Command::new(program)
-        .args(arguments)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .map_err(|error| failed(format!("{error} (installed by `make setup`)")))?;
-    if let Some(mut stdin) = child.stdin.take() {
-        // A child that ended early says why on its standard error.
-        if let Err(error) = stdin.write_all(input.as_bytes()) {
-            tracing::debug!(%error, program, "input not taken");
-        }
-    }
-    let done = child
-        .wait_with_output()
-        .map_err(|error| failed(error.to_string()))?;
-    if done.status.success() {
-        Ok(String::from_utf8_lossy(&done.stdout).into_owned())
-    } else {
-        Err(failed(String::from_utf8_lossy(&done.stderr).trim().to_owned()))
-    }
+    Ok(command::run(command, "")?)
 }

@@ -77,6 +77,7 @@ impl Both {
             ready: true,
             not_ready_reason: None,
             kernel_pass: false,
+            no_kernel_pass_reason: None,
             errors: vec![],
         };
         post(&mut self.node, "/feed/ack", &ack).await;

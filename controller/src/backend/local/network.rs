@@ -5,6 +5,7 @@
 //! it was opened, so that one thread can hold one socket in each of two namespaces.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File, OpenOptions},
     future::Future,
     io,
@@ -304,6 +305,23 @@ pub(super) async fn interfaces(router: &Path) -> io::Result<Vec<String>> {
     .await
 }
 
+/// Indices of the uplinks of all instances.
+async fn uplinks(host: &Handle) -> io::Result<BTreeSet<u32>> {
+    let links = host.link().get().execute();
+    let mut links = std::pin::pin!(links);
+    let mut found = BTreeSet::new();
+    while let Some(link) = asked("listing interfaces", links.try_next()).await? {
+        let is_uplink = link
+            .attributes
+            .iter()
+            .any(|attribute| matches!(attribute, LinkAttribute::IfName(name) if name.starts_with(UPLINKS)));
+        if is_uplink {
+            found.insert(link.header.index);
+        }
+    }
+    Ok(found)
+}
+
 fn alias(link: LinkMessage) -> Option<String> {
     link.attributes.into_iter().find_map(|attribute| match attribute {
         LinkAttribute::IfAlias(alias) => Some(alias),
@@ -311,12 +329,17 @@ fn alias(link: LinkMessage) -> Option<String> {
     })
 }
 
-/// A route of this process's namespace that overlaps `range`, if there is one. Default routes do not count.
+/// How the interfaces begin over which netd's kernel pass leads the sandboxes' own ranges (netd/src/uplink).
+const UPLINKS: &str = "sgup";
+
+/// A route of this process's namespace that overlaps `range`, if there is one. Default routes do not count, and neither
+/// do those over uplinks: our own leads here, and netd does without one where another instance has the range.
 pub(super) async fn overlapping_route(range: Ipv4Net) -> io::Result<Option<Ipv4Net>> {
     on_own_thread("host-routes", move || {
         netlink(async |runtime| {
             let all = RouteMessageBuilder::<Ipv4Addr>::new().build();
             let host = connect(runtime)?;
+            let uplinks = uplinks(&host).await?;
             let routes = host.route().get(all).execute();
             let mut routes = std::pin::pin!(routes);
             while let Some(route) = routes.next().await {
@@ -327,8 +350,11 @@ pub(super) async fn overlapping_route(range: Ipv4Net) -> io::Result<Option<Ipv4N
                     _ => None,
                 });
                 let prefix = destination.and_then(|address| Ipv4Net::new(address, length).ok());
+                let over_uplink = route.attributes.iter().any(
+                    |attribute| matches!(attribute, RouteAttribute::Oif(index) if uplinks.contains(index)),
+                );
                 let clash = prefix
-                    .filter(|prefix| prefix.prefix_len() > 0)
+                    .filter(|prefix| prefix.prefix_len() > 0 && !over_uplink)
                     .filter(|prefix| prefix.contains(&range) || range.contains(prefix));
                 if clash.is_some() {
                     return Ok(clash);

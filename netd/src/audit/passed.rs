@@ -1,0 +1,229 @@
+//! Turns flows that the kernel forwarded into records, once they have ended. Owns: what is known of such a flow without
+//! having read it, and that a sandbox whose records find no room makes no more of them than can be kept: its flows are
+//! then put together by destination.
+
+use std::{
+    collections::BTreeMap,
+    net::{SocketAddr, SocketAddrV4},
+    sync::Arc,
+    time::Duration,
+};
+
+use jiff::{SignedDuration, Timestamp};
+use nix::time::{ClockId, clock_gettime};
+use sandgate_policy::{FailureMode, Protocol, Reason};
+use tokio_util::sync::CancellationToken;
+
+use super::{Attempt, Audit, Owner, Passed};
+use crate::{
+    kernel::{Datapath, EndedFlow, FlowEnd},
+    sandbox::{Decision, Sandbox, Sandboxes},
+};
+
+/// How often the kernel is asked.
+const PAUSE: Duration = Duration::from_secs(1);
+/// Destinations that are kept apart while there is no room; beyond them all are one.
+const HELD_MAX: usize = 4096;
+
+/// Flows of one sandbox to one destination that wait for room.
+type Held = BTreeMap<(u32, u8, Option<SocketAddr>), Sum>;
+
+#[derive(Debug, Clone, Copy)]
+struct Sum {
+    began: Timestamp,
+    lasted: Duration,
+    up: u64,
+    down: u64,
+    flows: u64,
+}
+
+/// Records what the kernel forwarded, until `end`; then once more.
+pub async fn follow(
+    datapath: Arc<Datapath>,
+    sandboxes: Arc<Sandboxes>,
+    audit: Arc<Audit>,
+    end: CancellationToken,
+) {
+    let mut held = Held::new();
+    loop {
+        let ended = tokio::select! {
+            () = tokio::time::sleep(PAUSE) => false,
+            () = end.cancelled() => true,
+        };
+        let asked = Arc::clone(&datapath);
+        match tokio::task::spawn_blocking(move || asked.ended_flows()).await {
+            Ok(Ok(flows)) => {
+                let now = Now::read();
+                for flow in &flows {
+                    record(&audit, &sandboxes, &mut held, flow, &now);
+                }
+            }
+            Ok(Err(error)) => tracing::error!(%error, "cannot read which forwarded flows have ended"),
+            Err(_panic) => tracing::error!("reading which forwarded flows have ended broke"),
+        }
+        release(&audit, &sandboxes, &mut held);
+        if ended {
+            return;
+        }
+    }
+}
+
+fn record(audit: &Audit, sandboxes: &Sandboxes, held: &mut Held, flow: &EndedFlow, now: &Now) {
+    // Nobody's: the canary's.
+    let Some(sandbox) = sandboxes.by_ordinal(flow.endpoint.ordinal) else {
+        return;
+    };
+    let owner = Owner::of(&sandbox);
+    let began = now.at(flow.began);
+    if owner.mode == FailureMode::FailOpen || audit.has_room(&owner) {
+        let passed = Passed {
+            began,
+            lasted: flow.lasted,
+            up: flow.up,
+            down: flow.down,
+        };
+        write(
+            audit,
+            &sandbox,
+            &owner,
+            (flow.protocol, Some(flow.dst)),
+            passed,
+            Ended::of(flow.why),
+        );
+        return;
+    }
+    let number = u8::from(flow.protocol == Protocol::Udp);
+    let key = (flow.endpoint.ordinal, number, Some(flow.dst));
+    let key = if held.len() < HELD_MAX || held.contains_key(&key) {
+        key
+    } else {
+        (key.0, key.1, None)
+    };
+    let sum = held.entry(key).or_insert(Sum {
+        began,
+        lasted: Duration::ZERO,
+        up: 0,
+        down: 0,
+        flows: 0,
+    });
+    sum.began = sum.began.min(began);
+    sum.lasted = sum.lasted.max(flow.lasted);
+    sum.up = sum.up.saturating_add(flow.up);
+    sum.down = sum.down.saturating_add(flow.down);
+    sum.flows += 1;
+}
+
+/// Records what has waited, as far as there is room.
+fn release(audit: &Audit, sandboxes: &Sandboxes, held: &mut Held) {
+    held.retain(|(ordinal, number, to), sum| {
+        let Some(sandbox) = sandboxes.by_ordinal(*ordinal) else {
+            return false;
+        };
+        let owner = Owner::of(&sandbox);
+        if !audit.has_room(&owner) {
+            return true;
+        }
+        let protocol = if *number == 0 {
+            Protocol::Tcp
+        } else {
+            Protocol::Udp
+        };
+        let passed = Passed {
+            began: sum.began,
+            lasted: sum.lasted,
+            up: sum.up,
+            down: sum.down,
+        };
+        let detail = format!("{} flows: there was no room for a record of each", sum.flows);
+        let ended = Ended {
+            reason: Reason::Allowed,
+            detail: Some(detail),
+        };
+        write(audit, &sandbox, &owner, (protocol, *to), passed, ended);
+        false
+    });
+}
+
+fn write(
+    audit: &Audit,
+    sandbox: &Sandbox,
+    owner: &Owner,
+    (protocol, to): (Protocol, Option<SocketAddr>),
+    passed: Passed,
+    ended: Ended,
+) {
+    let judged = to.and_then(|to| judge(sandbox, protocol, to)).filter(|judged| {
+        // The rules that allowed it may be gone by its end; then the kernel's word is all that is known.
+        ended.reason != Reason::Allowed || judged.is_allowed()
+    });
+    let decision = judged.map_or_else(
+        || Decision::of(ended.reason),
+        |judged| judged.because(ended.reason),
+    );
+    let to4 = to.and_then(v4);
+    let name = to.and_then(|to| sandbox.only_name(to.ip()));
+    let attempt = Attempt {
+        protocol: match protocol {
+            Protocol::Tcp => "tcp",
+            Protocol::Udp => "udp",
+        },
+        host: name,
+        ip: to4.map(|to| *to.ip()),
+        port: to.map(|to| to.port()),
+        detail: ended.detail,
+        ..Attempt::default()
+    };
+    audit.flow(owner, &decision, attempt, passed);
+}
+
+fn judge(sandbox: &Sandbox, protocol: Protocol, to: SocketAddr) -> Option<Decision> {
+    v4(to).map(|to| sandbox.judge_packet(protocol == Protocol::Udp, to))
+}
+
+fn v4(to: SocketAddr) -> Option<SocketAddrV4> {
+    match to {
+        SocketAddr::V4(to) => Some(to),
+        SocketAddr::V6(_) => None,
+    }
+}
+
+/// What the end of a flow means for its record.
+struct Ended {
+    reason: Reason,
+    detail: Option<String>,
+}
+
+impl Ended {
+    fn of(why: FlowEnd) -> Self {
+        let (reason, detail) = match why {
+            FlowEnd::Closed | FlowEnd::Reset | FlowEnd::Idle => (Reason::Allowed, None),
+            FlowEnd::EndpointGone => (Reason::Allowed, Some("ended with the sandbox")),
+            FlowEnd::PolicyTightened => (Reason::PolicyTightened, Some("cut by a new policy")),
+        };
+        let detail = detail.map(str::to_owned);
+        Self { reason, detail }
+    }
+}
+
+/// One moment on both clocks.
+struct Now {
+    wall: Timestamp,
+    monotonic: Duration,
+}
+
+impl Now {
+    fn read() -> Self {
+        Self {
+            wall: Timestamp::now(),
+            monotonic: clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from),
+        }
+    }
+
+    fn at(&self, monotonic: Duration) -> Timestamp {
+        let ago = self.monotonic.saturating_sub(monotonic);
+        SignedDuration::try_from(ago)
+            .ok()
+            .and_then(|ago| self.wall.checked_sub(ago).ok())
+            .unwrap_or(self.wall)
+    }
+}

@@ -1,0 +1,182 @@
+//! Who answers the canary that leaves by the kernel: a network namespace without a name, behind the node's own as any
+//! server of the internet is, but joined to it by a veth, so that no packet leaves the node.
+//!
+//! It has a documentation address (RFC 5737) that differs between instances, and the node a route to it for as long as
+//! this lives.
+
+use std::{
+    fs::{self, File},
+    io::{self, Write as _},
+    net::{IpAddr, Ipv4Addr, SocketAddrV4},
+    os::fd::AsRawFd as _,
+    time::Duration,
+};
+
+use rtnetlink::{
+    Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
+    packet_route::link::{InfoData, InfoVeth},
+};
+use socket2::{Domain, Socket, Type};
+
+use super::endpoint::{
+    INNER_END, ThrowawayError, blocking, index_of, neighbour, netlink, new_namespace, on_thread_in, system,
+    up,
+};
+use crate::uplink::Names;
+
+const MAC: [u8; 6] = [0x02, 0x53, 0x47, 0x04, 0x00, 0x01];
+const NODE_MAC: [u8; 6] = [0x02, 0x53, 0x47, 0x04, 0x00, 0x02];
+/// The responder's next hop; on no interface, only a static neighbour.
+const HOP: Ipv4Addr = Ipv4Addr::new(169, 254, 83, 71);
+/// Addresses that are tried: one may be in use.
+const TRIES: u32 = 16;
+
+/// The responder.
+pub(super) struct Responder {
+    namespace: File,
+    interface: String,
+    listener: Socket,
+    /// Where it listens.
+    pub(super) at: SocketAddrV4,
+}
+
+impl Responder {
+    /// Makes it, listening on `port`. Call it in the node's own namespace.
+    pub(super) fn make(names: &Names, port: u16, patience: Duration) -> Result<Self, ThrowawayError> {
+        let namespace = new_namespace()?;
+        let (inner, interface) = (namespace.as_raw_fd(), names.canary.clone());
+        let address = blocking(async |handle| {
+            // One that an earlier netd left behind.
+            if let Ok(index) = index_of(handle, &interface).await {
+                remove(handle, index).await?;
+            }
+            let peer = LinkMessageBuilder::<LinkUnspec>::new()
+                .name(INNER_END)
+                .address(MAC.to_vec())
+                .setns_by_fd(inner)
+                .build();
+            let pair = LinkVeth::new(&interface, INNER_END)
+                .address(NODE_MAC.to_vec())
+                .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))
+                .build();
+            let made = handle.link().add(pair).execute().await;
+            made.map_err(netlink("making the responder's interfaces"))?;
+            let index = index_of(handle, &interface).await?;
+            up(handle, index).await?;
+            let led = lead(handle, index, names.number).await;
+            if led.is_err() {
+                remove(handle, index).await?;
+            }
+            led
+        })?;
+        let at = SocketAddrV4::new(address, port);
+        let listener = on_thread_in(&namespace, || listen(at, patience));
+        let responder = Self {
+            namespace,
+            interface,
+            listener: match listener {
+                Ok(Ok(listener)) => listener,
+                Ok(Err(error)) | Err(error) => {
+                    Self::unlink(&names.canary)?;
+                    return Err(error);
+                }
+            },
+            at,
+        };
+        // Its answers come in by this interface, and are forwarded.
+        let switch = format!("/proc/sys/net/ipv4/conf/{}/forwarding", responder.interface);
+        if let Err(error) = fs::write(switch, "1") {
+            responder.remove()?;
+            return Err(system("letting the responder's answers through")(error));
+        }
+        Ok(responder)
+    }
+
+    /// Answers one connection with the word, if it does not come from the forbidden address. Says from where it came.
+    pub(super) fn answer(&self, word: [u8; 16], not_from: Ipv4Addr) -> io::Result<IpAddr> {
+        let (stream, from) = self.listener.accept()?;
+        let from = from
+            .as_socket()
+            .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?
+            .ip();
+        if from != IpAddr::V4(not_from) {
+            let mut stream = std::net::TcpStream::from(stream);
+            stream.write_all(&word)?;
+        }
+        Ok(from)
+    }
+
+    /// Removes everything.
+    pub(super) fn remove(self) -> Result<(), ThrowawayError> {
+        drop((self.listener, self.namespace));
+        Self::unlink(&self.interface)
+    }
+
+    fn unlink(interface: &str) -> Result<(), ThrowawayError> {
+        blocking(async |handle| {
+            let index = index_of(handle, interface).await?;
+            remove(handle, index).await
+        })
+    }
+}
+
+async fn remove(handle: &Handle, index: u32) -> Result<(), ThrowawayError> {
+    let removed = handle.link().del(index).execute().await;
+    removed.map_err(netlink("removing the responder's interfaces"))
+}
+
+/// Leads an address to the responder that leads nowhere else.
+async fn lead(handle: &Handle, index: u32, number: u32) -> Result<Ipv4Addr, ThrowawayError> {
+    let mut refused = None;
+    for attempt in 0..TRIES {
+        // 192.0.2.1 to 192.0.2.254.
+        let last = u8::try_from(number.wrapping_add(attempt) % 254 + 1).unwrap_or(1);
+        let address = Ipv4Addr::new(192, 0, 2, last);
+        let route = RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(address, 32)
+            .output_interface(index)
+            .build();
+        match handle.route().add(route).execute().await {
+            Ok(()) => {
+                neighbour(handle, index, address, &MAC).await?;
+                return Ok(address);
+            }
+            Err(error) => refused = Some(error),
+        }
+    }
+    Err(refused.map_or_else(
+        || system("the route to the responder")(io::ErrorKind::NotFound.into()),
+        netlink("the route to the responder"),
+    ))
+}
+
+/// In the responder's namespace.
+fn listen(at: SocketAddrV4, patience: Duration) -> Result<Socket, ThrowawayError> {
+    blocking(async |handle| {
+        let index = index_of(handle, INNER_END).await?;
+        let added = handle
+            .address()
+            .add(index, IpAddr::V4(*at.ip()), 32)
+            .execute()
+            .await;
+        added.map_err(netlink("the responder's address"))?;
+        up(handle, index).await?;
+        neighbour(handle, index, HOP, &NODE_MAC).await?;
+        let route = RouteMessageBuilder::<Ipv4Addr>::new()
+            .gateway(HOP)
+            .output_interface(index)
+            .onlink()
+            .build();
+        let added = handle.route().add(route).execute().await;
+        added.map_err(netlink("the responder's route"))
+    })?;
+    let open = || -> io::Result<Socket> {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+        socket.bind(&at.into())?;
+        socket.listen(1)?;
+        // Of accept(2) too, see socket(7).
+        socket.set_read_timeout(Some(patience))?;
+        Ok(socket)
+    };
+    open().map_err(system("the responder's socket"))
+}

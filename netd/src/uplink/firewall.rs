@@ -1,0 +1,195 @@
+//! The nftables table of the uplink in the node's namespace: what comes from sandboxes leaves the node or is refused,
+//! what leaves has the node's address, and the node does not become a router for anybody else.
+
+use std::collections::BTreeSet;
+
+use ipnet::IpNet;
+use serde_json::Value;
+
+use super::{
+    Place, UplinkError,
+    forwarding::{Family, Switch},
+    link::Ways,
+    names::{CANARY_PREFIX, Names, PREFIX},
+};
+use crate::command;
+
+/// The table, replaced in one transaction.
+///
+/// `prerouting` stands before any decision of the node's: whatever is the node's own at this very moment (a lookup in
+/// its routes, not in a copy of them) is refused. `forward` knows where the uplink may lead to; on interfaces that
+/// forward only because we turned that on, nothing else is forwarded. `output` keeps the node's own programs from the
+/// sandboxes, but for errors about what the sandboxes sent.
+pub(super) fn ruleset(names: &Names, place: &Place, ways: &Ways, opened: &BTreeSet<Switch>) -> String {
+    let (table, uplink) = (&names.table, &names.interface);
+    let range4 = IpNet::from(place.sandboxes);
+    let ranges: Vec<(&str, IpNet, &BTreeSet<String>)> = [
+        ("ip", Some(range4), &ways.ipv4),
+        ("ip6", place.sandboxes6.map(IpNet::from), &ways.ipv6),
+    ]
+    .into_iter()
+    .filter_map(|(family, range, ways)| Some((family, range?, ways)))
+    .collect();
+    let sources: String = ranges
+        .iter()
+        .map(|(family, range, _)| format!("    {family} saddr {range} fib daddr type unicast accept\n"))
+        .collect();
+    let canary = format!("{CANARY_PREFIX}*");
+    let mut leave = String::new();
+    let mut masquerade = String::new();
+    for (family, range, ways) in &ranges {
+        let ways = quoted(ways.iter().map(String::as_str).chain([canary.as_str()]));
+        for way in ways {
+            leave.push_str(&format!(
+                "    iifname \"{uplink}\" {family} saddr {range} oifname {way} jump pass\n"
+            ));
+        }
+        masquerade.push_str(&format!(
+            "    {family} saddr {range} oifname != \"{PREFIX}*\" masquerade\n"
+        ));
+    }
+    let guarded: String = opened
+        .iter()
+        .map(|switch| {
+            let family = match switch.family {
+                Family::V4 => "ipv4",
+                Family::V6 => "ipv6",
+            };
+            let interface = &switch.interface;
+            format!("    meta nfproto {family} iifname \"{interface}\" oifname != \"{PREFIX}*\" drop\n")
+        })
+        .collect();
+    format!(
+        "table inet {table}
+delete table inet {table}
+table inet {table} {{
+  chain refuse {{
+    meta l4proto tcp reject with tcp reset
+    reject with icmpx admin-prohibited
+  }}
+  chain arrived {{
+{sources}    goto refuse
+  }}
+  chain pass {{
+    tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu
+    accept
+  }}
+  chain prerouting {{
+    type filter hook prerouting priority raw; policy accept;
+    iifname \"{uplink}\" goto arrived
+  }}
+  chain forward {{
+    type filter hook forward priority filter; policy accept;
+{leave}    iifname \"{uplink}\" goto refuse
+    oifname \"{uplink}\" ct state established,related jump pass
+    oifname \"{uplink}\" drop
+{guarded}  }}
+  chain output {{
+    type filter hook output priority filter; policy accept;
+    oifname \"{uplink}\" meta l4proto {{ icmp, ipv6-icmp }} accept
+    oifname \"{uplink}\" tcp flags & rst == rst accept
+    oifname \"{uplink}\" drop
+  }}
+  chain postrouting {{
+    type nat hook postrouting priority srcnat; policy accept;
+{masquerade}  }}
+}}
+"
+    )
+}
+
+fn quoted<'a>(names: impl Iterator<Item = &'a str>) -> Vec<String> {
+    names.map(|name| format!("\"{name}\"")).collect()
+}
+
+pub(super) fn load(text: &str) -> Result<(), UplinkError> {
+    command::run(&["nft", "-f", "-"], text)?;
+    Ok(())
+}
+
+/// The table as the kernel has it.
+pub(super) fn shown(names: &Names) -> Result<String, UplinkError> {
+    Ok(command::run(
+        &["nft", "-s", "list", "table", "inet", &names.table],
+        "",
+    )?)
+}
+
+/// Removes the table. Nothing to do is fine.
+pub(super) fn remove(names: &Names) -> Result<(), UplinkError> {
+    let table = &names.table;
+    if shown(names).is_err() {
+        return Ok(());
+    }
+    load(&format!("delete table inet {table}\n"))
+}
+
+/// Whose rules may have kept a forwarded packet: the chains of other tables at the hooks that it passes, those first
+/// that drop by default.
+pub fn blame(names: &Names) -> String {
+    match command::run(&["nft", "-j", "list", "ruleset"], "") {
+        Ok(text) => {
+            let listed: Value = serde_json::from_str(&text).unwrap_or_default();
+            match suspects(&listed, &names.table).as_slice() {
+                [] => "no other firewall was found in nftables".to_owned(),
+                all => all.join("; "),
+            }
+        }
+        Err(error) => error.to_string(),
+    }
+}
+
+fn suspects(listed: &Value, own: &str) -> Vec<String> {
+    let objects = listed["nftables"]
+        .as_array()
+        .map(Vec::as_slice)
+        .unwrap_or_default();
+    let chains = objects.iter().filter_map(|object| object.get("chain"));
+    let mut found: Vec<(bool, String)> = chains
+        .filter_map(|chain| {
+            let text = |key: &str| chain[key].as_str();
+            let (family, table, name, hook) = (text("family")?, text("table")?, text("name")?, text("hook")?);
+            if table == own || !matches!(hook, "prerouting" | "forward" | "postrouting") {
+                return None;
+            }
+            let drops = text("policy") == Some("drop");
+            let by_default = if drops { " drops by default" } else { "" };
+            Some((
+                drops,
+                format!(
+                    "the chain `{family} {table} {name}` of the node's firewall, at hook {hook},{by_default}"
+                ),
+            ))
+        })
+        .map(|(drops, text)| (drops, text.trim_end_matches(',').to_owned()))
+        .collect();
+    found.sort_by_key(|(drops, _)| !drops);
+    found.into_iter().map(|(_, text)| text).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn who_drops_by_default_is_named_first() {
+        let listed = json!({ "nftables": [
+            { "metainfo": {} },
+            { "chain": { "family": "inet", "table": "sandgate_1", "name": "forward", "hook": "forward", "policy": "accept" } },
+            { "chain": { "family": "ip", "table": "nat", "name": "POSTROUTING", "hook": "postrouting", "policy": "accept" } },
+            { "chain": { "family": "inet", "table": "filter", "name": "input", "hook": "input", "policy": "drop" } },
+            { "chain": { "family": "inet", "table": "filter", "name": "forward", "hook": "forward", "policy": "drop" } },
+            { "chain": { "family": "inet", "table": "filter", "name": "other" } },
+        ]});
+        assert_eq!(
+            suspects(&listed, "sandgate_1"),
+            [
+                "the chain `inet filter forward` of the node's firewall, at hook forward, drops by default",
+                "the chain `ip nat POSTROUTING` of the node's firewall, at hook postrouting",
+            ]
+        );
+        assert!(suspects(&json!({}), "sandgate_1").is_empty());
+    }
+}

@@ -1,0 +1,256 @@
+//! The veth and the routes over it, in the node's namespace.
+
+use std::{collections::BTreeSet, io};
+
+use ipnet::IpNet;
+use nix::net::if_::if_nametoindex;
+use serde::Deserialize;
+
+use super::{
+    Place, UplinkError,
+    names::{CANARY_PREFIX, HOST_MAC, Names, PREFIX, ROUTER_MAC, written},
+    on_file,
+};
+use crate::{
+    command,
+    router::{
+        RouterNamespace,
+        pass::{self, HOP, HOP6},
+    },
+};
+
+/// Longest alias that the kernel takes, in bytes (`IFALIASZ` of linux/if.h, its end included).
+const ALIAS_MAX: usize = 255;
+
+/// An interface, as `ip -j link` prints it.
+#[derive(Debug, Deserialize)]
+pub(super) struct Link {
+    ifindex: u32,
+    pub(super) ifname: String,
+    #[serde(default)]
+    pub(super) ifalias: String,
+    /// Index of its peer, which lies in another namespace.
+    #[serde(default)]
+    link_index: Option<u32>,
+}
+
+/// A route, as `ip -j route` prints it.
+#[derive(Debug, Deserialize)]
+struct Route {
+    dst: String,
+    #[serde(default)]
+    dev: Option<String>,
+    #[serde(default)]
+    nexthops: Vec<NextHop>,
+}
+
+#[derive(Debug, Deserialize)]
+struct NextHop {
+    #[serde(default)]
+    dev: Option<String>,
+}
+
+impl Route {
+    fn devices(&self) -> impl Iterator<Item = &str> {
+        let more = self.nexthops.iter().filter_map(|hop| hop.dev.as_deref());
+        self.dev.as_deref().into_iter().chain(more)
+    }
+}
+
+/// The interfaces by which packets of sandboxes may leave the node, by family.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Ways {
+    pub(super) ipv4: BTreeSet<String>,
+    pub(super) ipv6: BTreeSet<String>,
+}
+
+/// Makes the pair, or finds it.
+pub(super) fn make(names: &Names, router: &RouterNamespace) -> Result<(), UplinkError> {
+    if let Some(link) = find(&names.interface)? {
+        if !names.own(&link.ifalias) {
+            return Err(UplinkError::Clash(format!(
+                "the interface {} belongs to somebody else ({})",
+                names.interface, link.ifalias
+            )));
+        }
+        let other_end = router.run(|| find(pass::INTERFACE))??;
+        let paired = other_end.is_some_and(|other| {
+            link.link_index == Some(other.ifindex) && other.link_index == Some(link.ifindex)
+        });
+        if paired {
+            return Ok(());
+        }
+        remove(names)?;
+    }
+    if names.owner.len() > ALIAS_MAX {
+        return Err(UplinkError::Clash(
+            "the run directory's name is too long".to_owned(),
+        ));
+    }
+    // One that lost its other end goes with it, so nothing of that name can be there.
+    let (name, netns) = (&names.interface, router.path().display());
+    let (host, inner) = (written(HOST_MAC), written(ROUTER_MAC));
+    let interface = pass::INTERFACE;
+    command::run(
+        &[
+            "ip",
+            "link",
+            "add",
+            name,
+            "address",
+            &host,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            interface,
+            "address",
+            &inner,
+            "netns",
+            &netns.to_string(),
+        ],
+        "",
+    )?;
+    set_alias(name, &names.owner)
+}
+
+/// Sets the end up and leads the sandboxes' ranges to it. It gets no address: nothing can be said to it.
+pub(super) fn connect(names: &Names, place: &Place, ipv6: bool) -> Result<(), UplinkError> {
+    let (name, peer) = (&names.interface, written(ROUTER_MAC));
+    command::run(
+        &["ip", "-batch", "-"],
+        &format!("link set {name} addrgenmode none\nlink set {name} up\n"),
+    )?;
+    let range6 = place.sandboxes6.filter(|_| ipv6).map(IpNet::from);
+    for (family, hop, range) in [
+        ("-4", HOP, Some(IpNet::from(place.sandboxes))),
+        ("-6", HOP6, range6),
+    ] {
+        let Some(range) = range else { continue };
+        if family == "-6" {
+            let path = std::path::PathBuf::from(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"));
+            std::fs::write(&path, "0").map_err(on_file("write", &path))?;
+        }
+        let text = format!(
+            "neighbour replace {hop} lladdr {peer} dev {name} nud permanent\n\
+             route replace {range} via {hop} dev {name} onlink\n"
+        );
+        command::run(&["ip", family, "-batch", "-"], &text)?;
+    }
+    Ok(())
+}
+
+/// Removes both ends and with them the routes. Nothing to do is fine.
+pub(super) fn remove(names: &Names) -> Result<(), UplinkError> {
+    match find(&names.interface)? {
+        Some(link) if names.own(&link.ifalias) => {
+            command::run(&["ip", "link", "del", &names.interface], "")?;
+            Ok(())
+        }
+        Some(_) | None => Ok(()),
+    }
+}
+
+/// An interface's index in the calling thread's namespace.
+pub(super) fn index(name: &str) -> Result<u32, UplinkError> {
+    if_nametoindex(name).map_err(|errno| {
+        UplinkError::Clash(format!(
+            "there is no interface {name}: {}",
+            io::Error::from(errno)
+        ))
+    })
+}
+
+/// The interface of that name.
+pub(super) fn find(name: &str) -> Result<Option<Link>, UplinkError> {
+    Ok(links()?.into_iter().find(|link| link.ifname == name))
+}
+
+/// The uplinks of other instances.
+pub(super) fn others(names: &Names) -> Result<Vec<Link>, UplinkError> {
+    let mut links = links()?;
+    links.retain(|link| link.ifname.starts_with(PREFIX) && link.ifname != names.interface);
+    Ok(links)
+}
+
+fn links() -> Result<Vec<Link>, UplinkError> {
+    parsed(&command::run(&["ip", "-j", "link", "show"], "")?)
+}
+
+/// Replaces an interface's alias.
+pub(super) fn set_alias(name: &str, alias: &str) -> Result<(), UplinkError> {
+    command::run(&["ip", "link", "set", "dev", name, "alias", alias], "")?;
+    Ok(())
+}
+
+/// Somebody else's route inside the sandboxes' range, or around it (but for a default), would lead answers elsewhere.
+pub(super) fn refuse_clash(names: &Names, place: &Place) -> Result<(), UplinkError> {
+    let ranges = [
+        Some(IpNet::from(place.sandboxes)),
+        place.sandboxes6.map(IpNet::from),
+    ];
+    for (family, range) in ["-4", "-6"].into_iter().zip(ranges) {
+        let Some(range) = range else { continue };
+        for route in routes(family)? {
+            let Some(prefix) = prefix(&route.dst) else {
+                continue;
+            };
+            let overlaps = prefix.prefix_len() > 0 && (prefix.contains(&range) || range.contains(&prefix));
+            if let Some(device) = route
+                .devices()
+                .find(|device| overlaps && *device != names.interface)
+            {
+                return Err(UplinkError::Clash(format!(
+                    "the route {prefix} of interface {device} overlaps the sandboxes' range {range}"
+                )));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Every interface that a route leads to, but for loopback and what is ours.
+pub(super) fn ways(names: &Names) -> Result<Ways, UplinkError> {
+    let of = |family: &str| -> Result<BTreeSet<String>, UplinkError> {
+        let routes = routes(family)?;
+        // Every interface has a link-local range, which leads nowhere else.
+        let leading = routes.iter().filter(|route| !route.dst.starts_with("fe80:"));
+        let devices = leading.flat_map(Route::devices);
+        let foreign = devices.filter(|device| {
+            *device != "lo"
+                && *device != names.interface
+                && !device.starts_with(PREFIX)
+                && !device.starts_with(CANARY_PREFIX)
+        });
+        Ok(foreign.map(str::to_owned).collect())
+    };
+    Ok(Ways {
+        ipv4: of("-4")?,
+        ipv6: of("-6")?,
+    })
+}
+
+fn routes(family: &str) -> Result<Vec<Route>, UplinkError> {
+    let all = [
+        "ip", "-j", family, "route", "show", "table", "all", "type", "unicast",
+    ];
+    parsed(&command::run(&all, "")?)
+}
+
+fn prefix(text: &str) -> Option<IpNet> {
+    match text.parse::<IpNet>() {
+        Ok(prefix) => Some(prefix),
+        Err(_) => text.parse::<std::net::IpAddr>().ok().map(IpNet::from),
+    }
+}
+
+fn parsed<T: for<'de> Deserialize<'de>>(text: &str) -> Result<Vec<T>, UplinkError> {
+    // Of nothing it prints nothing.
+    if text.trim().is_empty() {
+        return Ok(Vec::new());
+    }
+    serde_json::from_str(text).map_err(|source| UplinkError::Printed {
+        program: "ip",
+        source,
+    })
+}

@@ -1,0 +1,369 @@
+//! What leaves by the kernel, without netd: that it does, that it is recorded and cut, that nothing else gets out that
+//! way, and that the node is as it was where it cannot be had, and afterwards.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Result, ensure};
+use harness::{
+    node::Node,
+    probe::{self, Probe},
+    sandbox::{Organization, Sandbox},
+    snapshot::Snapshot,
+    suite::Fixture,
+    wait,
+    world::{EVIL, NODE, OK, World},
+};
+use serde_json::{Value, json};
+
+/// Longest wait for what happens at once, or within seconds.
+const SOON: Duration = Duration::from_secs(60);
+/// How the uplink's end in the node's namespace begins.
+const UPLINK: &str = "sgup";
+/// A port on which the internet's collectors echo what they get.
+const ECHO: u16 = 8443;
+/// The same of UDP.
+const DATAGRAMS: u16 = 8080;
+
+/// A node whose kernel forwards.
+pub(crate) struct Passing {
+    organization: Organization,
+    node: Node,
+    world: Arc<World>,
+}
+
+impl Fixture for Passing {
+    fn start() -> Result<Self> {
+        let world = World::fixture().build()?;
+        let node = Node::start(&world)?;
+        ensure!(passes(&node) == Ok(()), "no kernel pass: {:?}", passes(&node));
+        Ok(Self {
+            organization: node.register("passes"),
+            node,
+            world,
+        })
+    }
+
+    fn report(&self) -> String {
+        self.node.report()
+    }
+}
+
+impl Passing {
+    fn sandbox(&self, policy: &Value) -> Sandbox {
+        self.organization.sandbox(&json!({ "network": policy }))
+    }
+}
+
+/// Whether the node says that it forwards; why not.
+fn passes(node: &Node) -> Result<(), String> {
+    let health = node.client().get("//ready").send().ok();
+    let first = &health["nodes"][0];
+    if first["kernel_pass"] == true {
+        return Ok(());
+    }
+    Err(first["kernel_pass_reason"]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned())
+}
+
+/// What everything that may leave by address and port alone does.
+fn open(ports: &[u16]) -> Value {
+    json!({ "mode": "allow_all", "allowed_ports": ports })
+}
+
+/// A client in the sandbox that sends a line now and again on one connection, and writes how far it came.
+fn chatter(sandbox: &Sandbox, to: Ipv4Addr, port: u16) {
+    let program = format!(
+        "import socket, time
+connection = socket.create_connection((\"{to}\", {port}))
+connection.settimeout(20)
+count = 0
+while True:
+    try:
+        connection.sendall(b\"x\" * 100)
+        if not connection.recv(1000): break
+    except OSError as error:
+        print(\"ended\", type(error).__name__, flush=True)
+        break
+    count += 1
+    print(count, flush=True)
+    time.sleep(0.02)
+"
+    );
+    sandbox.write("/workspace/chatter.py", program);
+    sandbox.background("exec python3 /workspace/chatter.py", |sandbox| {
+        sandbox.sh("grep -q 5 /workspace/background.log").exit_code == 0
+    });
+}
+
+fn said(sandbox: &Sandbox) -> u64 {
+    let last = sandbox.sh("tail -n 1 /workspace/background.log").stdout;
+    last.trim()
+        .parse()
+        .unwrap_or_else(|_| panic!("the connection has ended: {last}"))
+}
+
+#[track_caller]
+fn goes_on(sandbox: &Sandbox) {
+    let before = said(sandbox);
+    wait::until("the open connection goes on", SOON, || {
+        (said(sandbox) > before + 20).then_some(())
+    });
+}
+
+pub(crate) fn what_address_and_port_allow_leaves_by_the_kernel_and_is_recorded(machine: &Passing) {
+    let sandbox = machine.sandbox(&open(&[443, ECHO]));
+    let probe = Probe::install(&sandbox, &machine.world);
+    probe
+        .try_one(&probe::https("ok.test", "ok.test"))
+        .assert_answered("hello from ok.test");
+    // Not read, so of TLS nothing is known; the name is that of the address.
+    let event =
+        sandbox.audited(&json!({ "protocol": "tcp", "verdict": "allow", "host": "ok.test", "port": 443 }));
+    assert_eq!(event["ip"], OK.to_string(), "{event}");
+    assert_eq!(event["reason"], "allowed", "{event}");
+    for bytes in ["bytes_up", "bytes_down"] {
+        assert!(event[bytes].as_u64().is_some_and(|bytes| bytes > 100), "{event}");
+    }
+    // The other end sees the node, and nothing of the sandbox.
+    probe.try_one(&probe::tcp(OK, ECHO, "canary"));
+    let arrivals = machine.world.tcp_collector((OK, ECHO)).arrivals();
+    let from: SocketAddr = arrivals.last().expect("it arrived").from;
+    assert_eq!(from.ip(), NODE);
+    sandbox.stop();
+}
+
+pub(crate) fn tightening_ends_an_open_connection(machine: &Passing) {
+    let sandbox = machine.sandbox(&open(&[ECHO]));
+    chatter(&sandbox, OK, ECHO);
+    sandbox.set_network(&json!({ "mode": "deny_all" }));
+    let mark = machine.world.capture().mark();
+    wait::until("the connection is cut", SOON, || {
+        let log = sandbox.sh("tail -n 1 /workspace/background.log").stdout;
+        log.contains("ended").then_some(())
+    });
+    let event = sandbox.audited(&json!({ "protocol": "tcp", "port": ECHO, "reason": "policy_tightened" }));
+    assert!(
+        event["bytes_up"].as_u64().is_some_and(|bytes| bytes > 500),
+        "{event}"
+    );
+    machine.world.capture().assert_nothing_to(OK, mark);
+    sandbox.stop();
+}
+
+pub(crate) fn nothing_else_gets_out_that_way(machine: &Passing) {
+    let everything = json!({ "mode": "allowlist", "rules": [{
+        "name": "everything", "action": "allow", "cidrs": ["0.0.0.0/0"], "ports": ["1-65535"], "protocol": "tcp",
+    }] });
+    let (sandbox, other) = (machine.sandbox(&everything), machine.sandbox(&everything));
+    let probe = Probe::install(&sandbox, &machine.world);
+    let neighbour = other.sh_ok("hostname -i | cut -d\" \" -f1");
+    other.background("exec python3 -m http.server 8000", |other| {
+        other.sh("curl -s -m 5 http://127.0.0.1:8000/").exit_code == 0
+    });
+    let new = Ipv4Addr::new(203, 0, 113, 200);
+    let mark = machine.world.capture().mark();
+    let server = machine
+        .world
+        .node()
+        .run(|| std::net::TcpListener::bind("0.0.0.0:7777").expect("a listener on the node"));
+    machine.world.add_node_address(new).expect("a new address");
+    let attempts: Vec<Value> = [
+        NODE.to_string(),
+        new.to_string(),
+        "127.0.0.1".to_owned(),
+        "169.254.83.71".to_owned(),
+        "169.254.1.1".to_owned(),
+        neighbour,
+        "10.0.0.5".to_owned(),
+        "169.254.169.254".to_owned(),
+        "192.168.0.5".to_owned(),
+    ]
+    .into_iter()
+    .flat_map(|to| [7777, 8000, 443].map(|port| probe::tcp(&to, port, "canary")))
+    // The gateway's own host is for everybody.
+    .filter(|attempt| !(attempt["to"] == "169.254.1.1" && attempt["port"] == 443))
+    .collect();
+    for (attempt, outcome) in attempts.iter().zip(probe.try_all(&attempts)) {
+        if attempt["to"] == "127.0.0.1" {
+            assert_eq!(outcome.outcome, "refused", "{attempt}");
+        } else {
+            outcome.assert_refused_at_connect();
+        }
+    }
+    server.set_nonblocking(true).expect("a listener");
+    let nobody = server.accept().expect_err("somebody has reached the node");
+    assert_eq!(nobody.kind(), std::io::ErrorKind::WouldBlock);
+    for private in ["10.0.0.5", "169.254.169.254", "192.168.0.5"] {
+        let address: Ipv4Addr = private.parse().expect("an address");
+        machine.world.capture().assert_nothing_to(address, mark);
+    }
+    machine.world.remove_node_address(new).expect("it had it");
+    sandbox.stop();
+    other.stop();
+}
+
+pub(crate) fn datagrams_pass_by_a_rule_and_only_by_one(machine: &Passing) {
+    let rule = json!({ "name": "games", "action": "allow", "cidrs": [format!("{EVIL}/32")],
+        "ports": [DATAGRAMS.to_string()], "protocol": "udp" });
+    let sandbox = machine.sandbox(&json!({ "mode": "allowlist", "rules": [rule] }));
+    let probe = Probe::install(&sandbox, &machine.world);
+    let mark = machine.world.capture().mark();
+    let outcomes = probe.try_all(&[
+        probe::udp(EVIL, DATAGRAMS),
+        probe::udp(EVIL, 443),
+        probe::udp(OK, DATAGRAMS),
+    ]);
+    assert_eq!(outcomes[0].data, "canary", "{outcomes:?}");
+    for refused in &outcomes[1..] {
+        refused.assert_refused();
+    }
+    machine.world.capture().assert_nothing_to(OK, mark);
+    let event = sandbox.audited(&json!({ "protocol": "udp", "verdict": "allow", "port": DATAGRAMS }));
+    assert_eq!(event["rule"], "games", "{event}");
+    sandbox.stop();
+}
+
+pub(crate) fn a_killed_netd_does_not_touch_what_passes(machine: &Passing) {
+    let sandbox = machine.sandbox(&open(&[ECHO]));
+    chatter(&sandbox, OK, ECHO);
+    let links = machine.world.node().ip("-o link").expect("the links");
+    for _ in 0..3 {
+        machine.node.replace(Node::netd);
+        goes_on(&sandbox);
+        machine.node.wait_ready();
+        wait::until("it passes again", SOON, || passes(&machine.node).ok());
+    }
+    goes_on(&sandbox);
+    assert_eq!(
+        machine.world.node().ip("-o link").expect("the links"),
+        links,
+        "adopted"
+    );
+    sandbox.stop();
+}
+
+pub(crate) fn a_firewall_that_drops_is_named_and_left_alone(machine: &Passing) {
+    let node = machine.world.node();
+    let table = "add table inet strict; \
+        add chain inet strict forward { type filter hook forward priority 10; policy drop; }";
+    node.command("nft", &[table]).expect("a firewall");
+    let sandbox = machine.sandbox(&open(&[443, ECHO]));
+    let reason = wait::within(SOON, || passes(&machine.node).err());
+    let reason = reason.expect("the canary finds the firewall");
+    assert!(reason.contains("inet strict forward"), "{reason}");
+    // Through netd it goes on.
+    let probe = Probe::install(&sandbox, &machine.world);
+    probe
+        .try_one(&probe::https("ok.test", "ok.test"))
+        .assert_answered("hello from ok.test");
+    sandbox.audited(&json!({ "protocol": "tls", "verdict": "allow", "host": "ok.test" }));
+    assert!(!node.ip("-o link").expect("the links").contains(UPLINK));
+    // And what needs it is refused by name.
+    let rule =
+        json!({ "action": "allow", "cidrs": ["203.0.113.66/32"], "ports": ["8080"], "protocol": "udp" });
+    sandbox
+        .client()
+        .put(&sandbox.path("/network"))
+        .json(&json!({ "mode": "allowlist", "rules": [rule] }))
+        .send()
+        .refused_field("rules[0].protocol");
+    let listed = node
+        .command("nft", &["list", "table", "inet", "strict"])
+        .expect("it stands");
+    assert!(String::from_utf8_lossy(&listed.stdout).contains("policy drop"));
+    node.command("nft", &["delete table inet strict"])
+        .expect("it stands");
+    sandbox.stop();
+}
+
+pub(crate) fn switched_off_it_leaves_the_node_alone(machine: &Passing) {
+    let annex = machine.world.annex().expect("a namespace of its own");
+    let look = || {
+        let commands = [
+            ["ip", "link"],
+            ["ip", "route"],
+            ["ip", "rule"],
+            ["nft", "list ruleset"],
+        ];
+        let shown =
+            commands.map(|[program, argument]| annex.command(program, &[argument]).expect(argument).stdout);
+        let forwarding = annex.run(|| {
+            [
+                "ipv4/conf/all/forwarding",
+                "ipv4/conf/uplink/forwarding",
+                "ipv6/conf/all/forwarding",
+            ]
+            .map(|name| std::fs::read_to_string(format!("/proc/sys/net/{name}")).expect(name))
+        });
+        (shown, forwarding)
+    };
+    let before = look();
+    for (mode, makes) in [("off", false), ("auto", true)] {
+        let settings = [("SANDGATE_KERNEL_PASS", mode)];
+        let name = format!("-{mode}");
+        let node = Node::start_in(&machine.world, &annex, &name, &settings).expect("it starts");
+        assert_eq!(look() == before, !makes, "{mode}");
+        assert_eq!(passes(&node).is_ok(), makes, "{mode}");
+        // Stops it and takes it down.
+        drop(node);
+        assert_eq!(look(), before, "{mode}");
+    }
+}
+
+pub(crate) fn the_node_is_as_it_was_when_all_is_taken_down(machine: &Passing) {
+    let settings = [
+        ("SANDGATE_API_ADDR", "127.0.0.1:18080"),
+        ("SANDGATE_TUNNEL_ADDR", "127.0.0.1:18081"),
+        ("SANDGATE_METRICS_ADDR", "off"),
+        ("SANDGATE_NETD_METRICS_ADDR", "off"),
+        ("SANDGATE_TUNNEL_METRICS_ADDR", "off"),
+    ];
+    let forwarding = || {
+        let namespace = machine.world.node();
+        namespace
+            .run(|| std::fs::read_to_string("/proc/sys/net/ipv4/conf/uplink/forwarding").expect("a switch"))
+    };
+    let sandbox = machine.sandbox(&open(&[ECHO]));
+    chatter(&sandbox, OK, ECHO);
+    let before = Snapshot::take(&machine.node).expect("a look");
+    // One with the same range does without; one with a range of its own passes beside us.
+    for (name, range, makes) in [("-same", "10.213.0.0/16", false), ("-own", "10.214.0.0/16", true)] {
+        let mut all = settings.to_vec();
+        all.push(("SANDGATE_SANDBOX_CIDR", range));
+        let other = Node::start_in(&machine.world, machine.world.place(), name, &all).expect("it starts");
+        assert_eq!(passes(&other).is_ok(), makes, "{name}: {:?}", passes(&other));
+        drop(other);
+        goes_on(&sandbox);
+    }
+    let changed = Snapshot::take(&machine.node).expect("a look").since(&before);
+    let changed = changed.without(&["process ", "namespace ", "descriptor ", "BPF map entry ", "file "]);
+    assert!(changed.is_empty(), "{changed}");
+    sandbox.stop();
+    machine.node.stop().expect("it ends");
+    assert_eq!(
+        forwarding().trim(),
+        "1",
+        "what is open goes on until all is taken down"
+    );
+    machine.node.down().expect("it is taken down");
+    assert_eq!(forwarding().trim(), "0");
+    let left = machine.world.node().ip("-o link").expect("the links");
+    assert!(!left.contains(UPLINK), "{left}");
+    let rules = machine
+        .world
+        .node()
+        .command("nft", &["list", "ruleset"])
+        .expect("the rules");
+    assert!(
+        rules.stdout.is_empty(),
+        "{}",
+        String::from_utf8_lossy(&rules.stdout)
+    );
+    machine.node.start_again().expect("and starts again");
+}
