@@ -208,7 +208,7 @@ fn judge(packet: &Packet, endpoint: &Endpoint) -> Verdict {
         // Nobody reads datagrams.
         Ruling::Proxy { .. } if !tcp => Verdict::Refuse(reason::PROTOCOL_DENIED),
         Ruling::Proxy { bound } => Verdict::Proxy { bound, open: true },
-        Ruling::Pass(audit) => match uplink::known() {
+        Ruling::Pass(audit) => match uplink::for_family(packet.is_ipv6()) {
             Some(uplink) => Verdict::Pass(uplink, audit),
             None if tcp => Verdict::Proxy {
                 bound: false,

@@ -15,6 +15,12 @@ pub fn known() -> Option<&'static Uplink> {
     UPLINK.get(0).filter(|uplink| uplink.ifindex != 0)
 }
 
+/// The way out for packets of this family, if there is one.
+#[inline(always)]
+pub fn for_family(ipv6: bool) -> Option<&'static Uplink> {
+    known().filter(|uplink| !ipv6 || uplink.ipv6 != 0)
+}
+
 /// Sends the packet out. The mark is for the stack, should it ever see the packet: it routes it to the uplink alone.
 #[inline(always)]
 pub fn leave(ctx: &TcContext, uplink: &Uplink) -> i32 {

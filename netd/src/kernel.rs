@@ -64,6 +64,8 @@ pub struct Uplink {
     pub ifindex: u32,
     /// Ethernet address of its other end.
     pub peer_mac: [u8; 6],
+    /// Whether packets of IPv6 may leave by it too.
+    pub ipv6: bool,
 }
 
 /// An attached endpoint. Stays valid until [`Datapath::detach`], also across restarts of netd.
@@ -405,7 +407,7 @@ impl Datapath {
         let entry = uplink.map_or_else(netd_common::Uplink::default, |uplink| netd_common::Uplink {
             ifindex: uplink.ifindex,
             peer_mac: uplink.peer_mac,
-            padding: 0,
+            ipv6: u16::from(uplink.ipv6),
         });
         self.state().tables.set_uplink(entry)
     }

@@ -163,6 +163,7 @@ impl Uplink {
         kernel::Uplink {
             ifindex: self.ifindex,
             peer_mac: names::HOST_MAC,
+            ipv6: self.ipv6,
         }
     }
 

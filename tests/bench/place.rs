@@ -30,8 +30,10 @@ use crate::load::{self, Access, Identity, Origin, Server, Target, stream::Secure
 
 /// The origin.
 pub(crate) const ORIGIN: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 50);
-/// A port that a rule opens without a look at what is said.
-pub(crate) const OPAQUE: u16 = 5001;
+/// A port that a rule opens by the address alone: it leaves by the kernel.
+pub(crate) const PASSED: u16 = 5001;
+/// A port that a rule opens by the address's name, without a look at what is said: netd copies it.
+pub(crate) const OPAQUE: u16 = 5002;
 /// Plain's gateway, and where nginx listens.
 pub(crate) const MIDDLE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 137);
 /// Plain's address.
@@ -67,7 +69,7 @@ impl Ground {
         fs::write(file("authority.pem"), world.ca.pem())?;
         let origin = Origin {
             address: ORIGIN,
-            plain: vec![OPAQUE],
+            plain: vec![PASSED, OPAQUE],
             tls: vec![443],
             identity: Some(Identity {
                 certificate: file("origin.crt"),
@@ -170,6 +172,8 @@ impl Guarded {
         } });
         organization.client.post("/secrets").json(&secret).send().ok();
         let sandbox = organization.sandbox(&json!({ "network": policy(), "timeout_seconds": 86_400 }));
+        // For as long as the name is remembered, the address is its.
+        sandbox.sh_ok(&format!("getent hosts {}", NAMES[0]));
         let inside = Namespace::join("sandbox", &network_of(&node, &sandbox.id)?[0])?;
         let bundle = sandbox.sh_ok("cat /etc/ssl/certs/ca-certificates.crt");
         let authorities = ground.world.directory().join("inside.pem");
@@ -236,7 +240,9 @@ pub(crate) fn network_of(node: &Node, sandbox: &str) -> Result<[PathBuf; 2]> {
 /// A rule for each way through netd.
 pub(crate) fn policy() -> Value {
     json!({ "mode": "allowlist", "allowed_domains": ["masked.test"], "allowed_ports": [443], "rules": [
-        { "name": "opaque", "action": "allow", "cidrs": [format!("{ORIGIN}/32")],
+        { "name": "passed", "action": "allow", "cidrs": [format!("{ORIGIN}/32")],
+          "ports": [PASSED.to_string()], "protocol": "tcp" },
+        { "name": "opaque", "action": "allow", "domains": ["spliced.test"],
           "ports": [OPAQUE.to_string()], "protocol": "tcp" },
         { "name": "spliced", "action": "allow", "domains": ["spliced.test"], "ports": ["443"] },
         { "name": "read", "action": "allow", "domains": ["read.test"], "ports": ["443"], "tls": "intercept" },

@@ -83,6 +83,7 @@ impl Lab {
             .set_uplink(Some(Uplink {
                 ifindex,
                 peer_mac: PEER_MAC,
+                ipv6: true,
             }))
             .expect("an uplink");
         ifindex

@@ -8,6 +8,7 @@ mod cases;
 mod classifier;
 mod control;
 mod dials;
+mod first;
 mod fuzz;
 mod inbound;
 mod ipv6;

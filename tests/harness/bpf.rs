@@ -19,6 +19,8 @@ use anyhow::{Context as _, Result, bail};
 #[repr(i64)]
 enum Call {
     NextKey = 4,
+    LoadProgram = 5,
+    Pin = 6,
     ObjectGet = 7,
     NextProgram = 11,
     OpenProgram = 13,
@@ -177,6 +179,27 @@ fn program(id: u32) -> Result<Option<(String, Vec<u32>)>> {
         bail!("a program with {count} maps");
     }
     Ok(Some((text(&description, 64), maps[..count].to_vec())))
+}
+
+/// Loads a classifier that lets every packet pass and asks no other, and pins it there.
+///
+/// # Errors
+/// Without privilege, or where no BPF file system is.
+pub fn pin_open_door(path: &Path) -> Result<()> {
+    // `BPF_PROG_TYPE_SCHED_CLS`; `r0 = TC_ACT_OK` and `exit` of linux/bpf.h.
+    let (kind, instructions) = (3, [0xb7_u64, 0x95].map(u64::to_le));
+    let mut attributes = Attributes::default();
+    attributes.set_word(0, kind);
+    attributes.set_word(4, u32::try_from(instructions.len())?);
+    attributes.set_long(8, instructions.as_ptr() as u64);
+    attributes.set_long(16, c"GPL".as_ptr() as u64);
+    let program = descriptor(attributes.call(Call::LoadProgram).context("an open door")?)?;
+    let name = CString::new(path.as_os_str().as_bytes())?;
+    let mut attributes = Attributes::default();
+    attributes.set_long(0, name.as_ptr() as u64);
+    attributes.set_word(8, u32::try_from(program.as_raw_fd())?);
+    attributes.call(Call::Pin).context("an open door")?;
+    Ok(())
 }
 
 /// Ids of everything of a kind on this machine.

@@ -7,7 +7,11 @@
 mod clsact;
 mod tcx;
 
-use std::{collections::BTreeSet, fs, io, path::Path};
+use std::{
+    collections::BTreeSet,
+    fs, io,
+    path::{Path, PathBuf},
+};
 
 use aya::{
     Ebpf, EbpfLoader,
@@ -50,6 +54,8 @@ pub(super) enum Means {
 pub(super) struct Programs {
     object: Ebpf,
     means: Means,
+    /// Ids of copies that were put before intruders, besides those of the object.
+    copies: BTreeSet<u32>,
     /// Interfaces that were set down because ours did not come first.
     down: BTreeSet<u32>,
 }
@@ -92,6 +98,7 @@ impl Programs {
         Ok(Self {
             object,
             means,
+            copies: BTreeSet::new(),
             down: BTreeSet::new(),
         })
     }
@@ -299,10 +306,10 @@ impl Programs {
             .info()
             .map_err(on_program("look at", name))?;
         let first = match self.means {
-            Means::Tcx => tcx::first(side, interface, name)? == Some(ours.tag()),
-            Means::Clsact => clsact::is_first(path, side, interface)?,
+            Means::Tcx => tcx::first(side, interface, name)?,
+            Means::Clsact => clsact::first(path, side, interface)?,
         };
-        if first {
+        if first.is_some_and(|first| first == ours.id() || self.copies.contains(&first)) {
             return Ok(());
         }
         Err(DatapathError::NotFirst {
@@ -314,7 +321,7 @@ impl Programs {
     /// Puts our program before all others again. A list takes a program only once, so this one is of a fresh copy of the
     /// object, and the old one goes when the new one stands.
     fn bring_forward(
-        &self,
+        &mut self,
         pins: &Pins,
         path: &Path,
         name: &'static str,
@@ -323,9 +330,12 @@ impl Programs {
     ) -> Result<(), DatapathError> {
         let mut fresh = load(pins)?;
         let program = program(&mut fresh, name)?;
+        let copy = program.info().map_err(on_program("look at", name))?.id();
+        self.copies.insert(copy);
         match self.means {
             Means::Tcx => {
-                let new = path.with_extension("new");
+                // Names in a BPF file system hold no dots.
+                let new = PathBuf::from(format!("{}-new", path.display()));
                 pins::remove(&new)?;
                 tcx::create(program, &new, name, side, interface)?;
                 fs::rename(&new, path).map_err(on_file("replace", path))

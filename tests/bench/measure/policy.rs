@@ -8,7 +8,7 @@ use serde_json::json;
 use super::Effort;
 use crate::{
     load::{self, Change, Changes, Task},
-    place::{Guarded, OPAQUE, ORIGIN, network_of, policy},
+    place::{Guarded, ORIGIN, PASSED, network_of, policy},
     result::{Kind, Table},
 };
 
@@ -31,7 +31,7 @@ pub(crate) fn policy_change(guarded: &Guarded, effort: Effort) -> Result<Vec<Tab
         access: guarded.access(),
         sandbox: sandbox.id.clone(),
         namespace,
-        target: SocketAddrV4::new(ORIGIN, OPAQUE),
+        target: SocketAddrV4::new(ORIGIN, PASSED),
         open: policy(),
         closed: json!({ "mode": "allowlist", "allowed_domains": ["spliced.test"] }),
         count: effort.times(COUNT),

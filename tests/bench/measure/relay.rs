@@ -1,4 +1,4 @@
-//! Throughput and new connections: no program, the kernel forwarding, nginx relaying, netd.
+//! Throughput and new connections: no program, the kernel forwarding without and with the wall, nginx relaying, netd.
 
 use anyhow::Result;
 use harness::namespace::Namespace;
@@ -6,7 +6,7 @@ use harness::namespace::Namespace;
 use super::Effort;
 use crate::{
     load::{self, Bulk, Connects, Target, Task},
-    place::{Ground, Guarded, MIDDLE, NAMES, Nginx, OPAQUE, ORIGIN, clear},
+    place::{Ground, Guarded, MIDDLE, NAMES, Nginx, OPAQUE, ORIGIN, PASSED, clear},
     result::{Kind, Table},
 };
 
@@ -20,6 +20,7 @@ const RELAY: u16 = 6001;
 const ONE_LINK: &str = "raw, one link";
 const TWO_LINKS: &str = "raw, two links";
 const NGINX: &str = "nginx stream";
+const PASS: &str = "kernel pass, three links";
 const NETD: &str = "netd, spliced";
 const TLS_DIRECT: &str = "TLS, raw, two links";
 const TLS_SPLICED: &str = "TLS, netd spliced";
@@ -40,6 +41,7 @@ fn ways<'a>(ground: &'a Ground, guarded: &'a Guarded, nginx: Option<&Nginx>) -> 
     let mut ways = vec![
         way(ONE_LINK, &ground.middle, clear(ORIGIN, OPAQUE)),
         way(TWO_LINKS, &ground.plain, clear(ORIGIN, OPAQUE)),
+        way(PASS, inside, clear(ORIGIN, PASSED)),
         way(NETD, inside, clear(ORIGIN, OPAQUE)),
         way(TLS_DIRECT, &ground.plain, ground.secure(spliced)),
         way(TLS_SPLICED, inside, guarded.secure(spliced)),
@@ -63,6 +65,8 @@ fn nginx(ground: &Ground) -> Result<Option<Nginx>> {
 fn rows(ways: &[Way<'_>], without: &[&str]) -> Vec<(&'static str, Option<&'static str>)> {
     let peer = |name: &str| match name {
         TWO_LINKS | NGINX | NETD => Some(ONE_LINK),
+        // The sandbox's veth and the node's link are the two; what there is besides is the wall's.
+        PASS => Some(TWO_LINKS),
         TLS_SPLICED | TLS_READ | TLS_MASKED => Some(TLS_DIRECT),
         _ => None,
     };

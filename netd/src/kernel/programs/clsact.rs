@@ -9,7 +9,10 @@ use aya::programs::{
     tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle},
 };
 use futures_util::TryStreamExt as _;
-use rtnetlink::packet_route::tc::TcMessage;
+use rtnetlink::{
+    packet_core::Nla as _,
+    packet_route::tc::{TcAttribute, TcMessage},
+};
 
 use super::{
     super::{
@@ -22,6 +25,8 @@ use super::{
 
 /// Nothing can come before it.
 const PRIORITY: u16 = 1;
+/// `TCA_BPF_ID` of linux/pkt_cls.h.
+const PROGRAM_ID: u16 = 11;
 /// How the note of a handle begins.
 const NOTE: &str = "clsact:";
 
@@ -108,20 +113,33 @@ pub(super) fn remove(side: TcAttachType, interface: &str, handle: u16) {
     drop(link(side, interface, handle));
 }
 
-/// Whether the noted filter is the first, and no TCX program comes before it.
-pub(super) fn is_first(path: &Path, side: TcAttachType, interface: &str) -> Result<bool, DatapathError> {
-    let before = SchedClassifier::query_tcx(interface, side).is_ok_and(|(_, chain)| !chain.is_empty());
+/// The id of the program that runs first, if its filter is the noted one.
+pub(super) fn first(path: &Path, side: TcAttachType, interface: &str) -> Result<Option<u32>, DatapathError> {
+    // On a kernel that has both, TCX comes before.
+    if SchedClassifier::query_tcx(interface, side).is_ok_and(|(_, chain)| !chain.is_empty()) {
+        return Ok(None);
+    }
     let filters = filters(side, interface).map_err(on_hook("list the filters of an interface"))?;
     // Each priority is listed once without a handle.
-    let first = filters
-        .iter()
-        .map(|filter| &filter.header)
-        .find(|header| u32::from(header.handle) != 0);
-    let expected = handle_at(path).map(u32::from);
-    Ok(!before
-        && first.is_some_and(|header| {
-            Some(u32::from(header.handle)) == expected && header.info >> 16 == u32::from(PRIORITY)
-        }))
+    let first = filters.iter().find(|filter| u32::from(filter.header.handle) != 0);
+    let noted = handle_at(path).map(u32::from);
+    Ok(first
+        .filter(|filter| {
+            Some(u32::from(filter.header.handle)) == noted && filter.header.info >> 16 == u32::from(PRIORITY)
+        })
+        .and_then(program_of))
+}
+
+/// The id of a filter's program.
+fn program_of(filter: &TcMessage) -> Option<u32> {
+    let options = filter.attributes.iter().find_map(|attribute| match attribute {
+        TcAttribute::Options(options) => Some(options),
+        _ => None,
+    })?;
+    let option = options.iter().find(|option| option.kind() == PROGRAM_ID)?;
+    let mut bytes = vec![0; option.value_len()];
+    option.emit_value(&mut bytes);
+    Some(u32::from_ne_bytes(bytes.try_into().ok()?))
 }
 
 fn add(

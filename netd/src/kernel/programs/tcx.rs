@@ -61,14 +61,14 @@ pub(super) fn create(
     })
 }
 
-/// What stands first: the tag of its instructions, which is the same for each copy of a program.
+/// The id of what stands first.
 pub(super) fn first(
     side: TcAttachType,
     interface: &str,
     name: &'static str,
-) -> Result<Option<u64>, DatapathError> {
+) -> Result<Option<u32>, DatapathError> {
     let (_, chain) = SchedClassifier::query_tcx(interface, side).map_err(on_program("query", name))?;
-    Ok(chain.first().map(aya::programs::ProgramInfo::tag))
+    Ok(chain.first().map(aya::programs::ProgramInfo::id))
 }
 
 fn on_link(program: &'static str) -> impl FnOnce(LinkError) -> DatapathError {
