@@ -185,6 +185,7 @@ pub fn local_config(config: &Config) -> Result<LocalConfig> {
         image_dir: config.image_dir.clone(),
         image: config.sandbox.image.clone(),
         sandbox_cidr: config.sandbox_cidr,
+        sandbox_cidr6: config.sandbox_cidr6,
         sandboxd: beside("sandboxd")?,
         runtime: config.runtime.clone(),
         disk_reserve_bytes: config.disk_reserve_bytes,

@@ -9,6 +9,7 @@ use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use ipnet::Ipv4Net;
 use sandgate_api::{id::SandboxId, rest::Isolation};
+use sandgate_policy::Range6;
 
 pub use local::LocalBackend;
 
@@ -27,6 +28,8 @@ pub struct LocalConfig {
     pub image: String,
     /// Addresses of sandboxes; a prefix between /16 and /28.
     pub sandbox_cidr: Ipv4Net,
+    /// Their IPv6 addresses.
+    pub sandbox_cidr6: Range6,
     /// The agent's static binary.
     pub sandboxd: PathBuf,
     /// The OCI runtime: a path, or a name to look up in `PATH`.

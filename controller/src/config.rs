@@ -9,7 +9,7 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use ipnet::Ipv4Net;
 use sandgate_daemon::metrics::{InvalidPlace, Place};
-use sandgate_policy::{Platform, PrivateException};
+use sandgate_policy::{Platform, PrivateException, Range6};
 
 pub use tunnels::{MAX_TUNNELS, MAX_TUNNELS_OF_ORGANIZATION, Scheme, Tunnels};
 
@@ -72,6 +72,9 @@ settings! {
     registration = "SANDGATE_REGISTRATION", "registration";
     /// Addresses of local sandboxes [default: 10.213.0.0/16]
     sandbox_cidr = "SANDGATE_SANDBOX_CIDR", "sandbox-cidr";
+    /// IPv6 addresses of local sandboxes, or `off` [default: a /64 of fd53:4700::/32 by the run directory, when
+    /// the node has an IPv6 default route]
+    sandbox_cidr6 = "SANDGATE_SANDBOX_CIDR6", "sandbox-cidr6";
     /// Operator exceptions to the private ranges, as netd reads them
     allow_private = "SANDGATE_ALLOW_PRIVATE", "allow-private";
     /// Name of the root file system below the image directory [default: default]
@@ -171,6 +174,8 @@ pub struct Config {
     pub registration: Registration,
     /// Addresses of local sandboxes.
     pub sandbox_cidr: Ipv4Net,
+    /// Their IPv6 addresses.
+    pub sandbox_cidr6: Range6,
     /// The operator's tier of every policy.
     pub platform: Platform,
     /// Defaults and limits of sandboxes.
@@ -206,6 +211,7 @@ impl Config {
     /// Names the first variable that cannot be used.
     pub fn new(settings: &Settings) -> Result<Self, ConfigError> {
         let data_dir = directory("SANDGATE_DATA_DIR", &settings.data_dir, "/var/lib/sandgate")?;
+        let run_dir = directory("SANDGATE_RUN_DIR", &settings.run_dir, "/run/sandgate")?;
         let api_addr: SocketAddr = read(
             "SANDGATE_API_ADDR",
             &settings.api_addr,
@@ -226,7 +232,6 @@ impl Config {
                 &settings.image_dir,
                 "/var/lib/sandgate/images",
             )?,
-            run_dir: directory("SANDGATE_RUN_DIR", &settings.run_dir, "/run/sandgate")?,
             api_addr,
             metrics_addr: read(
                 ADDRESS_VARIABLE,
@@ -253,6 +258,9 @@ impl Config {
                 "10.213.0.0/16",
                 sandbox_cidr,
             )?,
+            sandbox_cidr6: read("SANDGATE_SANDBOX_CIDR6", &settings.sandbox_cidr6, "", |text| {
+                Range6::parse(text, run_dir.as_os_str().as_encoded_bytes()).map_err(|error| error.to_string())
+            })?,
             platform: read("SANDGATE_ALLOW_PRIVATE", &settings.allow_private, "", |text| {
                 if text.is_empty() {
                     return Ok(Platform::new(Vec::new()));
@@ -278,6 +286,7 @@ impl Config {
                 Ok(text.to_owned())
             })?),
             data_dir,
+            run_dir,
         })
     }
 }
@@ -434,6 +443,7 @@ mod tests {
             }
         );
         assert_eq!(config.sandbox_cidr.to_string(), "10.213.0.0/16");
+        assert!(matches!(config.sandbox_cidr6, Range6::Usual(_)));
     }
 
     #[test]
@@ -484,6 +494,9 @@ mod tests {
             ("SANDGATE_SANDBOX_CIDR", "10.213.0.1/16"),
             ("SANDGATE_SANDBOX_CIDR", "10.213.0.0/30"),
             ("SANDGATE_SANDBOX_CIDR", "fd00::/64"),
+            ("SANDGATE_SANDBOX_CIDR6", "on"),
+            ("SANDGATE_SANDBOX_CIDR6", "2001:db8::/64"),
+            ("SANDGATE_SANDBOX_CIDR6", "fd00::/120"),
             ("SANDGATE_ALLOW_PRIVATE", "10.0.0.5"),
             ("SANDBOX_IMAGE", "../etc"),
             ("DEFAULT_CPUS", "lots"),

@@ -2,7 +2,7 @@
 //! wants, then the listeners, and only then whoever brings news.
 
 use std::{
-    fs,
+    fs, iter,
     os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
     sync::Arc,
@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow};
+use ipnet::IpNet;
 use nix::{
     fcntl::{Flock, FlockArg},
     sys::resource::{Resource, getrlimit, setrlimit},
@@ -93,7 +94,7 @@ impl Ground {
         let place = DatapathConfig {
             run_dir: config.run_dir.clone(),
             sandbox_cidr: config.sandbox_cidr,
-            sandbox_cidr6: None,
+            sandbox_cidr6: config.sandbox_cidr6,
             force_clsact: false,
         };
         let datapath = Datapath::open(&place, &platform).context("cannot set up the kernel half")?;
@@ -182,7 +183,10 @@ pub async fn run(config: Config, ground: Ground, shown: Option<std::net::TcpList
 
     let controller = Arc::new(Controller::new(Arc::clone(&control), late.clone()));
     let greeting = Arc::new(Greeting::default());
-    let dialer = Dialer::open(Arc::clone(&platform), node.clone(), config.sandbox_cidr)
+    let sandbox_ranges = iter::once(IpNet::V4(config.sandbox_cidr))
+        .chain(config.sandbox_cidr6.map(IpNet::V6))
+        .collect();
+    let dialer = Dialer::open(Arc::clone(&platform), node.clone(), sandbox_ranges)
         .context("cannot open a netlink socket")?;
     let egress = Arc::new(Egress {
         sandboxes: Arc::clone(&sandboxes),

@@ -9,7 +9,7 @@ pub mod passed;
 mod queue;
 
 use std::{
-    net::{IpAddr, Ipv4Addr},
+    net::IpAddr,
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -76,7 +76,7 @@ pub struct Attempt {
     /// The name it was for.
     pub host: Option<String>,
     /// The destination's address.
-    pub ip: Option<Ipv4Addr>,
+    pub ip: Option<IpAddr>,
     /// The destination's port.
     pub port: Option<u16>,
     /// The method of a request that was read.
@@ -222,7 +222,7 @@ fn event(owner: &Owner, decision: &Decision, attempt: Attempt, passed: Passed, r
         rule: decision.rule.clone(),
         protocol: attempt.protocol.to_owned(),
         host: attempt.host,
-        ip: attempt.ip.map(IpAddr::V4),
+        ip: attempt.ip,
         port: attempt.port,
         method: attempt.method,
         path: attempt.path,

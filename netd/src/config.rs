@@ -7,9 +7,9 @@ use std::{
 };
 
 use clap::Parser;
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 use sandgate_daemon::metrics::{InvalidPlace, Place};
-use sandgate_policy::PrivateException;
+use sandgate_policy::{PrivateException, Range6};
 
 use crate::metrics::ADDRESS_VARIABLE;
 
@@ -39,6 +39,15 @@ pub struct Arguments {
         value_name = "CIDR"
     )]
     pub sandbox_cidr: String,
+    /// IPv6 addresses of local sandboxes, or `off` [default: a /64 of fd53:4700::/32, by the run directory]
+    #[arg(
+        long,
+        env = "SANDGATE_SANDBOX_CIDR6",
+        default_value = "",
+        hide_default_value = true,
+        value_name = "CIDR"
+    )]
+    pub sandbox_cidr6: String,
     /// Whether what address and port alone allow may leave without passing netd: `auto`, or `off`, which leaves the
     /// node's network settings alone
     #[arg(
@@ -79,6 +88,8 @@ pub struct Config {
     pub allow_private: Vec<PrivateException>,
     /// Addresses of local sandboxes.
     pub sandbox_cidr: Ipv4Net,
+    /// Their IPv6 addresses, also where the node has no IPv6 and none of them is used.
+    pub sandbox_cidr6: Option<Ipv6Net>,
     /// Whether what address and port alone allow may leave without passing netd.
     pub kernel_pass: KernelPass,
     /// Roots that servers are verified against besides the system's.
@@ -149,11 +160,15 @@ impl TryFrom<Arguments> for Config {
                 "must be a name of letters, digits, `-`, `.` and `_`",
             ));
         }
+        let instance = arguments.run_dir.as_os_str().as_encoded_bytes();
+        let range6 = Range6::parse(arguments.sandbox_cidr6.trim(), instance)
+            .map_err(|error| invalid("SANDGATE_SANDBOX_CIDR6", error.to_string()))?;
         Ok(Self {
             run_dir: arguments.run_dir,
             dns_upstream,
             allow_private,
             sandbox_cidr: sandbox_cidr(&arguments.sandbox_cidr)?,
+            sandbox_cidr6: range6.network(),
             kernel_pass,
             upstream_ca_file: arguments
                 .upstream_ca_file
@@ -270,6 +285,7 @@ mod tests {
             dns_upstream: Some("192.0.2.53:53, [2001:db8::1]:5353".into()),
             allow_private: Some("10.0.0.5/32:443".into()),
             sandbox_cidr: "10.213.0.0/16".into(),
+            sandbox_cidr6: String::new(),
             kernel_pass: "auto".into(),
             upstream_ca_file: None,
             metrics_addr: "off".into(),
@@ -284,12 +300,13 @@ mod tests {
         assert_eq!(config.dns_upstream.len(), 2);
         assert_eq!(config.allow_private.len(), 1);
         assert_eq!(config.kernel_pass, KernelPass::Auto);
+        assert!(config.sandbox_cidr6.is_some());
     }
 
     #[test]
     fn what_is_wrong_is_named() {
         type Spoil = fn(&mut Arguments);
-        let cases: [(&str, Spoil); 11] = [
+        let cases: [(&str, Spoil); 12] = [
             ("SANDGATE_RUN_DIR", |arguments| arguments.run_dir = "run".into()),
             ("SANDGATE_DNS_UPSTREAM", |arguments| {
                 arguments.dns_upstream = Some("192.0.2.53".into())
@@ -311,6 +328,9 @@ mod tests {
             }),
             ("SANDGATE_SANDBOX_CIDR", |arguments| {
                 arguments.sandbox_cidr = "10.213.0.0/30".into()
+            }),
+            ("SANDGATE_SANDBOX_CIDR6", |arguments| {
+                arguments.sandbox_cidr6 = "2001:db8::/64".into()
             }),
             ("SANDGATE_KERNEL_PASS", |arguments| {
                 arguments.kernel_pass = "on".into()

@@ -12,7 +12,12 @@ pub mod retry;
 mod route;
 pub mod sniff;
 
-use std::{io, net::SocketAddrV4, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use sandgate_daemon::tasks::Tasks;
 use socket2::SockRef;
@@ -21,7 +26,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
 };
 
-use self::dial::{Dialer, v4};
+use self::dial::Dialer;
 use crate::{
     audit::Audit,
     canary::Greeting,
@@ -64,10 +69,10 @@ impl Egress {
             };
             match accepted {
                 Ok((stream, peer)) => {
-                    let Some((from, to)) = v4(peer).zip(stream.local_addr().ok().and_then(v4)) else {
-                        continue;
-                    };
-                    self.begin(stream, from, to);
+                    if let Ok(to) = stream.local_addr() {
+                        // Without the scope that the kernel gives link-local addresses.
+                        self.begin(stream, peer.ip(), SocketAddr::new(to.ip(), to.port()));
+                    }
                 }
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a sandbox's connection");
@@ -77,13 +82,15 @@ impl Egress {
         }
     }
 
-    fn begin(self: &Arc<Self>, stream: TcpStream, from: SocketAddrV4, to: SocketAddrV4) {
-        if let Some(word) = self.greeting.for_canary(*from.ip()) {
+    fn begin(self: &Arc<Self>, stream: TcpStream, from: IpAddr, to: SocketAddr) {
+        if let IpAddr::V4(from) = from
+            && let Some(word) = self.greeting.for_canary(from)
+        {
             self.tasks.spawn("canary", greet(stream, word));
             return;
         }
         // The kernel has checked the source against the interface: it names the sandbox.
-        let Some(sandbox) = self.sandboxes.by_address(*from.ip()) else {
+        let Some(sandbox) = self.sandboxes.by_address(from) else {
             refuse(&stream);
             return;
         };

@@ -30,7 +30,7 @@ use std::{
     convert::Infallible,
     future::Future,
     io,
-    net::SocketAddrV4,
+    net::SocketAddr,
     sync::{
         Arc, LazyLock,
         atomic::{AtomicU64, Ordering},
@@ -101,7 +101,7 @@ pub struct Target {
     /// The server's name, for which the address is pinned.
     pub name: DomainName,
     /// The address that the sandbox chose.
-    pub to: SocketAddrV4,
+    pub to: SocketAddr,
 }
 
 impl Target {

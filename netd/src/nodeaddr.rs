@@ -4,7 +4,7 @@
 
 use std::{
     collections::BTreeSet,
-    net::{IpAddr, Ipv4Addr},
+    net::IpAddr,
     sync::{Arc, PoisonError, RwLock},
     time::Duration,
 };
@@ -20,10 +20,10 @@ const REREAD: Duration = Duration::from_secs(30);
 /// Pause before watching again after a failure.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// The node's IPv4 addresses. Clones share the same set.
+/// The node's addresses. Clones share the same set.
 #[derive(Debug, Clone, Default)]
 pub struct NodeAddresses {
-    addresses: Arc<RwLock<BTreeSet<Ipv4Addr>>>,
+    addresses: Arc<RwLock<BTreeSet<IpAddr>>>,
 }
 
 /// The addresses could not be read or watched.
@@ -45,11 +45,11 @@ pub enum NodeAddressError {
 
 impl NodeAddresses {
     /// Whether the address is one of this node.
-    pub fn contains(&self, address: Ipv4Addr) -> bool {
+    pub fn contains(&self, address: impl Into<IpAddr>) -> bool {
         self.addresses
             .read()
             .unwrap_or_else(PoisonError::into_inner)
-            .contains(&address)
+            .contains(&address.into())
     }
 
     /// Reads the addresses, tells the datapath, and goes on doing so whenever they change. Netlink sockets are
@@ -105,7 +105,7 @@ impl NodeAddresses {
             addresses.clone_from(&found);
         }
         tracing::info!(count = found.len(), "the node's addresses changed");
-        let list: Vec<IpAddr> = found.into_iter().map(IpAddr::V4).collect();
+        let list: Vec<IpAddr> = found.into_iter().collect();
         if let Err(error) = datapath.set_node_addresses(&list) {
             // Forgotten, so that the next reading tells the datapath again.
             self.addresses
@@ -128,7 +128,7 @@ struct Watch {
 impl Watch {
     fn open(tasks: &Tasks) -> Result<Self, NodeAddressError> {
         let (connection, handle, announcements) =
-            rtnetlink::new_multicast_connection(&[MulticastGroup::Ipv4Ifaddr])
+            rtnetlink::new_multicast_connection(&[MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr])
                 .map_err(NodeAddressError::Open)?;
         tasks.spawn("netlink addresses", connection);
         Ok(Self {
@@ -142,19 +142,47 @@ impl Watch {
     }
 }
 
-async fn read(handle: &rtnetlink::Handle) -> Result<BTreeSet<Ipv4Addr>, NodeAddressError> {
+async fn read(handle: &rtnetlink::Handle) -> Result<BTreeSet<IpAddr>, NodeAddressError> {
     let mut found = BTreeSet::new();
     let mut listed = handle.address().get().execute();
     while let Some(message) = listed.try_next().await.map_err(NodeAddressError::Read)? {
-        for attribute in message.attributes {
-            // The far end of a point-to-point link is not ours; the broadcast address reaches us.
-            match attribute {
-                AddressAttribute::Local(IpAddr::V4(address)) | AddressAttribute::Broadcast(address) => {
-                    found.insert(address);
-                }
-                _ => {}
-            }
-        }
+        found.extend(ours(&message.attributes));
     }
     Ok(found)
+}
+
+/// The addresses of one entry that reach this node: its own, and the broadcast address. The far end of a
+/// point-to-point link is not ours; IPv6 names the own address apart only where there is such an end.
+fn ours(attributes: &[AddressAttribute]) -> Vec<IpAddr> {
+    let (mut local, mut address, mut found) = (None, None, Vec::new());
+    for attribute in attributes {
+        match attribute {
+            AddressAttribute::Local(ip) => local = Some(*ip),
+            AddressAttribute::Address(ip @ IpAddr::V6(_)) => address = Some(*ip),
+            AddressAttribute::Broadcast(ip) => found.push(IpAddr::V4(*ip)),
+            _ => {}
+        }
+    }
+    found.extend(local.or(address));
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().expect("an address")
+    }
+
+    #[test]
+    fn the_far_end_of_a_link_is_not_ours_and_an_address_of_ipv6_is() {
+        let (near, far) = (ip("2001:db8::1"), ip("2001:db8::2"));
+        assert_eq!(ours(&[AddressAttribute::Address(near)]), [near]);
+        let link = [AddressAttribute::Address(far), AddressAttribute::Local(near)];
+        assert_eq!(ours(&link), [near]);
+        let (near, far) = (ip("192.0.2.1"), ip("192.0.2.2"));
+        let link = [AddressAttribute::Address(far), AddressAttribute::Local(near)];
+        assert_eq!(ours(&link), [near]);
+    }
 }

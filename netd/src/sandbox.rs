@@ -10,7 +10,7 @@ mod rules;
 use std::{
     collections::BTreeSet,
     io,
-    net::{IpAddr, SocketAddrV4},
+    net::{IpAddr, SocketAddr, SocketAddrV4},
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
@@ -232,7 +232,7 @@ impl Sandbox {
     }
 
     /// What address and port alone say about a new flow.
-    pub fn first_look(&self, to: SocketAddrV4) -> FirstLook {
+    pub fn first_look(&self, to: SocketAddr) -> FirstLook {
         self.lock().enforced.first_look(to, seconds())
     }
 
@@ -246,17 +246,8 @@ impl Sandbox {
         let entered = state.enforced.admit(facts.clone(), now)?;
         // Only a pair that DNS made is prolonged: a name beside an address range was not looked up here.
         if let Some(name) = &facts.name
-            && state
-                .enforced
-                .pins()
-                .contains(name, IpAddr::V4(*facts.to.ip()), now)
-            && let Err(error) = state.pin(
-                &self.datapath,
-                self.handle,
-                name,
-                &[IpAddr::V4(*facts.to.ip())],
-                now,
-            )
+            && state.enforced.pins().contains(name, facts.to.ip(), now)
+            && let Err(error) = state.pin(&self.datapath, self.handle, name, &[facts.to.ip()], now)
         {
             // The pair is still pinned as it was: only its life was not prolonged.
             tracing::warn!(sandbox_id = %self.id, %error, "cannot prolong a pin");
@@ -298,7 +289,7 @@ impl Sandbox {
     }
 
     /// The decision that address and port alone lead to, for records about packets.
-    pub fn judge_packet(&self, udp: bool, to: SocketAddrV4) -> Decision {
+    pub fn judge_packet(&self, udp: bool, to: SocketAddr) -> Decision {
         self.lock().enforced.judge_packet(udp, to)
     }
 

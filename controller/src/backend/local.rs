@@ -35,7 +35,7 @@ use self::{
     disk::Budget,
     layout::Layout,
     process::Process,
-    record::{Leases, NoLease, Record},
+    record::{Addresses, Leases, NoLease, Record},
     runtime::OciRuntime,
 };
 use super::{BackendError, Found, LaunchMetrics, LaunchSpec, LocalConfig};
@@ -112,7 +112,12 @@ impl LocalBackend {
         probe::run(&layout, &config, &machine)
             .await
             .inspect_err(|_unusable| machine.cgroups.remove_parents(&layout.cgroups()))?;
-        let leases = Leases::open(&layout, config.sandbox_cidr).map_err(unusable)?;
+        let addresses = Addresses {
+            range: config.sandbox_cidr,
+            range6: config.sandbox_cidr6.network(),
+            gives6: probe::gives_ipv6(&config).await?,
+        };
+        let leases = Leases::open(&layout, addresses).map_err(unusable)?;
         let budget = Budget::open(&layout, config.disk_reserve_bytes).map_err(unusable)?;
         let runtime = runtime(&layout, &config);
         let tasks = Tasks::new(CancellationToken::new());
@@ -249,8 +254,13 @@ impl LocalBackend {
                 },
             )
         };
+        let family = if self.shared.leases.gives6() {
+            "ipv4+ipv6"
+        } else {
+            "ipv4"
+        };
         format!(
-            "{} {} {} {}",
+            "{} {} {} {} {family}",
             env!("CARGO_PKG_VERSION"),
             config.image,
             stamp(&machine.root),
@@ -435,6 +445,7 @@ impl Shared {
             trust,
             first_id: record.first_id,
             address: record.address,
+            address6: record.address6,
             cgroup: &self.layout.cgroup(name),
             limits: limits(spec),
             limits_swap: self.machine.cgroups.limits_swap(),

@@ -27,6 +27,7 @@ use sandgate_api::{
     id::SandboxId,
     rest::Isolation,
 };
+use sandgate_policy::Range6;
 use tempfile::TempDir;
 
 pub(super) const MIB: u64 = 1024 * 1024;
@@ -72,6 +73,7 @@ impl World {
             image_dir: std::env::var_os("SANDGATE_IMAGE_DIR").map_or_else(|| IMAGES.into(), PathBuf::from),
             image: "default".to_owned(),
             sandbox_cidr: "203.0.113.0/24".parse().unwrap(),
+            sandbox_cidr6: Range6::Off,
             sandboxd: sandboxd(),
             runtime: "runc".into(),
             disk_reserve_bytes: 64 * MIB,

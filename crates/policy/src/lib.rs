@@ -23,6 +23,7 @@ mod names;
 mod path;
 mod platform;
 mod ports;
+mod range6;
 mod reason;
 mod request;
 mod tier;
@@ -36,5 +37,6 @@ pub use kernel::{KernelAction, KernelTable, MAX_PREFIXES, MAX_RANGES, PortRange,
 pub use names::{DomainName, DomainPattern, NameError};
 pub use path::{NormalPath, PathError, PathPattern, PathPatternError};
 pub use platform::{ExceptionError, Platform, PrivateException, always_denied4, always_denied6};
+pub use range6::{InvalidRange6, Range6};
 pub use reason::Reason;
 pub use request::{RequestHead, RequestPattern};

@@ -1,6 +1,6 @@
 //! Turns the kernel's denials into records. The reader waits on a thread of its own: it blocks.
 
-use std::{net::SocketAddr, sync::Arc, thread, time::Duration};
+use std::{sync::Arc, thread, time::Duration};
 
 use sandgate_policy::Reason;
 use tokio_util::sync::CancellationToken;
@@ -22,6 +22,7 @@ const ETHERTYPE_IPV6: u16 = 0x86dd;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 const ICMP: u8 = 1;
+const ICMPV6: u8 = 58;
 const DNS: u16 = 53;
 
 /// Reads denials until `end`.
@@ -64,8 +65,8 @@ fn record(audit: &Audit, sandbox: &Sandbox, event: &DenyEvent) {
 
 /// The kernel knows the reason and not the rule: the rules say which one, where they come to the same.
 fn decision(sandbox: &Sandbox, event: &DenyEvent) -> Decision {
-    let judged = match (event.protocol, event.dst) {
-        (TCP | UDP, SocketAddr::V4(to)) => sandbox.judge_packet(event.protocol == UDP, to),
+    let judged = match event.protocol {
+        TCP | UDP => sandbox.judge_packet(event.protocol == UDP, event.dst),
         _ => return Decision::of(event.reason),
     };
     if judged.reason == event.reason {
@@ -80,25 +81,22 @@ fn attempt(event: &DenyEvent) -> Attempt {
         (_, UDP | TCP) if event.dst.port() == DNS => "dns",
         (_, TCP) => "tcp",
         (_, UDP) => "udp",
-        (_, ICMP) => "icmp",
+        (_, ICMP | ICMPV6) => "icmp",
         _ => "ip",
     };
     let detail = match event.ethertype {
         0 | ETHERTYPE_IPV4 => None,
-        ETHERTYPE_IPV6 => Some("IPv6".to_owned()),
+        ETHERTYPE_IPV6 => event.dst.ip().is_unspecified().then(|| "IPv6".to_owned()),
         other => Some(format!("ethertype {other:#06x}")),
     };
     let detail = match event.reason {
         Reason::UpstreamUnreachable => Some("netd was not listening".to_owned()),
         _ => detail,
     };
-    let to = match event.dst {
-        SocketAddr::V4(to) if !to.ip().is_unspecified() => Some(to),
-        SocketAddr::V4(_) | SocketAddr::V6(_) => None,
-    };
+    let to = Some(event.dst).filter(|to| !to.ip().is_unspecified());
     Attempt {
         protocol,
-        ip: to.map(|to| *to.ip()),
+        ip: to.map(|to| to.ip()),
         port: to.map(|to| to.port()).filter(|port| *port != 0),
         detail,
         ..Attempt::default()

@@ -14,7 +14,7 @@ fn owner(sandbox: usize, mode: FailureMode) -> Owner {
 }
 
 fn attempt(port: u16) -> Attempt {
-    let ip = Some(Ipv4Addr::new(203, 0, 113, 66));
+    let ip = Some([203, 0, 113, 66].into());
     Attempt {
         protocol: "tcp",
         ip,

@@ -2,13 +2,9 @@
 //! destination, which catches what became the node's own a moment ago. Dials only the address the sandbox
 //! chose and netd admitted; resolves nothing.
 
-use std::{
-    net::{IpAddr, SocketAddr, SocketAddrV4},
-    sync::Arc,
-    time::Duration,
-};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use rtnetlink::packet_route::route::RouteType;
 use sandgate_policy::{Platform, Reason};
 use sandgate_relay::dial::{self, DialError, Permitted};
@@ -24,7 +20,8 @@ const CONNECT_TIME: Duration = Duration::from_secs(10);
 pub struct Dialer {
     platform: Arc<Platform>,
     node: NodeAddresses,
-    sandboxes: Ipv4Net,
+    /// Addresses of sandboxes, of either family.
+    sandboxes: Vec<IpNet>,
     routes: Routes,
 }
 
@@ -33,12 +30,15 @@ pub struct Dialer {
 pub enum NotDialled {
     /// Nobody may reach the destination.
     #[error("{0} is an address of this node or its sandboxes")]
-    Ours(SocketAddrV4),
+    Ours(SocketAddr),
+    /// An IPv4 address in the clothes of IPv6: sockets understand it, and no packet should bear it (RFC 4291 2.5.5.2).
+    #[error("{0} is an IPv4 address written as one of IPv6")]
+    Mapped(SocketAddr),
     /// There is no way to it, or the routes could not be read.
     #[error("no route to {to}: {source}")]
     NoRoute {
         /// Where to.
-        to: SocketAddrV4,
+        to: SocketAddr,
         /// What the kernel said.
         source: std::io::Error,
     },
@@ -51,7 +51,7 @@ impl NotDialled {
     /// The reason for the audit record.
     pub fn reason(&self) -> Reason {
         match self {
-            Self::Ours(_) | Self::Dial(DialError::Forbidden(_) | DialError::Local(_)) => {
+            Self::Ours(_) | Self::Mapped(_) | Self::Dial(DialError::Forbidden(_) | DialError::Local(_)) => {
                 Reason::PlatformDenied
             }
             Self::NoRoute { .. } | Self::Dial(DialError::TimedOut { .. } | DialError::Connect { .. }) => {
@@ -66,7 +66,11 @@ impl Dialer {
     ///
     /// # Errors
     /// When the netlink socket cannot be opened.
-    pub fn open(platform: Arc<Platform>, node: NodeAddresses, sandboxes: Ipv4Net) -> std::io::Result<Self> {
+    pub fn open(
+        platform: Arc<Platform>,
+        node: NodeAddresses,
+        sandboxes: Vec<IpNet>,
+    ) -> std::io::Result<Self> {
         Ok(Self {
             platform,
             node,
@@ -79,24 +83,21 @@ impl Dialer {
     ///
     /// # Errors
     /// See [`NotDialled`].
-    pub async fn dial(&self, _leave: &Admitted, to: SocketAddrV4) -> Result<TcpStream, NotDialled> {
-        let permitted = Permitted::check(&self.platform, SocketAddr::V4(to))?;
-        if self.node.contains(*to.ip()) || self.sandboxes.contains(to.ip()) {
+    pub async fn dial(&self, _leave: &Admitted, to: SocketAddr) -> Result<TcpStream, NotDialled> {
+        let permitted = Permitted::check(&self.platform, to)?;
+        // The route would be looked up in one family and taken in the other.
+        if to.ip().to_canonical() != to.ip() {
+            return Err(NotDialled::Mapped(to));
+        }
+        let is_sandbox = |range: &IpNet| range.contains(&to.ip());
+        if self.node.contains(to.ip()) || self.sandboxes.iter().any(is_sandbox) {
             return Err(NotDialled::Ours(to));
         }
         // The kernel's own opinion: only a unicast route leads off this node.
-        match self.routes.kind(*to.ip()) {
+        match self.routes.kind(to.ip()) {
             Ok(RouteType::Unicast) => Ok(dial::connect(permitted, CONNECT_TIME).await?),
             Ok(_) => Err(NotDialled::Ours(to)),
             Err(source) => Err(NotDialled::NoRoute { to, source }),
         }
-    }
-}
-
-/// The peer's IPv4 address of an accepted connection.
-pub(super) fn v4(address: SocketAddr) -> Option<SocketAddrV4> {
-    match address.ip() {
-        IpAddr::V4(ip) => Some(SocketAddrV4::new(ip, address.port())),
-        IpAddr::V6(_) => None,
     }
 }

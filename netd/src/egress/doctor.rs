@@ -6,7 +6,7 @@
 
 use std::{
     io,
-    net::SocketAddrV4,
+    net::SocketAddr,
     sync::{Arc, LazyLock},
     time::Duration,
 };
@@ -70,8 +70,8 @@ pub(super) enum Unanswered {
 }
 
 /// Whether a flow to this address is answered here.
-pub(super) fn is_for(to: SocketAddrV4) -> bool {
-    to == SocketAddrV4::new(GATEWAY, netd_common::SELF_TEST_PORT)
+pub(super) fn is_for(to: SocketAddr) -> bool {
+    to == SocketAddr::new(GATEWAY.into(), netd_common::SELF_TEST_PORT)
 }
 
 impl Unanswered {
@@ -371,8 +371,11 @@ mod tests {
 
     #[test]
     fn only_one_port_of_the_gateway_is_ours() {
-        assert!(is_for(SocketAddrV4::new(GATEWAY, 443)));
-        assert!(!is_for(SocketAddrV4::new(GATEWAY, 80)));
-        assert!(!is_for(SocketAddrV4::new(Ipv4Addr::new(169, 254, 1, 2), 443)));
+        assert!(is_for(SocketAddr::new(GATEWAY.into(), 443)));
+        assert!(!is_for(SocketAddr::new(GATEWAY.into(), 80)));
+        assert!(!is_for(SocketAddr::new(
+            Ipv4Addr::new(169, 254, 1, 2).into(),
+            443
+        )));
     }
 }

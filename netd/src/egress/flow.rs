@@ -1,6 +1,6 @@
 //! One flow, from its first byte to its record.
 
-use std::{net::SocketAddrV4, sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use sandgate_policy::{DomainName, NormalPath, Reason};
@@ -39,7 +39,7 @@ const WATCH_BYTES: usize = 4096;
 pub(super) struct Entry {
     sandbox: Arc<Sandbox>,
     pub(super) owner: Owner,
-    to: SocketAddrV4,
+    to: SocketAddr,
     look: FirstLook,
     pub(super) began: Timestamp,
     pub(super) clock: Instant,
@@ -70,11 +70,11 @@ impl Said {
         }
     }
 
-    fn attempt(&self, to: SocketAddrV4) -> Attempt {
+    fn attempt(&self, to: SocketAddr) -> Attempt {
         Attempt {
             protocol: self.protocol,
             host: self.host.clone(),
-            ip: Some(*to.ip()),
+            ip: Some(to.ip()),
             port: Some(to.port()),
             method: self.method.clone(),
             path: self.path.clone(),
@@ -98,7 +98,7 @@ enum Manner {
 
 impl Egress {
     /// Counts a flow in, or records why not.
-    pub(super) fn enter(&self, sandbox: &Arc<Sandbox>, to: SocketAddrV4) -> Option<Entry> {
+    pub(super) fn enter(&self, sandbox: &Arc<Sandbox>, to: SocketAddr) -> Option<Entry> {
         let owner = Owner::of(sandbox);
         let refused = |reason, detail: &str| {
             let said = Said {
@@ -286,7 +286,7 @@ impl Egress {
     async fn forward(
         &self,
         admitted: &Admitted,
-        to: SocketAddrV4,
+        to: SocketAddr,
         near: &mut TcpStream,
         said: &mut Said,
         manner: Manner,
@@ -497,11 +497,11 @@ fn host_said(host: &Host) -> Said {
 }
 
 /// How a Host field contradicts the destination, if it does.
-fn mismatch(host: &Host, to: SocketAddrV4) -> Option<&'static str> {
+fn mismatch(host: &Host, to: SocketAddr) -> Option<&'static str> {
     if host.port.is_some_and(|port| port != to.port()) {
         return Some("the Host field names another port");
     }
-    if host.address.is_some_and(|address| address != *to.ip()) {
+    if host.address.is_some_and(|address| address != to.ip()) {
         return Some("the Host field names another address");
     }
     None
@@ -509,16 +509,14 @@ fn mismatch(host: &Host, to: SocketAddrV4) -> Option<&'static str> {
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv4Addr;
-
     use super::*;
 
     #[test]
     fn a_host_field_must_fit_the_destination() {
-        let to = SocketAddrV4::new(Ipv4Addr::new(203, 0, 113, 10), 8080);
+        let to = SocketAddr::from(([203, 0, 113, 10], 8080));
         let host = |address: Option<[u8; 4]>, port| Host {
             name: None,
-            address: address.map(Ipv4Addr::from),
+            address: address.map(Into::into),
             port,
         };
         assert_eq!(mismatch(&host(None, None), to), None);

@@ -108,7 +108,7 @@ fn said(target: &Target, protocol: &'static str) -> Attempt {
     Attempt {
         protocol,
         host: Some(target.name.as_str().to_owned()),
-        ip: Some(*target.to.ip()),
+        ip: Some(target.to.ip()),
         port: Some(target.to.port()),
         ..Attempt::default()
     }

@@ -6,7 +6,7 @@
 
 use std::{
     io,
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::{Mutex, PoisonError},
 };
 
@@ -49,18 +49,23 @@ impl Routes {
     ///
     /// # Errors
     /// When there is none, or the kernel does not answer.
-    pub(super) fn kind(&self, to: Ipv4Addr) -> io::Result<RouteType> {
+    pub(super) fn kind(&self, to: IpAddr) -> io::Result<RouteType> {
         let mut conversation = self.conversation.lock().unwrap_or_else(PoisonError::into_inner);
         conversation.ask(to)
     }
 }
 
 impl Conversation {
-    fn ask(&mut self, to: Ipv4Addr) -> io::Result<RouteType> {
+    fn ask(&mut self, to: IpAddr) -> io::Result<RouteType> {
         self.sequence = self.sequence.wrapping_add(1);
-        let route = RouteMessageBuilder::<Ipv4Addr>::new()
-            .destination_prefix(to, 32)
-            .build();
+        let route = match to {
+            IpAddr::V4(to) => RouteMessageBuilder::<Ipv4Addr>::new()
+                .destination_prefix(to, 32)
+                .build(),
+            IpAddr::V6(to) => RouteMessageBuilder::<Ipv6Addr>::new()
+                .destination_prefix(to, 128)
+                .build(),
+        };
         let mut question = NetlinkMessage::from(RouteNetlinkMessage::GetRoute(route));
         question.header.flags = NLM_F_REQUEST;
         question.header.sequence_number = self.sequence;
@@ -100,10 +105,17 @@ mod tests {
     fn an_address_of_this_machine_is_local_each_time() {
         let routes = Routes::open().expect("a netlink socket");
         for _ in 0..100 {
-            let kind = routes.kind(Ipv4Addr::LOCALHOST).expect("a route");
+            let kind = routes.kind(Ipv4Addr::LOCALHOST.into()).expect("a route");
             assert_eq!(kind, RouteType::Local);
         }
-        let broadcast = routes.kind(Ipv4Addr::new(127, 255, 255, 255)).expect("a route");
+        // A machine without IPv6 has no route at all: that is an error, and no leave to dial.
+        assert_ne!(
+            routes.kind(Ipv6Addr::LOCALHOST.into()).ok(),
+            Some(RouteType::Unicast)
+        );
+        let broadcast = routes
+            .kind(Ipv4Addr::new(127, 255, 255, 255).into())
+            .expect("a route");
         assert_ne!(broadcast, RouteType::Unicast);
     }
 
@@ -111,7 +123,7 @@ mod tests {
     fn questions_at_once_get_their_own_answers() {
         let routes = Routes::open().expect("a netlink socket");
         std::thread::scope(|scope| {
-            for address in [Ipv4Addr::LOCALHOST, Ipv4Addr::new(224, 0, 0, 1)] {
+            for address in [Ipv4Addr::LOCALHOST.into(), Ipv4Addr::new(224, 0, 0, 1).into()] {
                 let routes = &routes;
                 scope.spawn(move || {
                     let first = routes.kind(address).ok();

@@ -3,7 +3,7 @@
 
 use std::{
     collections::HashMap,
-    net::{IpAddr, SocketAddr, SocketAddrV4},
+    net::{IpAddr, SocketAddr},
     sync::{Arc, OnceLock},
 };
 
@@ -17,7 +17,7 @@ use crate::pins::{Pins, Seconds};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Facts {
     /// The destination the sandbox chose.
-    pub to: SocketAddrV4,
+    pub to: SocketAddr,
     /// The name read from the flow, when it was read.
     pub name: Option<DomainName>,
 }
@@ -145,8 +145,8 @@ impl Enforced {
         self.closed
     }
 
-    pub(super) fn first_look(&self, to: SocketAddrV4, now: Seconds) -> FirstLook {
-        let bound = self.pins.names(IpAddr::V4(*to.ip()), now);
+    pub(super) fn first_look(&self, to: SocketAddr, now: Seconds) -> FirstLook {
+        let bound = self.pins.names(to.ip(), now);
         let facts = Facts { to, name: None };
         let judgement = judge(&self.rules, &facts, &bound);
         match (judgement.decision.is_allowed(), judgement.needs_name) {
@@ -157,12 +157,12 @@ impl Enforced {
         }
     }
 
-    pub(super) fn judge_packet(&self, udp: bool, to: SocketAddrV4) -> Decision {
+    pub(super) fn judge_packet(&self, udp: bool, to: SocketAddr) -> Decision {
         let protocol = if udp { Protocol::Udp } else { Protocol::Tcp };
         self.rules
             .judge(&Flow {
                 protocol,
-                to: SocketAddr::V4(to),
+                to,
                 name: None,
                 names_bound: &[],
             })
@@ -173,12 +173,12 @@ impl Enforced {
         if self.closed {
             return Err(Decision::of(Reason::UnknownSandbox));
         }
-        let bound = self.pins.names(IpAddr::V4(*facts.to.ip()), now);
+        let bound = self.pins.names(facts.to.ip(), now);
         let judgement = admissible(&self.rules, &facts, &bound)?;
         let flow = self.next;
         self.next += 1;
         let cut = Arc::new(Cut::default());
-        self.pins.hold(IpAddr::V4(*facts.to.ip()));
+        self.pins.hold(facts.to.ip());
         self.live.insert(
             flow,
             Live {
@@ -220,7 +220,7 @@ impl Enforced {
 
     pub(super) fn leave(&mut self, flow: u64) {
         if let Some(ended) = self.live.remove(&flow) {
-            self.pins.release(IpAddr::V4(*ended.facts.to.ip()));
+            self.pins.release(ended.facts.to.ip());
         }
     }
 
@@ -293,7 +293,7 @@ fn judge_request(rules: &Rules, live: &Live, request: &RequestFacts) -> Judgemen
 fn flow<'a>(facts: &'a Facts, bound: &'a [DomainName]) -> Flow<'a> {
     Flow {
         protocol: Protocol::Tcp,
-        to: SocketAddr::V4(facts.to),
+        to: facts.to,
         name: facts.name.as_ref(),
         names_bound: bound,
     }
@@ -335,8 +335,8 @@ mod tests {
         DomainName::parse(text).expect("a name")
     }
 
-    fn to(port: u16) -> SocketAddrV4 {
-        SocketAddrV4::new([203, 0, 113, 10].into(), port)
+    fn to(port: u16) -> SocketAddr {
+        SocketAddr::from(([203, 0, 113, 10], port))
     }
 
     fn facts(text: &str) -> Facts {
@@ -349,7 +349,7 @@ mod tests {
     fn pinned(rules: Rules, names: &[&str]) -> Enforced {
         let mut enforced = Enforced::new(rules, Pins::default());
         for text in names {
-            enforced.pins().pin(&name(text), IpAddr::V4(*to(443).ip()), 0);
+            enforced.pins().pin(&name(text), to(443).ip(), 0);
         }
         enforced
     }
@@ -380,7 +380,7 @@ mod tests {
     fn another_port_or_an_unpinned_address_is_refused_unread() {
         let enforced = pinned(allowing(&["ok.test"]), &["ok.test"]);
         assert!(matches!(enforced.first_look(to(22), 1), FirstLook::Refuse(_)));
-        let elsewhere = SocketAddrV4::new([203, 0, 113, 66].into(), 443);
+        let elsewhere = SocketAddr::from(([203, 0, 113, 66], 443));
         let FirstLook::Refuse(decision) = enforced.first_look(elsewhere, 1) else {
             panic!("not refused")
         };
@@ -407,7 +407,7 @@ mod tests {
     fn names_that_are_no_longer_allowed_lose_their_pins() {
         let mut enforced = pinned(allowing(&["ok.test"]), &["ok.test"]);
         let replaced = enforced.replace(allowing(&["api.test"]), 1);
-        assert_eq!(replaced.unbound, [IpAddr::V4(*to(443).ip())]);
+        assert_eq!(replaced.unbound, [to(443).ip()]);
         enforced.replace(allowing(&["ok.test"]), 1);
         assert!(enforced.admit(facts("ok.test"), 1).is_err());
     }

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    net::Ipv4Addr,
+    net::IpAddr,
     sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
     time::{Duration, Instant},
 };
@@ -25,7 +25,7 @@ pub struct Sandboxes {
 #[derive(Default)]
 struct Index {
     by_id: HashMap<SandboxId, Arc<Sandbox>>,
-    by_address: HashMap<Ipv4Addr, Arc<Sandbox>>,
+    by_address: HashMap<IpAddr, Arc<Sandbox>>,
     /// Present and departed ones: ordinals are never used again.
     by_ordinal: HashMap<u32, Arc<Sandbox>>,
     /// The one that left first in front.
@@ -48,20 +48,22 @@ impl Sandboxes {
     /// Adds a sandbox.
     pub fn insert(&self, sandbox: Arc<Sandbox>) {
         let mut index = self.write();
-        index
-            .by_address
-            .insert(sandbox.endpoint.address, Arc::clone(&sandbox));
+        for address in addresses(&sandbox) {
+            index.by_address.insert(address, Arc::clone(&sandbox));
+        }
         index
             .by_ordinal
             .insert(sandbox.handle.ordinal, Arc::clone(&sandbox));
         index.by_id.insert(sandbox.id.clone(), sandbox);
     }
 
-    /// Takes a sandbox out. Its address means nobody from here on.
+    /// Takes a sandbox out. Its addresses mean nobody from here on.
     pub fn remove(&self, id: &SandboxId) -> Option<Arc<Sandbox>> {
         let mut index = self.write();
         let sandbox = index.by_id.remove(id)?;
-        index.by_address.remove(&sandbox.endpoint.address);
+        for address in addresses(&sandbox) {
+            index.by_address.remove(&address);
+        }
         index.departed.push_back((Instant::now(), sandbox.handle.ordinal));
         index.forget_departed(DEPARTED_MAX);
         Some(sandbox)
@@ -78,8 +80,8 @@ impl Sandboxes {
     }
 
     /// By source address, which the kernel has checked.
-    pub fn by_address(&self, address: Ipv4Addr) -> Option<Arc<Sandbox>> {
-        self.read().by_address.get(&address).cloned()
+    pub fn by_address(&self, address: impl Into<IpAddr>) -> Option<Arc<Sandbox>> {
+        self.read().by_address.get(&address.into()).cloned()
     }
 
     /// By the kernel's ordinal, including sandboxes that are just gone.
@@ -99,4 +101,11 @@ impl Sandboxes {
     fn write(&self) -> RwLockWriteGuard<'_, Index> {
         self.index.write().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Where its packets come from.
+fn addresses(sandbox: &Sandbox) -> impl Iterator<Item = IpAddr> {
+    let endpoint = &sandbox.endpoint;
+    let second = endpoint.address6.map(IpAddr::V6);
+    std::iter::once(IpAddr::V4(endpoint.address)).chain(second)
 }

@@ -5,7 +5,7 @@
 use std::{
     collections::BTreeMap,
     fs, io,
-    net::Ipv4Addr,
+    net::{Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
 };
 
@@ -61,6 +61,7 @@ pub(super) struct Plan<'a> {
     pub(super) trust: Option<(&'a str, Vec<&'static str>)>,
     pub(super) first_id: u32,
     pub(super) address: Ipv4Addr,
+    pub(super) address6: Option<Ipv6Addr>,
     /// Below a hierarchy's root, without a leading slash.
     pub(super) cgroup: &'a Path,
     pub(super) limits: Limits,
@@ -76,7 +77,10 @@ pub(super) struct Plan<'a> {
 pub(super) fn write(plan: &Plan<'_>) -> io::Result<()> {
     fs::create_dir_all(plan.bundle)?;
     let Plan { name, address, .. } = plan;
-    let hosts = format!("127.0.0.1 localhost\n::1 localhost\n{address} {name}\n");
+    let mut hosts = format!("127.0.0.1 localhost\n::1 localhost\n{address} {name}\n");
+    if let Some(address) = plan.address6 {
+        hosts.push_str(&format!("{address} {name}\n"));
+    }
     fs::write(plan.bundle.join("hosts"), hosts)?;
     fs::write(plan.bundle.join("hostname"), format!("{name}\n"))?;
     let resolver = format!("nameserver {GATEWAY}\noptions ndots:1 timeout:2 attempts:2\n");
@@ -311,6 +315,7 @@ mod tests {
             trust: Some(("PEM", vec!["/etc/ssl/certs/ca-certificates.crt"])),
             first_id: 1_065_536,
             address: Ipv4Addr::new(203, 0, 113, 7),
+            address6: None,
             cgroup: Path::new("sandgate/x/sandbox-1"),
             limits: Limits {
                 memory_bytes: 256 << 20,

@@ -9,13 +9,13 @@ use std::{
     fs::{self, File, OpenOptions},
     future::Future,
     io,
-    net::Ipv4Addr,
+    net::{Ipv4Addr, Ipv6Addr},
     os::{fd::AsRawFd as _, unix::fs::OpenOptionsExt as _},
     path::Path,
 };
 
-use futures_util::{StreamExt as _, TryStreamExt as _};
-use ipnet::Ipv4Net;
+use futures_util::TryStreamExt as _;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, setns, unshare},
@@ -23,8 +23,9 @@ use nix::{
 use rtnetlink::{
     Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
     packet_route::{
-        link::{InfoData, InfoVeth, LinkAttribute, LinkMessage},
-        route::{RouteAddress, RouteAttribute, RouteScope},
+        address::AddressHeaderFlags,
+        link::{InfoData, InfoVeth, LinkAttribute, LinkFlags, LinkMessage},
+        route::{RouteAddress, RouteAttribute, RouteMessage, RouteScope, RouteType},
     },
 };
 use tokio::{runtime::Runtime, sync::oneshot};
@@ -35,16 +36,34 @@ use super::{disk, record::Record};
 const INSIDE: &str = "eth0";
 /// The sandbox's only neighbour and gateway. Sits on the router namespace's `lo`.
 pub(super) const GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
+/// The same for IPv6.
+const GATEWAY6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0x5347, 1);
 /// Ethernet address of every router end.
 const GATEWAY_MAC: [u8; 6] = [0x02, 0x53, 0x47, 0x00, 0x00, 0x01];
 /// `lo` is the first interface of every namespace.
 const LOOPBACK_INDEX: u32 = 1;
-/// What a fresh namespace is set to: no IPv6; any port may be listened on, as in every container.
-const SETTINGS: [(&str, &str); 3] = [
+/// What every fresh namespace is set to: any port may be listened on, as in every container.
+const SETTINGS: [(&str, &str); 1] = [("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0")];
+/// The same where the sandbox has no IPv6 address.
+const WITHOUT_IPV6: [(&str, &str); 2] = [
     ("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1"),
     ("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1"),
-    ("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0"),
 ];
+/// The same where it has one: the kernel makes no address of its own, believes no router and asks for none. The rest
+/// of what it would say by itself ends with the flag NOARP of the interface.
+const WITH_IPV6: [(&str, &str); 8] = [
+    ("/proc/sys/net/ipv6/conf/all/disable_ipv6", "0"),
+    ("/proc/sys/net/ipv6/conf/default/disable_ipv6", "0"),
+    ("/proc/sys/net/ipv6/conf/default/accept_ra", "0"),
+    ("/proc/sys/net/ipv6/conf/default/accept_redirects", "0"),
+    ("/proc/sys/net/ipv6/conf/default/autoconf", "0"),
+    // IN6_ADDR_GEN_MODE_NONE of linux/if_link.h: no link-local address.
+    ("/proc/sys/net/ipv6/conf/default/addr_gen_mode", "1"),
+    ("/proc/sys/net/ipv6/conf/default/dad_transmits", "0"),
+    ("/proc/sys/net/ipv6/conf/default/router_solicitations", "0"),
+];
+/// Where the kernel's settings of IPv6 are.
+const IPV6: &str = "/proc/sys/net/ipv6";
 
 /// Runs blocking work that may change its thread's namespace.
 async fn on_own_thread<T: Send + 'static>(
@@ -103,7 +122,11 @@ pub(super) async fn create(router: &Path, namespace: &Path, record: &Record) -> 
             let outside = connect(runtime)?;
             unshare(CloneFlags::CLONE_NEWNET)?;
             keep(&namespace)?;
-            for (setting, value) in SETTINGS {
+            let family: &[_] = match record.address6 {
+                None => &WITHOUT_IPV6,
+                Some(_) => &WITH_IPV6,
+            };
+            for (setting, value) in SETTINGS.iter().chain(family) {
                 configure(setting, value)?;
             }
             let inside = File::open("/proc/thread-self/ns/net")?;
@@ -176,20 +199,36 @@ pub(super) async fn bring_up(router: &Path, namespace: &Path, record: &Record) -
         netlink(async |runtime| {
             enter(&router)?;
             let outside = connect(runtime)?;
+            if record.address6.is_some() {
+                // Off by default in the router namespace.
+                let settings = format!("{IPV6}/conf/{}", record.interface);
+                configure(&format!("{settings}/addr_gen_mode"), "1")?;
+                configure(&format!("{settings}/disable_ipv6"), "0")?;
+            }
             enter(&namespace)?;
             let inside = connect(runtime)?;
-            bring_up_inside(&inside, record.address).await?;
+            bring_up_inside(&inside, &record).await?;
             bring_up_outside(&outside, &record).await
         })
     })
     .await
 }
 
-async fn bring_up_inside(netlink: &Handle, address: Ipv4Addr) -> io::Result<()> {
+async fn bring_up_inside(netlink: &Handle, record: &Record) -> io::Result<()> {
     let index = index_of(netlink, INSIDE).await?;
     take_up(netlink, LOOPBACK_INDEX).await?;
-    let request = netlink.address().add(index, address.into(), 32);
+    let request = netlink.address().add(index, record.address.into(), 32);
     asked("adding the address", request.execute()).await?;
+    if let Some(address) = record.address6 {
+        // Every neighbour is known, so nobody needs to be asked; and the kernel joins no group of its own.
+        let mut quiet = LinkUnspec::new_with_index(index).build();
+        quiet.header.flags |= LinkFlags::Noarp;
+        quiet.header.change_mask |= LinkFlags::Noarp;
+        asked("silencing the interface", netlink.link().set(quiet).execute()).await?;
+        let mut request = netlink.address().add(index, address.into(), 128);
+        request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
+        asked("adding the IPv6 address", request.execute()).await?;
+    }
     take_up(netlink, index).await?;
     let gateway = netlink
         .neighbours()
@@ -200,11 +239,22 @@ async fn bring_up_inside(netlink: &Handle, address: Ipv4Addr) -> io::Result<()> 
         .gateway(GATEWAY)
         .output_interface(index)
         .onlink();
-    asked(
-        "adding the default route",
-        netlink.route().add(route.build()).execute(),
-    )
-    .await
+    let route = netlink.route().add(route.build()).execute();
+    asked("adding the default route", route).await?;
+    if record.address6.is_some() {
+        let gateway = netlink
+            .neighbours()
+            .add(index, GATEWAY6.into())
+            .link_layer_address(&GATEWAY_MAC);
+        asked("adding the IPv6 gateway", gateway.execute()).await?;
+        let route = RouteMessageBuilder::<Ipv6Addr>::new()
+            .gateway(GATEWAY6)
+            .output_interface(index)
+            .onlink();
+        let route = netlink.route().add(route.build()).execute();
+        asked("adding the IPv6 default route", route).await?;
+    }
+    Ok(())
 }
 
 async fn bring_up_outside(netlink: &Handle, record: &Record) -> io::Result<()> {
@@ -219,11 +269,21 @@ async fn bring_up_outside(netlink: &Handle, record: &Record) -> io::Result<()> {
         .destination_prefix(record.address, 32)
         .output_interface(index)
         .scope(RouteScope::Link);
-    asked(
-        "adding the route to the sandbox",
-        netlink.route().add(route.build()).execute(),
-    )
-    .await
+    let route = netlink.route().add(route.build()).execute();
+    asked("adding the route to the sandbox", route).await?;
+    if let Some(address) = record.address6 {
+        let sandbox = netlink
+            .neighbours()
+            .add(index, address.into())
+            .link_layer_address(&record.mac);
+        asked("adding the sandbox as an IPv6 neighbour", sandbox.execute()).await?;
+        let route = RouteMessageBuilder::<Ipv6Addr>::new()
+            .destination_prefix(address, 128)
+            .output_interface(index);
+        let route = netlink.route().add(route.build()).execute();
+        asked("adding the IPv6 route to the sandbox", route).await?;
+    }
+    Ok(())
 }
 
 async fn take_up(netlink: &Handle, index: u32) -> io::Result<()> {
@@ -332,35 +392,66 @@ fn alias(link: LinkMessage) -> Option<String> {
 /// How the interfaces begin over which netd's kernel pass leads the sandboxes' own ranges (netd/src/uplink).
 const UPLINKS: &str = "sgup";
 
-/// A route of this process's namespace that overlaps `range`, if there is one. Default routes do not count, and neither
-/// do those over uplinks: our own leads here, and netd does without one where another instance has the range.
-pub(super) async fn overlapping_route(range: Ipv4Net) -> io::Result<Option<Ipv4Net>> {
+/// Whether this kernel has IPv6.
+pub(super) fn has_ipv6() -> bool {
+    Path::new(IPV6).exists()
+}
+
+/// Whether this process's namespace has an IPv6 default route that leads somewhere.
+pub(super) async fn has_default_route6() -> io::Result<bool> {
+    if !has_ipv6() {
+        return Ok(false);
+    }
+    let all = RouteMessageBuilder::<Ipv6Addr>::new().build();
+    let leads_out = |route: &RouteMessage| {
+        route.header.destination_prefix_length == 0 && route.header.kind == RouteType::Unicast
+    };
+    Ok(routes(all).await?.iter().any(leads_out))
+}
+
+/// A route of this process's namespace that overlaps `range`, if there is one. Default routes do not count.
+pub(super) async fn overlapping_route(range: IpNet) -> io::Result<Option<IpNet>> {
+    let all = match range {
+        IpNet::V4(_) => RouteMessageBuilder::<Ipv4Addr>::new().build(),
+        IpNet::V6(_) => RouteMessageBuilder::<Ipv6Addr>::new().build(),
+    };
+    let routes = routes(all).await?;
+    let clash = routes
+        .iter()
+        .filter_map(prefix)
+        .find(|prefix| prefix.prefix_len() > 0 && (prefix.contains(&range) || range.contains(prefix)));
+    Ok(clash)
+}
+
+/// The destination of a route.
+fn prefix(route: &RouteMessage) -> Option<IpNet> {
+    let length = route.header.destination_prefix_length;
+    route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Destination(RouteAddress::Inet(address)) => {
+            Ipv4Net::new(*address, length).ok().map(IpNet::V4)
+        }
+        RouteAttribute::Destination(RouteAddress::Inet6(address)) => {
+            Ipv6Net::new(*address, length).ok().map(IpNet::V6)
+        }
+        _ => None,
+    })
+}
+
+/// The routes of this process's namespace, of the family that is asked for, but for those over uplinks: our own leads
+/// here, and netd does without one where another instance has the range.
+async fn routes(asked_for: RouteMessage) -> io::Result<Vec<RouteMessage>> {
     on_own_thread("host-routes", move || {
         netlink(async |runtime| {
-            let all = RouteMessageBuilder::<Ipv4Addr>::new().build();
             let host = connect(runtime)?;
             let uplinks = uplinks(&host).await?;
-            let routes = host.route().get(all).execute();
-            let mut routes = std::pin::pin!(routes);
-            while let Some(route) = routes.next().await {
-                let route = asked("listing routes", std::future::ready(route)).await?;
-                let length = route.header.destination_prefix_length;
-                let destination = route.attributes.iter().find_map(|attribute| match attribute {
-                    RouteAttribute::Destination(RouteAddress::Inet(address)) => Some(*address),
-                    _ => None,
-                });
-                let prefix = destination.and_then(|address| Ipv4Net::new(address, length).ok());
-                let over_uplink = route.attributes.iter().any(
-                    |attribute| matches!(attribute, RouteAttribute::Oif(index) if uplinks.contains(index)),
-                );
-                let clash = prefix
-                    .filter(|prefix| prefix.prefix_len() > 0 && !over_uplink)
-                    .filter(|prefix| prefix.contains(&range) || range.contains(prefix));
-                if clash.is_some() {
-                    return Ok(clash);
-                }
-            }
-            Ok(None)
+            let listed = host.route().get(asked_for).execute();
+            let mut routes: Vec<RouteMessage> = asked("listing routes", listed.try_collect()).await?;
+            routes.retain(|route| {
+                let over_uplink =
+                    |attribute: &RouteAttribute| matches!(attribute, RouteAttribute::Oif(index) if uplinks.contains(index));
+                !route.attributes.iter().any(over_uplink)
+            });
+            Ok(routes)
         })
     })
     .await

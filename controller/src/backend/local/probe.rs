@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, fs, io, net::Ipv4Addr, os::unix::fs::PermissionsExt as _, path::Path};
 
 use nix::sys::resource::{Resource, getrlimit};
+use sandgate_policy::Range6;
 use serde::Deserialize;
 
 use super::{
@@ -66,7 +67,7 @@ pub(super) async fn check(config: &LocalConfig) -> Result<(), BackendError> {
             PREFIXES.end()
         )));
     }
-    let clash = network::overlapping_route(range)
+    let clash = network::overlapping_route(range.into())
         .await
         .map_err(|error| unusable(format!("host routes: {error}")))?;
     if let Some(route) = clash {
@@ -82,6 +83,39 @@ pub(super) async fn check(config: &LocalConfig) -> Result<(), BackendError> {
         )));
     }
     Ok(())
+}
+
+/// Whether new sandboxes get an IPv6 address, for as long as this process runs.
+pub(super) async fn gives_ipv6(config: &LocalConfig) -> Result<bool, BackendError> {
+    let failed = |error| unusable(format!("host routes: {error}"));
+    let range = match config.sandbox_cidr6 {
+        Range6::Off => return Ok(false),
+        Range6::Usual(range) => {
+            if !network::has_default_route6().await.map_err(failed)? {
+                tracing::info!("the node has no IPv6 default route, so sandboxes have no IPv6");
+                return Ok(false);
+            }
+            range
+        }
+        Range6::Chosen(range) => {
+            if !network::has_ipv6() {
+                return Err(unusable(format!(
+                    "SANDGATE_SANDBOX_CIDR6 is {range}, and this kernel has no IPv6; leave it empty or set it to `off`"
+                )));
+            }
+            range
+        }
+    };
+    let clash = network::overlapping_route(range.into()).await.map_err(failed)?;
+    match clash {
+        Some(route) => Err(unusable(format!(
+            "the sandbox addresses {range} overlap the host's route {route}; choose others with SANDGATE_SANDBOX_CIDR6"
+        ))),
+        None => {
+            tracing::info!(%range, "sandboxes have IPv6 addresses");
+            Ok(true)
+        }
+    }
 }
 
 /// Finds out what must be known about the machine and the image.
@@ -156,6 +190,7 @@ async fn run_true(layout: &Layout, config: &LocalConfig, machine: &Machine) -> i
         trust: None,
         first_id: FIRST_ID,
         address: Ipv4Addr::LOCALHOST,
+        address6: None,
         cgroup: &layout.cgroup(PROBE),
         limits: LIMITS,
         limits_swap: machine.cgroups.limits_swap(),

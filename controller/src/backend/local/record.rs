@@ -4,7 +4,7 @@
 use std::{
     collections::HashMap,
     fs, io,
-    net::Ipv4Addr,
+    net::{Ipv4Addr, Ipv6Addr},
     path::Path,
     sync::{
         Mutex, MutexGuard, PoisonError,
@@ -12,7 +12,7 @@ use std::{
     },
 };
 
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 use sandgate_api::{agent::AGENT_PORT, feed::Endpoint, id::SandboxId};
 use serde::{Deserialize, Serialize};
 
@@ -35,6 +35,9 @@ pub(super) struct Record {
     /// Place in the range of addresses. Everything else that must be unique follows from it.
     pub(super) index: u32,
     pub(super) address: Ipv4Addr,
+    /// Its second address. Records of before there were any have none.
+    #[serde(default)]
+    pub(super) address6: Option<Ipv6Addr>,
     /// Ethernet address of the sandbox's end.
     pub(super) mac: [u8; 6],
     /// First of its [`IDS`] user and group ids on the node.
@@ -58,7 +61,7 @@ impl Record {
             ifindex: self.ifindex,
             interface: self.interface.clone(),
             address: self.address,
-            address6: None,
+            address6: self.address6,
             mac: self.mac,
             agent_port: AGENT_PORT,
         })
@@ -98,10 +101,21 @@ pub(super) struct Known {
     pub(super) metrics: LaunchMetrics,
 }
 
+/// Where the addresses are that are leased.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Addresses {
+    /// Of every sandbox.
+    pub(super) range: Ipv4Net,
+    /// Of those that have a second one.
+    pub(super) range6: Option<Ipv6Net>,
+    /// Whether new sandboxes get one.
+    pub(super) gives6: bool,
+}
+
 /// All leases of this instance.
 #[derive(Debug)]
 pub(super) struct Leases {
-    range: Ipv4Net,
+    addresses: Addresses,
     /// Where this instance's ranges of ids begin, so that two instances rarely share one.
     offset: u32,
     inner: Mutex<Inner>,
@@ -124,12 +138,19 @@ pub(super) enum NoLease {
 
 impl Leases {
     /// Adopts what earlier processes left.
-    pub(super) fn open(layout: &Layout, range: Ipv4Net) -> io::Result<Self> {
+    ///
+    /// What lies outside the ranges is not adopted: a sandbox by its first address, and one's second address, without
+    /// which its IPv6 packets are dropped.
+    pub(super) fn open(layout: &Layout, addresses: Addresses) -> io::Result<Self> {
+        let Addresses { range, range6, .. } = addresses;
         let mut known = HashMap::new();
         for entry in fs::read_dir(layout.records())? {
             let name = entry?.file_name().to_string_lossy().into_owned();
-            if let Some(record) = Record::load(layout, &name).filter(|record| range.contains(&record.address))
-            {
+            let record = Record::load(layout, &name).filter(|record| range.contains(&record.address));
+            if let Some(mut record) = record {
+                record.address6 = record
+                    .address6
+                    .filter(|address| range6.is_some_and(|range| range.contains(address)));
                 let metrics = LaunchMetrics::default();
                 known.insert(record.sandbox_id.clone(), Known { record, metrics });
             }
@@ -141,7 +162,7 @@ impl Leases {
             sum.wrapping_mul(31).wrapping_add(u32::from(byte))
         });
         Ok(Self {
-            range,
+            addresses,
             offset,
             inner: Mutex::new(Inner {
                 known,
@@ -156,11 +177,12 @@ impl Leases {
         if inner.known.contains_key(id) {
             return Err(NoLease::Taken);
         }
-        let size = 1_u32 << (32 - u32::from(self.range.prefix_len()));
+        let range = self.addresses.range;
+        let size = 1_u32 << (32 - u32::from(range.prefix_len()));
         let taken: Vec<u32> = inner.known.values().map(|known| known.record.index).collect();
         let index = (1..=size)
             .map(|step| (inner.cursor + step) % size)
-            .find(|index| usable(self.range, *index) && !taken.contains(index))
+            .find(|index| usable(range, *index) && !taken.contains(index))
             .ok_or(NoLease::Exhausted)?;
         inner.cursor = index;
         let record = self.record(id, index);
@@ -177,16 +199,28 @@ impl Leases {
 
     fn record(&self, id: &SandboxId, index: u32) -> Record {
         let [_, _, high, low] = index.to_be_bytes();
+        let Addresses {
+            range,
+            range6,
+            gives6,
+        } = self.addresses;
+        let network6 = range6.filter(|_| gives6).map(|range| range.network());
         Record {
             sandbox_id: id.clone(),
             index,
-            address: Ipv4Addr::from_bits(self.range.network().to_bits() + index),
+            address: Ipv4Addr::from_bits(range.network().to_bits() + index),
+            address6: network6.map(|network| Ipv6Addr::from_bits(network.to_bits() + u128::from(index))),
             mac: [0x02, 0x53, 0x47, 0x01, high, low],
             first_id: FIRST_ID + IDS * (self.offset.wrapping_add(index) % RANGES),
             interface: interface(id),
             ifindex: 0,
             process: None,
         }
+    }
+
+    /// Whether new sandboxes get an IPv6 address.
+    pub(super) fn gives6(&self) -> bool {
+        self.addresses.gives6
     }
 
     /// The position in the ring, to be kept over a restart.
@@ -232,10 +266,18 @@ pub(super) fn interface(id: &SandboxId) -> String {
 mod tests {
     use super::*;
 
+    fn addresses(range: &str, range6: Option<&str>) -> Addresses {
+        Addresses {
+            range: range.parse().unwrap(),
+            range6: range6.map(|range| range.parse().unwrap()),
+            gives6: range6.is_some(),
+        }
+    }
+
     fn leases(folder: &Path, range: &str) -> (Layout, Leases) {
         let layout = Layout::new(&folder.join("run"), &folder.join("data"));
         fs::create_dir_all(layout.records()).unwrap();
-        let leases = Leases::open(&layout, range.parse().unwrap()).unwrap();
+        let leases = Leases::open(&layout, addresses(range, Some("fd00:1::/64"))).unwrap();
         (layout, leases)
     }
 
@@ -270,6 +312,7 @@ mod tests {
             assert_eq!(leases.take(&one.sandbox_id), Err(NoLease::Taken));
             for other in &records[position + 1..] {
                 assert_ne!(one.address, other.address);
+                assert_ne!(one.address6, other.address6);
                 assert_ne!(one.mac, other.mac);
                 assert_ne!(one.interface, other.interface);
                 assert!(one.first_id.abs_diff(other.first_id) >= IDS);
@@ -285,7 +328,7 @@ mod tests {
         record.ifindex = 7;
         record.save(&layout).unwrap();
         fs::create_dir_all(layout.record("sandbox-halfmade")).unwrap();
-        let second = Leases::open(&layout, "10.213.0.0/16".parse().unwrap()).unwrap();
+        let second = Leases::open(&layout, addresses("10.213.0.0/16", Some("fd00:1::/64"))).unwrap();
         assert_eq!(second.get(&record.sandbox_id).unwrap().record, record);
         assert_eq!(second.lock().known.len(), 1);
         assert_eq!(
@@ -293,6 +336,35 @@ mod tests {
             record.endpoint()
         );
         assert!(record.endpoint().is_some());
+    }
+
+    #[test]
+    fn the_second_address_follows_from_the_same_place_and_is_kept_while_its_range_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let (layout, first) = leases(folder.path(), "10.213.0.0/16");
+        let record = first.take(&SandboxId::random()).unwrap();
+        assert_eq!(record.address, Ipv4Addr::new(10, 213, 0, 1));
+        assert_eq!(record.address6, "fd00:1::1".parse().ok());
+        record.save(&layout).unwrap();
+        let adopted = |range6, gives6| {
+            let addresses = Addresses {
+                gives6,
+                ..addresses("10.213.0.0/16", range6)
+            };
+            let later = Leases::open(&layout, addresses).unwrap();
+            let given = later.take(&SandboxId::random()).unwrap().address6;
+            (later.get(&record.sandbox_id).unwrap().record.address6, given)
+        };
+        // A node that has lost its default route.
+        assert_eq!(adopted(Some("fd00:1::/64"), false), (record.address6, None));
+        assert_eq!(adopted(Some("fd00:2::/64"), true).0, None);
+        assert_eq!(adopted(None, false), (None, None));
+        // Written before there were second addresses.
+        let path = layout.record(record.sandbox_id.as_str()).join(FILE);
+        let mut old: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        old.as_object_mut().unwrap().remove("address6");
+        fs::write(&path, old.to_string()).unwrap();
+        assert_eq!(adopted(Some("fd00:1::/64"), true).0, None);
     }
 
     #[test]

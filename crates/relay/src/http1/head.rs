@@ -1,7 +1,7 @@
 //! Reads the head of one HTTP/1.x request (RFC 9112), strictly, and writes it again from the parsed parts. Owns: request line, fields, the framing of the body. What two parsers could read in two
 //! ways is malformed: a proxy and a server that disagree are a hole.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use sandgate_policy::DomainName;
 
@@ -37,7 +37,7 @@ pub struct Host {
     /// A name, or nothing when the field held an address.
     pub name: Option<DomainName>,
     /// The address, when the field held one.
-    pub address: Option<Ipv4Addr>,
+    pub address: Option<IpAddr>,
     /// The port, when the field held one.
     pub port: Option<u16>,
 }
@@ -151,7 +151,14 @@ impl Head {
     }
 
     /// The values of one field, by its name in lower case.
-    pub fn values<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a [u8]> {
+    pub fn port_of(digits: &str) -> Result<u16, &'static str> {
+        let plain =
+            !digits.is_empty() && digits.len() <= 5 && digits.bytes().all(|byte| byte.is_ascii_digit());
+        let port = if plain { digits.parse().ok() } else { None };
+        port.ok_or("a broken port in the Host field")
+    }
+
+    fn values<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a [u8]> {
         values(&self.fields, name)
     }
 }
@@ -307,24 +314,35 @@ fn host(fields: &[(String, Vec<u8>)]) -> Result<Host, &'static str> {
     let (Some(host), None) = (hosts.next(), hosts.next()) else {
         return Err("not exactly one Host field");
     };
-    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_' | b':');
+    let plain =
+        |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_' | b':' | b'[' | b']');
     if host.is_empty() || !host.iter().all(plain) {
         return Err("a broken Host field");
     }
     let host = text(host);
+    if let Some((inside, after)) = host.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        let address: Ipv6Addr = inside
+            .parse()
+            .map_err(|_not_one| "a Host field that is not an address")?;
+        let port = match after.strip_prefix(':') {
+            Some(digits) => Some(port_of(digits)?),
+            None if after.is_empty() => None,
+            None => return Err("a broken Host field"),
+        };
+        return Ok(Host {
+            name: None,
+            address: Some(address.into()),
+            port,
+        });
+    }
     let (name, port) = match host.split_once(':') {
         None => (host.as_str(), None),
-        Some((name, port)) => {
-            let digits =
-                !port.is_empty() && port.len() <= 5 && port.bytes().all(|byte| byte.is_ascii_digit());
-            let port = if digits { port.parse().ok() } else { None };
-            (name, Some(port.ok_or("a broken port in the Host field")?))
-        }
+        Some((name, digits)) => (name, Some(port_of(digits)?)),
     };
     if let Ok(address) = name.parse::<Ipv4Addr>() {
         return Ok(Host {
             name: None,
-            address: Some(address),
+            address: Some(address.into()),
             port,
         });
     }
@@ -336,6 +354,12 @@ fn host(fields: &[(String, Vec<u8>)]) -> Result<Host, &'static str> {
         }),
         Err(_) => Err("a Host field that is not a name"),
     }
+}
+
+fn port_of(digits: &str) -> Result<u16, &'static str> {
+    let plain = !digits.is_empty() && digits.len() <= 5 && digits.bytes().all(|byte| byte.is_ascii_digit());
+    let port = if plain { digits.parse().ok() } else { None };
+    port.ok_or("a broken port in the Host field")
 }
 
 fn values<'a>(fields: &'a [(String, Vec<u8>)], name: &'a str) -> impl Iterator<Item = &'a [u8]> {
@@ -409,7 +433,28 @@ mod tests {
     fn an_address_as_host_is_an_address_and_not_a_name() {
         let head = whole("GET / HTTP/1.0\r\nHost: 203.0.113.10:8080\r\n\r\n");
         assert_eq!(head.host.name, None);
-        assert_eq!(head.host.address, Some(Ipv4Addr::new(203, 0, 113, 10)));
+        assert_eq!(head.host.address, Some([203, 0, 113, 10].into()));
+        for (host, port) in [("[2001:db8::10]", None), ("[2001:DB8:0::10]:8080", Some(8080))] {
+            let head = whole(&format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n"));
+            assert_eq!(head.host.name, None);
+            assert_eq!(head.host.address, "2001:db8::10".parse().ok());
+            assert_eq!(head.host.port, port);
+        }
+        for host in [
+            "[2001:db8::10",
+            "[]",
+            "[x]",
+            "[::1]8080",
+            "[::1]:",
+            "[::1]]",
+            "a[::1]",
+            "2001:db8::10",
+            "[203.0.113.10]",
+        ] {
+            let request = format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n");
+            let read = read(request.as_bytes());
+            assert!(matches!(read, Reading::Malformed(_)), "{host}: {read:?}");
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::{
     convert::Infallible,
-    net::{Ipv4Addr, SocketAddr, SocketAddrV4},
+    net::{Ipv4Addr, SocketAddr},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -143,7 +143,7 @@ pub(super) struct Surroundings {
     leases: Leases,
     pub(super) vault: Vault,
     server: SocketAddr,
-    to: SocketAddrV4,
+    to: SocketAddr,
     pub(super) records: Mutex<Vec<(Decision, Exchange)>>,
     pub(super) fails_open: AtomicBool,
     /// Connections made to the server.
@@ -294,7 +294,7 @@ impl Place {
             generation: 0,
         };
         let authority = Arc::new(Authority::new(&lease, provider()).expect("an authority"));
-        let to = SocketAddrV4::new(Ipv4Addr::new(203, 0, 113, 10), 443);
+        let to = SocketAddr::from(([203, 0, 113, 10], 443));
         let world = Arc::new(Surroundings {
             id: SandboxId::random(),
             rules: Mutex::new(rules(&plan.policy, &plan.bindings)),
