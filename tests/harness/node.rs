@@ -159,6 +159,8 @@ impl Node {
             ),
             ("SANDGATE_DNS_UPSTREAM".to_owned(), format!("{RESOLVER}:53")),
             ("MAX_SANDBOXES_PER_ORG".to_owned(), "20".to_owned()),
+            // The world has IPv6; those that are about it turn it on.
+            ("SANDGATE_SANDBOX_CIDR6".to_owned(), "off".to_owned()),
             // What is promised must be free: the product's defaults want 2 GiB for every sandbox.
             ("SANDGATE_DEFAULT_DISK".to_owned(), "512Mi".to_owned()),
             ("SANDGATE_DISK_RESERVE".to_owned(), "256Mi".to_owned()),

@@ -92,7 +92,7 @@ impl Unanswered {
 fn attempt(protocol: &'static str, detail: String) -> Attempt {
     Attempt {
         protocol,
-        ip: Some(GATEWAY),
+        ip: Some(GATEWAY.into()),
         port: Some(netd_common::SELF_TEST_PORT),
         detail: Some(detail),
         ..Attempt::default()
@@ -346,7 +346,7 @@ mod tests {
                 recorded.ip,
                 recorded.port
             ),
-            ("tls", Some("evil.test"), Some(GATEWAY), Some(443))
+            ("tls", Some("evil.test"), Some(GATEWAY.into()), Some(443))
         );
         assert!(
             Unanswered::NoGreeting(io::ErrorKind::TimedOut.into())

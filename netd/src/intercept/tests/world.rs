@@ -2,7 +2,7 @@
 
 use std::{
     convert::Infallible,
-    net::{Ipv4Addr, SocketAddr},
+    net::SocketAddr,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -161,7 +161,7 @@ impl World for Surroundings {
         let judgement = rules.judge_request(
             &PolicyFlow {
                 protocol: Protocol::Tcp,
-                to: SocketAddr::V4(self.to),
+                to: self.to,
                 name: Some(&name),
                 names_bound: std::slice::from_ref(&name),
             },
