@@ -183,10 +183,10 @@ pub async fn run(config: Config, ground: Ground, shown: Option<std::net::TcpList
 
     let controller = Arc::new(Controller::new(Arc::clone(&control), late.clone()));
     let greeting = Arc::new(Greeting::default());
-    let sandbox_ranges = iter::once(IpNet::V4(config.sandbox_cidr))
+    let sandbox_ranges: Vec<IpNet> = iter::once(IpNet::V4(config.sandbox_cidr))
         .chain(config.sandbox_cidr6.map(IpNet::V6))
         .collect();
-    let dialer = Dialer::open(Arc::clone(&platform), node.clone(), sandbox_ranges)
+    let dialer = Dialer::open(Arc::clone(&platform), node.clone(), sandbox_ranges.clone())
         .context("cannot open a netlink socket")?;
     let egress = Arc::new(Egress {
         sandboxes: Arc::clone(&sandboxes),
@@ -210,7 +210,7 @@ pub async fn run(config: Config, ground: Ground, shown: Option<std::net::TcpList
             metrics.clone(),
             tasks.clone(),
         )),
-        filter: Filter::new(platform, node, vec![config.sandbox_cidr.into()]),
+        filter: Filter::new(platform, node, sandbox_ranges),
         tasks: tasks.clone(),
     });
     tasks.spawn("dns sweep", Arc::clone(&resolver).keep_tidy());

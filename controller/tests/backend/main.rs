@@ -7,6 +7,7 @@
     reason = "a test fails by panicking and says why"
 )]
 
+mod ipv6;
 mod isolation;
 mod lifecycle;
 mod limits;

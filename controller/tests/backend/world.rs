@@ -63,6 +63,11 @@ pub(super) fn can_run() -> bool {
 
 impl World {
     pub(super) async fn open() -> Self {
+        Self::open_with(Range6::Off).await
+    }
+
+    /// A world whose sandboxes may have IPv6.
+    pub(super) async fn open_with(sandbox_cidr6: Range6) -> Self {
         let folder = Scratch(tempfile::tempdir().unwrap());
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
         let run_dir = folder.path().join("run");
@@ -73,7 +78,7 @@ impl World {
             image_dir: std::env::var_os("SANDGATE_IMAGE_DIR").map_or_else(|| IMAGES.into(), PathBuf::from),
             image: "default".to_owned(),
             sandbox_cidr: "203.0.113.0/24".parse().unwrap(),
-            sandbox_cidr6: Range6::Off,
+            sandbox_cidr6,
             sandboxd: sandboxd(),
             runtime: "runc".into(),
             disk_reserve_bytes: 64 * MIB,

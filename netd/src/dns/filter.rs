@@ -35,11 +35,9 @@ impl Filter {
     pub fn lets_pass(&self, address: IpAddr) -> bool {
         // To every socket this is the IPv4 address, which has records of its own.
         let is_disguised = address.is_ipv6() && address.to_canonical().is_ipv4();
-        let is_nodes = |face: IpAddr| match face {
-            IpAddr::V4(face) => self.node.contains(face),
-            IpAddr::V6(_) => false,
+        let ours = |face: IpAddr| {
+            self.node.contains(face) || self.sandboxes.iter().any(|range| range.contains(&face))
         };
-        let ours = |face: IpAddr| is_nodes(face) || self.sandboxes.iter().any(|range| range.contains(&face));
         !is_disguised && !faces(address).any(ours) && opens_any_port(&self.platform, address)
     }
 }

@@ -2,11 +2,15 @@
 //! destination, which catches what became the node's own a moment ago. Dials only the address the sandbox
 //! chose and netd admitted; resolves nothing.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use ipnet::IpNet;
 use rtnetlink::packet_route::route::RouteType;
-use sandgate_policy::{Platform, Reason};
+use sandgate_policy::{Platform, Reason, faces};
 use sandgate_relay::dial::{self, DialError, Permitted};
 use tokio::net::TcpStream;
 
@@ -89,8 +93,10 @@ impl Dialer {
         if to.ip().to_canonical() != to.ip() {
             return Err(NotDialled::Mapped(to));
         }
-        let is_sandbox = |range: &IpNet| range.contains(&to.ip());
-        if self.node.contains(to.ip()) || self.sandboxes.iter().any(is_sandbox) {
+        let is_ours = |face: IpAddr| {
+            self.node.contains(face) || self.sandboxes.iter().any(|range| range.contains(&face))
+        };
+        if faces(to.ip()).any(is_ours) {
             return Err(NotDialled::Ours(to));
         }
         // The kernel's own opinion: only a unicast route leads off this node.
