@@ -104,7 +104,7 @@ pub(crate) fn forged_frames_go_nowhere(machine: &Machine) {
 }
 
 /// A query for an address record as the frame maker sends it: one character for each byte.
-fn dns_query(name: &str) -> String {
+pub(crate) fn dns_query(name: &str) -> String {
     let mut bytes = vec![0x12, 0x34, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
     for label in name.split('.') {
         bytes.push(u8::try_from(label.len()).expect("a short label"));

@@ -12,6 +12,7 @@ mod execution;
 mod flow;
 mod frames;
 mod instances;
+mod ipv6;
 mod leak;
 mod lifecycle;
 mod machine;
@@ -250,6 +251,26 @@ fn main() -> ExitCode {
                 passes::a_firewall_that_drops_is_named_and_left_alone,
                 passes::switched_off_it_leaves_the_node_alone,
                 passes::the_node_is_as_it_was_when_all_is_taken_down,
+            ],
+        )
+        .group(
+            "ipv6",
+            cases![
+                ipv6::allowed_names_pass_by_ipv6,
+                ipv6::a_client_goes_on_with_the_family_that_works,
+                ipv6::every_resolver_is_our_own_by_ipv6_too,
+                ipv6::requests_are_read_and_keys_injected_by_ipv6,
+                ipv6::tightening_cuts_flows_of_ipv6,
+                ipv6::refusals::what_is_not_allowed_is_refused_at_once,
+                ipv6::refusals::private_and_wrapped_addresses_are_refused_whatever_the_policy_says,
+                ipv6::refusals::addresses_of_the_node_are_refused_also_new_ones,
+                ipv6::refusals::sandboxes_cannot_reach_each_other,
+                ipv6::refusals::udp_and_echoes_go_nowhere,
+                ipv6::refusals::private_answers_are_stripped,
+                ipv6::frames::forged_frames_go_nowhere,
+                ipv6::state::a_killed_netd_lets_nothing_out_and_recovers,
+                ipv6::state::without_a_way_out_there_is_no_ipv6,
+                ipv6::state::the_range_is_the_operators,
             ],
         )
         .group("leak", cases![leak::two_hundred_sandboxes_leave_nothing])

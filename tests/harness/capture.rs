@@ -242,12 +242,8 @@ fn parse(frame: &[u8], from_node: bool) -> Option<Packet> {
         }
         0x86dd => {
             let address = |at: usize| Some(Ipv6Addr::from(<[u8; 16]>::try_from(ip.get(at..at + 16)?).ok()?));
-            (
-                address(8)?.into(),
-                address(24)?.into(),
-                *ip.get(6)?,
-                ip.get(40..)?,
-            )
+            let (protocol, rest) = upper_layer(*ip.get(6)?, ip.get(40..)?);
+            (address(8)?.into(), address(24)?.into(), protocol, rest)
         }
         _ => return None,
     };
@@ -281,4 +277,29 @@ fn parse(frame: &[u8], from_node: bool) -> Option<Packet> {
         opens,
         payload,
     })
+}
+
+/// What follows the extension headers of IPv6 (RFC 8200 4). A later fragment, which has nothing to follow, is told as
+/// protocol 44.
+fn upper_layer(mut protocol: u8, mut rest: &[u8]) -> (u8, &[u8]) {
+    const HOP_BY_HOP: u8 = 0;
+    const ROUTING: u8 = 43;
+    const FRAGMENT: u8 = 44;
+    const AUTHENTICATION: u8 = 51;
+    const DESTINATION: u8 = 60;
+    while let (
+        &[next, length, high, low, ..],
+        HOP_BY_HOP | ROUTING | FRAGMENT | AUTHENTICATION | DESTINATION,
+    ) = (rest, protocol)
+    {
+        let size = match protocol {
+            FRAGMENT if u16::from_be_bytes([high, low]) >> 3 != 0 => break,
+            FRAGMENT => 8,
+            AUTHENTICATION => (usize::from(length) + 2) * 4,
+            _ => (usize::from(length) + 1) * 8,
+        };
+        let Some(after) = rest.get(size..) else { break };
+        (protocol, rest) = (next, after);
+    }
+    (protocol, rest)
 }

@@ -271,9 +271,12 @@ def checksum(data):
 def icmp(attempt, result):
     """An echo request; `socket` is `raw` or `dgram`."""
     kind = socket.SOCK_RAW if attempt["socket"] == "raw" else socket.SOCK_DGRAM
-    with socket.socket(socket.AF_INET, kind, socket.IPPROTO_ICMP) as stream:
+    six = ":" in attempt["to"]
+    family, protocol = (socket.AF_INET6, socket.IPPROTO_ICMPV6) if six else (socket.AF_INET, socket.IPPROTO_ICMP)
+    with socket.socket(family, kind, protocol) as stream:
         stream.settimeout(1.0)
-        packet = struct.pack(">BBHHH", 8, 0, 0, 7, 1) + b"canary"
+        # The kernel adds the checksum of ICMPv6.
+        packet = struct.pack(">BBHHH", 128 if six else 8, 0, 0, 7, 1) + b"canary"
         packet = packet[:2] + struct.pack(">H", checksum(packet)) + packet[4:]
         stream.sendto(packet, (attempt["to"], 0))
         try:
@@ -305,9 +308,29 @@ def ipv4(attempt):
 
 
 def ipv6(attempt):
+    """An IPv6 packet with a UDP datagram, TCP SYN or anything in it. `extensions`: headers before that, each its number
+    and what follows its first byte in hexadecimal; `body`: the inside in hexadecimal, with a checksum at `sum_at`."""
     source, target = (socket.inet_pton(socket.AF_INET6, attempt[end]) for end in ("source", "to"))
-    body = struct.pack(">4H", 40000, attempt["port"], 14, 0) + b"canary"
-    return struct.pack(">IHBB", 0x60000000, len(body), 17, 64) + source + target + body
+    protocol = attempt.get("protocol", 17)
+    data = attempt.get("send", "canary").encode("latin-1")
+    sum_at = attempt.get("sum_at")
+    if "body" in attempt:
+        body = bytes.fromhex(attempt["body"])
+    elif protocol == 17:
+        body, sum_at = struct.pack(">4H", 40000, attempt["port"], 8 + len(data), 0) + data, 6
+    elif protocol == 6:
+        flags = 0x5000 | attempt.get("flags", 2)
+        body, sum_at = struct.pack(">2H2I2H2H", 40000, attempt["port"], 1, 0, flags, 1024, 0, 0), 16
+    else:
+        body = data
+    if sum_at is not None:
+        pseudo = source + target + struct.pack(">2I", len(body), protocol)
+        body = body[:sum_at] + struct.pack(">H", checksum(pseudo + body)) + body[sum_at + 2 :]
+    first = protocol
+    for number, rest in reversed(attempt.get("extensions", [])):
+        body = bytes([first]) + bytes.fromhex(rest) + body
+        first = number
+    return struct.pack(">IHBB", 0x60000000, len(body), first, attempt.get("hops", 64)) + source + target + body
 
 
 def flood(attempt, result):

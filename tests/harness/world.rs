@@ -44,6 +44,16 @@ pub const SECOND_RESOLVER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 54);
 pub const RESOLVER6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0x53, 0, 0, 0, 0, 0x53);
 /// A public name server that is not the node's.
 pub const OTHER_RESOLVER: Ipv4Addr = Ipv4Addr::new(8, 8, 8, 8);
+/// The node's IPv6 address on the link.
+pub const NODE6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, 2);
+/// The internet's: the node's default gateway.
+pub const GATEWAY6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, 1);
+/// `six.test` and `dual.test`.
+pub const OK6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0x10, 0, 0, 0, 0, 0x10);
+/// `mirror.test`.
+pub const MIRROR6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0x20, 0, 0, 0, 0, 0x20);
+/// The attacker, `evil6.test`.
+pub const EVIL6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0x66, 0, 0, 0, 0, 0x66);
 /// `ok.test`, and another tenant of the same front, `tenant.test`.
 pub const OK: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 10);
 /// `api.test` and `plain.test`.
@@ -77,6 +87,7 @@ pub struct Builder {
     tcp: Vec<(SocketAddr, &'static str)>,
     udp: Vec<SocketAddr>,
     unwatched: bool,
+    without_ipv6: bool,
 }
 
 /// What a mirror shows by TLS.
@@ -173,6 +184,37 @@ impl World {
         builder
     }
 
+    /// The same with hosts of IPv6: `six.test` has nothing else, `dual.test` both.
+    pub fn fixture6() -> Builder {
+        let hidden = ["fd00:ec2::254", "fd00:5::5", "64:ff9b::a00:5", "2002:a00:5::1"];
+        let mut builder = Self::fixture()
+            .name("six.test", &["2001:db8:10::10"])
+            .name("dual.test", &["203.0.113.10", "2001:db8:10::10"])
+            .name("mirror.test", &["2001:db8:20::20"])
+            .name("evil6.test", &["2001:db8:66::66"])
+            .name("rebind6.test", &hidden)
+            .name(
+                "half-rebind6.test",
+                &[
+                    "fe80::1",
+                    "::1",
+                    "::ffff:10.0.0.5",
+                    "2001:db8:ffff::2",
+                    "2001:db8:10::10",
+                ],
+            )
+            .site("2001:db8:10::10", &["six.test", "dual.test", "half-rebind6.test"])
+            .mirror("2001:db8:20::20", &["mirror.test"], Front::Both)
+            .collect_tcp("2001:db8:10::10", &[22], "SSH-2.0-world\r\n")
+            .collect_tcp("2001:db8:66::66", &[22, 53, 443, 853, 8080], "")
+            .collect_tcp("2001:db8:200::1", &[7777], "the internet\r\n")
+            .collect_udp("2001:db8:66::66", &[53, 443, 853, 8080]);
+        for address in hidden {
+            builder = builder.collect_tcp(address, &[80, 443], "");
+        }
+        builder
+    }
+
     /// Every packet between node and internet.
     ///
     /// # Panics
@@ -242,16 +284,24 @@ impl World {
     ///
     /// # Errors
     /// When it has it already.
-    pub fn add_node_address(&self, address: Ipv4Addr) -> Result<()> {
-        self.node.ip(&format!("addr add {address}/32 dev lo")).map(|_| ())
+    pub fn add_node_address(&self, address: impl Into<IpAddr>) -> Result<()> {
+        let line = match address.into() {
+            IpAddr::V4(address) => format!("addr add {address}/32 dev lo"),
+            IpAddr::V6(address) => format!("addr add {address}/128 dev lo nodad"),
+        };
+        self.node.ip(&line).map(|_| ())
     }
 
     /// Takes an address from the node.
     ///
     /// # Errors
     /// When it does not have it.
-    pub fn remove_node_address(&self, address: Ipv4Addr) -> Result<()> {
-        self.node.ip(&format!("addr del {address}/32 dev lo")).map(|_| ())
+    pub fn remove_node_address(&self, address: impl Into<IpAddr>) -> Result<()> {
+        let address = address.into();
+        let length = if address.is_ipv4() { 32 } else { 128 };
+        self.node
+            .ip(&format!("addr del {address}/{length} dev lo"))
+            .map(|_| ())
     }
 
     /// A directory that goes with the world, readable by all, as every parent of a root file system must be.
@@ -319,6 +369,13 @@ impl Builder {
         self
     }
 
+    /// The node has an IPv6 address and no way to the world by it.
+    #[must_use]
+    pub fn without_ipv6(mut self) -> Self {
+        self.without_ipv6 = true;
+        self
+    }
+
     /// Without capture: for measurements, which a copy of every packet would be part of.
     #[must_use]
     pub fn unwatched(mut self) -> Self {
@@ -336,6 +393,9 @@ impl Builder {
         let internet = Namespace::network("internet")?;
         let node = Arc::new(Namespace::network_and_mounts("node")?);
         let interface = join(&node, &internet)?;
+        if self.without_ipv6 {
+            node.ip("-6 route del default")?;
+        }
         assert_no_uplink(&node, &internet)?;
         use_resolver(&node, directory.path())?;
         let init = Init::start(&node)?;
@@ -468,8 +528,16 @@ fn assert_no_uplink(node: &Namespace, internet: &Namespace) -> Result<()> {
         default.trim() == "default via 198.51.100.129 dev uplink",
         "the node's way out is {default}"
     );
-    let there = internet.ip("-4 route get 203.0.113.66")?;
-    ensure!(there.starts_with("local "), "the internet forwards: {there}");
+    let default6 = node.ip("-6 route show default")?;
+    let only = "default via 2001:db8:ffff::1 dev uplink ";
+    ensure!(
+        default6.is_empty() || default6.lines().count() == 1 && default6.starts_with(only),
+        "the node's way out is {default6}"
+    );
+    for line in ["-4 route get 203.0.113.66", "-6 route get 2001:db8:66::66"] {
+        let there = internet.ip(line)?;
+        ensure!(there.starts_with("local "), "the internet forwards: {there}");
+    }
     Ok(())
 }
 

@@ -151,14 +151,7 @@ impl Head {
     }
 
     /// The values of one field, by its name in lower case.
-    pub fn port_of(digits: &str) -> Result<u16, &'static str> {
-        let plain =
-            !digits.is_empty() && digits.len() <= 5 && digits.bytes().all(|byte| byte.is_ascii_digit());
-        let port = if plain { digits.parse().ok() } else { None };
-        port.ok_or("a broken port in the Host field")
-    }
-
-    fn values<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a [u8]> {
+    pub fn values<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a [u8]> {
         values(&self.fields, name)
     }
 }
