@@ -164,7 +164,7 @@ impl World {
             .name("example.com", &["203.0.113.40"])
             .name("example.org", &["203.0.113.41"])
             .name("httpbin.org", &["203.0.113.42"])
-            .site("203.0.113.10", &["ok.test", "tenant.test", "alias.test", "half-rebind.test"])
+            .site("203.0.113.10", &["ok.test", "dual.test", "tenant.test", "alias.test", "half-rebind.test"])
             .site("203.0.113.20", &["api.test", "plain.test"])
             .site("203.0.113.30", &["wild.test", "*.wild.test", "deep.down.wild.test"])
             .site("203.0.113.40", &["example.com"])

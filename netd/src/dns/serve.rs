@@ -37,6 +37,8 @@ const BURST: usize = 64;
 struct Way {
     from: SocketAddr,
     asked: IpAddr,
+    /// The sandbox's interface: a link-local address is asked by way of it, and means nothing without it.
+    interface: u32,
 }
 
 impl Resolver {
@@ -74,6 +76,10 @@ impl Resolver {
         // The kernel has checked the source against the interface: it names the sandbox.
         let Some(sandbox) = self.sandbox_at(way.from.ip()) else {
             return;
+        };
+        let way = Way {
+            interface: sandbox.endpoint.ifindex,
+            ..way
         };
         let Ok(permit) = Arc::clone(&sandbox.limits.queries).try_acquire_owned() else {
             return try_answer(answers, self.over_limit(&sandbox, packet), way);
@@ -185,10 +191,7 @@ impl Resolver {
     }
 
     fn sandbox_at(&self, address: IpAddr) -> Option<Arc<Sandbox>> {
-        match address {
-            IpAddr::V4(address) => self.sandboxes.by_address(address),
-            IpAddr::V6(_) => None,
-        }
+        self.sandboxes.by_address(address)
     }
 }
 
@@ -237,7 +240,11 @@ fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<(usize, Option<W
                 .map(|v6| SocketAddr::V6(SocketAddrV6::from(*v6)))
         })
     });
-    let way = from.zip(asked).map(|(from, asked)| Way { from, asked });
+    let way = from.zip(asked).map(|(from, asked)| Way {
+        from,
+        asked,
+        interface: 0,
+    });
     Ok((received.bytes, way))
 }
 
@@ -260,7 +267,7 @@ fn send(socket: &UdpSocket, bytes: &[u8], way: Way) -> io::Result<()> {
         }
         IpAddr::V6(asked) => {
             from6 = libc::in6_pktinfo {
-                ipi6_ifindex: 0,
+                ipi6_ifindex: way.interface,
                 ipi6_addr: libc::in6_addr {
                     s6_addr: asked.octets(),
                 },
