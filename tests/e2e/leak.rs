@@ -24,6 +24,8 @@ use harness::{
 };
 use serde_json::{Value, json};
 
+use crate::ipv6::BY_DEFAULT;
+
 /// Sandboxes of a round.
 const ROUND: usize = 100;
 /// Of the first, which opens what is opened once: database connections, caches, the audit's queue.
@@ -71,7 +73,8 @@ pub(crate) struct Quiet {
 impl Fixture for Quiet {
     fn start() -> Result<Self> {
         let world = World::fixture().build()?;
-        let node = Node::start(&world)?;
+        // Also what the second family leaves.
+        let node = Node::start_with(&world, &[BY_DEFAULT])?;
         let organization = node.register("quiet");
         let secret = json!({
             "name": "API_TOKEN", "value": "s3cret-0123456789",

@@ -88,6 +88,17 @@ impl Dialer {
     /// # Errors
     /// See [`NotDialled`].
     pub async fn dial(&self, _leave: &Admitted, to: SocketAddr) -> Result<TcpStream, NotDialled> {
+        let permitted = self.check(to)?;
+        // The kernel's own opinion: only a unicast route leads off this node.
+        match self.routes.kind(to.ip()) {
+            Ok(RouteType::Unicast) => Ok(dial::connect(permitted, CONNECT_TIME).await?),
+            Ok(_) => Err(NotDialled::Ours(to)),
+            Err(source) => Err(NotDialled::NoRoute { to, source }),
+        }
+    }
+
+    /// What is known without asking the kernel.
+    fn check(&self, to: SocketAddr) -> Result<Permitted, NotDialled> {
         let permitted = Permitted::check(&self.platform, to)?;
         // The route would be looked up in one family and taken in the other.
         if to.ip().to_canonical() != to.ip() {
@@ -99,11 +110,44 @@ impl Dialer {
         if faces(to.ip()).any(is_ours) {
             return Err(NotDialled::Ours(to));
         }
-        // The kernel's own opinion: only a unicast route leads off this node.
-        match self.routes.kind(to.ip()) {
-            Ok(RouteType::Unicast) => Ok(dial::connect(permitted, CONNECT_TIME).await?),
-            Ok(_) => Err(NotDialled::Ours(to)),
-            Err(source) => Err(NotDialled::NoRoute { to, source }),
+        Ok(permitted)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sandgate_policy::PrivateException;
+
+    use super::*;
+
+    #[test]
+    fn an_address_is_dialled_under_one_face_and_never_a_sandbox() {
+        let opened = PrivateException::parse_list("10.0.0.0/8:*,[fd00::]/8:*").expect("exceptions");
+        let sandboxes = ["10.213.0.0/16", "fd53:4700::/64"].map(|range| range.parse().expect("a range"));
+        let platform = Arc::new(Platform::new(opened));
+        let dialer = Dialer::open(platform, NodeAddresses::default(), sandboxes.to_vec()).expect("a socket");
+        let check = |to: &str| dialer.check(to.parse().expect("an address"));
+        for to in [
+            "203.0.113.10:443",
+            "[2001:db8::10]:443",
+            "10.0.0.5:443",
+            "[fd00::5]:443",
+        ] {
+            assert!(check(to).is_ok(), "{to}");
         }
+        // Sandboxes, whatever the operator opened: 10.213.0.7 also by NAT64 and 6to4.
+        for to in [
+            "10.213.0.7:443",
+            "[fd53:4700::7]:443",
+            "[64:ff9b::ad5:7]:443",
+            "[2002:ad5:7::1]:443",
+        ] {
+            assert!(check(to).is_err(), "{to}");
+        }
+        assert!(matches!(
+            check("[::ffff:203.0.113.10]:443"),
+            Err(NotDialled::Mapped(_))
+        ));
+        assert!(matches!(check("[fe80::1]:443"), Err(NotDialled::Dial(_))));
     }
 }
