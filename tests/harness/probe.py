@@ -232,7 +232,8 @@ def dns(attempt, result):
         family = socket.AF_INET6 if ":" in attempt["to"] else socket.AF_INET
         with socket.socket(family, socket.SOCK_DGRAM) as stream:
             stream.settimeout(attempt.get("timeout", 8.0))
-            stream.connect((attempt["to"], attempt["port"]))
+            # With the scope of a link-local address, which a mere pair would lose.
+            stream.connect(socket.getaddrinfo(attempt["to"], attempt["port"], family, socket.SOCK_DGRAM)[0][4])
             stream.send(query)
             message = stream.recv(65536)
     if not message:
