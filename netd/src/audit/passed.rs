@@ -2,12 +2,7 @@
 //! having read it, and that a sandbox whose records find no room makes no more of them than can be kept: its flows are
 //! then put together by destination.
 
-use std::{
-    collections::BTreeMap,
-    net::{SocketAddr, SocketAddrV4},
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use jiff::{SignedDuration, Timestamp};
 use nix::time::{ClockId, clock_gettime};
@@ -152,7 +147,8 @@ fn write(
     passed: Passed,
     ended: Ended,
 ) {
-    let judged = to.and_then(|to| judge(sandbox, protocol, to)).filter(|judged| {
+    let judge = |to| sandbox.judge_packet(protocol == Protocol::Udp, to);
+    let judged = to.map(judge).filter(|judged| {
         // The rules that allowed it may be gone by its end; then the kernel's word is all that is known.
         ended.reason != Reason::Allowed || judged.is_allowed()
     });
@@ -160,7 +156,6 @@ fn write(
         || Decision::of(ended.reason),
         |judged| judged.because(ended.reason),
     );
-    let to4 = to.and_then(v4);
     let name = to.and_then(|to| sandbox.only_name(to.ip()));
     let attempt = Attempt {
         protocol: match protocol {
@@ -168,23 +163,12 @@ fn write(
             Protocol::Udp => "udp",
         },
         host: name,
-        ip: to4.map(|to| *to.ip()),
+        ip: to.map(|to| to.ip()),
         port: to.map(|to| to.port()),
         detail: ended.detail,
         ..Attempt::default()
     };
     audit.flow(owner, &decision, attempt, passed);
-}
-
-fn judge(sandbox: &Sandbox, protocol: Protocol, to: SocketAddr) -> Option<Decision> {
-    v4(to).map(|to| sandbox.judge_packet(protocol == Protocol::Udp, to))
-}
-
-fn v4(to: SocketAddr) -> Option<SocketAddrV4> {
-    match to {
-        SocketAddr::V4(to) => Some(to),
-        SocketAddr::V6(_) => None,
-    }
 }
 
 /// What the end of a flow means for its record.
