@@ -27,7 +27,7 @@ use sandgate_policy::{DnsBudget, DnsType, DomainName, Reason};
 
 use self::{
     budget::{OverBudget, Report},
-    cache::{Cache, Known, Soon},
+    cache::{Cache, Known, Turn},
     filter::Filter,
     found::Found,
     message::{Answer, Asked, Question, Received},
@@ -82,11 +82,19 @@ enum Step {
 struct Waiting {
     question: Question,
     name: DomainName,
-    soon: Soon,
+    turn: Turn,
 }
 
 /// An answer, or what there is to ask upstream.
-type Answered = Result<(Answer, QueryEnd), (DomainName, Soon)>;
+type Answered = Result<(Answer, QueryEnd), (DomainName, Turn)>;
+
+impl Waiting {
+    /// The same, asked upstream by a task of its own, so that whoever waits may go away.
+    fn apart(mut self) -> Self {
+        self.turn = Turn::Wait(self.turn.apart());
+        self
+    }
+}
 
 impl Resolver {
     /// Answers one packet of a sandbox, as far as that can be done without waiting.
@@ -103,14 +111,14 @@ impl Resolver {
         };
         match self.answer(sandbox, &question) {
             Ok(answered) => Step::Done(self.reply(&question, answered)),
-            Err((name, soon)) => Step::Wait(Waiting { question, name, soon }),
+            Err((name, turn)) => Step::Wait(Waiting { question, name, turn }),
         }
     }
 
     /// Answers the rest of them.
     async fn finish(&self, sandbox: &Sandbox, waiting: Waiting) -> Reply {
-        let Waiting { question, name, soon } = waiting;
-        let answered = match soon.found().await {
+        let Waiting { question, name, turn } = waiting;
+        let answered = match turn.found().await {
             Some(found) => self.give(sandbox, &question, &name, &found, found.ttl),
             None => (question.answer(ResponseCode::ServFail), QueryEnd::Failed),
         };
@@ -205,13 +213,13 @@ impl Resolver {
         let key = (name, kind);
         match self.cache.look(&say.org_id, &key, now) {
             Known::Answer(found, left) => Ok(self.give(sandbox, question, &key.0, &found, left)),
-            Known::Soon(soon) => Err((key.0, soon)),
+            Known::Soon(soon) => Err((key.0, Turn::Wait(soon))),
             Known::Nothing => {
                 if let Some(refused) = over(sandbox.dns_budget().bytes(&say.dns, &key.0, now)) {
                     return Ok(refused);
                 }
                 match self.cache.ask(&say.org_id, key.clone()) {
-                    Some(soon) => Err((key.0, soon)),
+                    Some(turn) => Err((key.0, turn)),
                     None => Ok(self.too_many(sandbox, question)),
                 }
             }

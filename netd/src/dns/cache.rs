@@ -70,9 +70,70 @@ pub enum Known {
 /// An answer that is on its way.
 pub struct Soon(watch::Receiver<Option<Outcome>>);
 
+/// Who asks upstream for what is not known.
+pub enum Turn {
+    /// The caller.
+    Ask(Lead),
+    /// Somebody of the same organisation, already.
+    Wait(Soon),
+}
+
+/// The duty to ask upstream. When it is dropped, whoever waits is told that there is no answer.
+pub struct Lead {
+    asked: Asked,
+    told: watch::Sender<Option<Outcome>>,
+}
+
+impl Turn {
+    /// The answer. Nothing when no upstream could give one.
+    pub async fn found(self) -> Option<Arc<Found>> {
+        match self {
+            Self::Ask(lead) => lead.found().await,
+            Self::Wait(soon) => soon.found().await,
+        }
+    }
+
+    /// The same, asked by a task of its own: whoever asked first may go away while others wait.
+    pub fn apart(self) -> Soon {
+        match self {
+            Self::Ask(lead) => {
+                let soon = Soon(lead.told.subscribe());
+                let tasks = lead.asked.cache.tasks.clone();
+                tasks.spawn("dns upstream", async move {
+                    // Told to those who wait.
+                    let _found = lead.found().await;
+                });
+                soon
+            }
+            Self::Wait(soon) => soon,
+        }
+    }
+}
+
+impl Lead {
+    async fn found(self) -> Option<Arc<Found>> {
+        let Self { asked, told } = self;
+        let clock = Instant::now();
+        let (name, kind) = &asked.key;
+        let found = asked.cache.servers.resolve(name, *kind).await;
+        asked.cache.metrics.resolved(clock.elapsed());
+        let outcome = match found {
+            Ok(found) => Some(asked.keep(found)),
+            Err(error) => {
+                tracing::debug!(%name, %error, "cannot resolve a name");
+                None
+            }
+        };
+        // No longer being asked before anybody hears of it.
+        drop(asked);
+        told.send_replace(Some(outcome.clone()));
+        outcome
+    }
+}
+
 impl Soon {
     /// Waits for it. Nothing when no upstream could answer.
-    pub async fn found(mut self) -> Option<Arc<Found>> {
+    async fn found(mut self) -> Option<Arc<Found>> {
         let outcome = self.0.wait_for(Option::is_some).await.ok()?;
         outcome.clone().flatten()
     }
@@ -118,8 +179,8 @@ impl Cache {
         }
     }
 
-    /// Asks upstream, or joins who does so already for the same organisation. Nothing when too much is asked at once.
-    pub fn ask(self: &Arc<Self>, id: &OrgId, key: Key) -> Option<Soon> {
+    /// Whose turn it is to ask upstream. Nothing when too much is asked at once.
+    pub fn ask(self: &Arc<Self>, id: &OrgId, key: Key) -> Option<Turn> {
         let (told, asking) = watch::channel(None);
         {
             let mut state = self.lock();
@@ -128,37 +189,20 @@ impl Cache {
             }
             let organisation = state.organisations.entry(id.clone()).or_default();
             if let Some(present) = organisation.asking.get(&key) {
-                return Some(Soon(present.clone()));
+                return Some(Turn::Wait(Soon(present.clone())));
             }
             if organisation.asking.len() >= ASKING_MAX {
                 return None;
             }
-            organisation.asking.insert(key.clone(), asking.clone());
+            organisation.asking.insert(key.clone(), asking);
             state.asking += 1;
         }
-        // Made here, so that the question leaves the books however the task ends.
         let asked = Asked {
             cache: Arc::clone(self),
             id: id.clone(),
             key,
         };
-        // A task of its own: whoever asked first may go away while others wait.
-        self.tasks.spawn("dns upstream", async move {
-            let clock = Instant::now();
-            let (name, kind) = &asked.key;
-            let found = asked.cache.servers.resolve(name, *kind).await;
-            asked.cache.metrics.resolved(clock.elapsed());
-            let outcome = match found {
-                Ok(found) => Some(asked.keep(found)),
-                Err(error) => {
-                    tracing::debug!(%name, %error, "cannot resolve a name");
-                    None
-                }
-            };
-            drop(asked);
-            told.send_replace(Some(outcome));
-        });
-        Some(Soon(asking))
+        Some(Turn::Ask(Lead { asked, told }))
     }
 
     /// Forgets what is too old.

@@ -182,7 +182,7 @@ impl Resolver {
                         };
                         match self.begin(sandbox, &question) {
                             Step::Done(reply) => reply,
-                            Step::Wait(waiting) => self.finish(sandbox, waiting).await,
+                            Step::Wait(waiting) => self.finish(sandbox, waiting.apart()).await,
                         }
                     });
                 }

@@ -99,7 +99,7 @@ async fn an_answer_is_kept_as_long_as_it_lives_for_the_organisation_that_asked()
 async fn one_question_is_asked_once_at_a_time_but_for_each_organisation() {
     let upstream = Upstream::new().await;
     let (own, other, key) = (organisation(1), organisation(2), key("ok.test"));
-    let all: Vec<Soon> = (0..20)
+    let all: Vec<Turn> = (0..20)
         .map(|index| {
             let id = if index == 0 { &other } else { &own };
             upstream.cache.ask(id, key.clone()).expect("asked")
@@ -109,7 +109,7 @@ async fn one_question_is_asked_once_at_a_time_but_for_each_organisation() {
         upstream.cache.look(&own, &key, Instant::now()),
         Known::Soon(_)
     ));
-    let all = futures_util::future::join_all(all.into_iter().map(Soon::found));
+    let all = futures_util::future::join_all(all.into_iter().map(Turn::found));
     let serving = async {
         upstream.answer(ResponseCode::NoError, 20).await;
         upstream.answer(ResponseCode::NoError, 20).await;
