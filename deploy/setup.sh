@@ -4,7 +4,7 @@
 #
 #   deploy/setup.sh            install what building and running need
 #   deploy/setup.sh --tests    the same, and what the tests need
-#   deploy/setup.sh --bench    the same, and what the benchmarks need: nginx, which is not started
+#   deploy/setup.sh --bench    the same, and what the benchmarks need: nginx and unbound, which are not started
 #   deploy/setup.sh --check    change nothing: list what is missing; exit 1 if anything is
 #
 # What it makes, and where (each may be moved by the variable in front):
@@ -29,7 +29,7 @@ BPF_LINKER_LLVM="21 22 23" # LLVM majors that this bpf-linker can be built with
 PACKAGES=(ca-certificates debian-archive-keyring e2fsprogs gcc iproute2 kmod libc6-dev make mmdebstrap mount nftables
   python3 runc util-linux)
 TEST_PACKAGES=(curl jq openssl tcpdump)
-BENCH_PACKAGES=(nginx libnginx-mod-stream)
+BENCH_PACKAGES=(nginx libnginx-mod-stream unbound)
 
 check_only=false
 with_tests=false

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 pub(crate) mod api;
 mod connects;
+pub(crate) mod dns;
 mod lifetime;
 mod origin;
 mod policy;
@@ -26,6 +27,7 @@ mod requests;
 pub(crate) mod stream;
 
 pub(crate) use connects::Connects;
+pub(crate) use dns::{NameServer, Questions};
 pub(crate) use lifetime::{Create, Execute, Lives, PARTS};
 pub(crate) use origin::{BULK, Origin};
 pub(crate) use policy::{Change, Changes};
@@ -44,6 +46,10 @@ pub(crate) const SERVER: usize = 1;
 pub(crate) enum Task {
     /// Serve HTTP until standard input ends.
     Serve(Origin),
+    /// Serve DNS until standard input ends.
+    ServeDns(NameServer),
+    /// Ask DNS. Gives [`Rate`].
+    Dns(Questions),
     /// Read an endless answer. Gives bits a second.
     Bulk(Bulk),
     /// Connect, ask, close. Gives connections a second.
@@ -72,7 +78,16 @@ impl Drop for Server {
 
 /// Starts a server and waits until it listens.
 pub(crate) fn serve(namespace: &Namespace, origin: Origin) -> Result<Server> {
-    let mut server = Server(start(namespace, SERVER, &Task::Serve(origin))?);
+    serving(namespace, &Task::Serve(origin))
+}
+
+/// Starts a name server and waits until it listens.
+pub(crate) fn serve_dns(namespace: &Namespace, server: NameServer) -> Result<Server> {
+    serving(namespace, &Task::ServeDns(server))
+}
+
+fn serving(namespace: &Namespace, task: &Task) -> Result<Server> {
+    let mut server = Server(start(namespace, SERVER, task)?);
     let mut line = String::new();
     BufReader::new(server.0.stdout.as_mut().context("a pipe")?).read_line(&mut line)?;
     ensure!(line == "ready\n", "the server did not start");
@@ -107,10 +122,16 @@ pub(crate) fn main(mut arguments: impl Iterator<Item = String>) -> Result<()> {
         Task::Serve(origin) => {
             sched_setaffinity(Pid::from_raw(0), &set)?;
             origin.start()?;
-            say("ready")?;
-            // Until the benchmark ends or is killed.
-            std::io::stdin().read_to_end(&mut Vec::new())?;
-            Ok(())
+            until_told_to_end()
+        }
+        Task::ServeDns(server) => {
+            sched_setaffinity(Pid::from_raw(0), &set)?;
+            server.start()?;
+            until_told_to_end()
+        }
+        Task::Dns(questions) => {
+            sched_setaffinity(Pid::from_raw(0), &set)?;
+            tell(&questions.measure()?)
         }
         Task::Bulk(bulk) => {
             sched_setaffinity(Pid::from_raw(0), &set)?;
@@ -130,6 +151,13 @@ pub(crate) fn main(mut arguments: impl Iterator<Item = String>) -> Result<()> {
         Task::Spawn(count) => tell(&lifetime::spawn(count)?),
         Task::Policy(changes) => tell(&changes.measure()?),
     }
+}
+
+/// Until the benchmark ends or is killed.
+fn until_told_to_end() -> Result<()> {
+    say("ready")?;
+    std::io::stdin().read_to_end(&mut Vec::new())?;
+    Ok(())
 }
 
 fn tell(measured: &impl Serialize) -> Result<()> {

@@ -29,8 +29,8 @@ mod result;
 mod world;
 
 /// Every benchmark, in the order of a whole run.
-const NAMES: [&str; 9] = [
-    "program", "scale", "memory", "exec", "policy", "create", "splice", "connects", "tunnel",
+const NAMES: [&str; 10] = [
+    "program", "scale", "memory", "exec", "policy", "create", "splice", "connects", "dns", "tunnel",
 ];
 /// Those before this make their own world.
 const ON_A_NODE: usize = 3;
@@ -132,6 +132,7 @@ fn measure(wanted: &[&str], effort: Effort) -> Result<Vec<Outcome>> {
             "create" => measure::create::create(&guarded, effort),
             "splice" => measure::relay::splice(&ground, &guarded, effort),
             "connects" => measure::relay::connects(&ground, &guarded, effort),
+            "dns" => measure::dns::dns(&ground, &guarded, effort),
             "tunnel" => measure::tunnel::tunnel(&ground, &guarded, effort).map(Option::unwrap_or_default),
             other => bail!("no benchmark `{other}`"),
         };

@@ -1,6 +1,7 @@
 //! The benchmarks. Each measures its variants one right after the other, round by round.
 
 pub(crate) mod create;
+pub(crate) mod dns;
 pub(crate) mod execute;
 pub(crate) mod memory;
 pub(crate) mod policy;

@@ -26,7 +26,7 @@ use harness::{
 };
 use serde_json::{Value, json};
 
-use crate::load::{self, Access, Identity, Origin, Server, Target, stream::Secure};
+use crate::load::{self, Access, Identity, NameServer, Origin, Server, Target, stream::Secure};
 
 /// The origin.
 pub(crate) const ORIGIN: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 50);
@@ -34,7 +34,9 @@ pub(crate) const ORIGIN: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 50);
 pub(crate) const PASSED: u16 = 5001;
 /// A port that a rule opens by the address's name, without a look at what is said: netd copies it.
 pub(crate) const OPAQUE: u16 = 5002;
-/// Plain's gateway, and where nginx listens.
+/// Answers every name with the origin's address, to whichever resolver asks.
+const NAME_SERVER: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(203, 0, 113, 51), 53);
+/// Plain's gateway, and where nginx and unbound listen.
 pub(crate) const MIDDLE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 137);
 /// Plain's address.
 pub(crate) const PLAIN: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 138);
@@ -50,6 +52,7 @@ pub(crate) struct Ground {
     pub(crate) plain: Namespace,
     pub(crate) world: Arc<World>,
     _origin: Server,
+    _names: Server,
     authorities: PathBuf,
 }
 
@@ -78,11 +81,17 @@ impl Ground {
         };
         let origin = load::serve(world.internet(), origin)?;
         let authorities = file("authority.pem");
+        let names = NameServer {
+            listen: NAME_SERVER,
+            address: ORIGIN,
+        };
+        let names = load::serve_dns(world.internet(), names)?;
         Ok(Self {
             middle,
             plain,
             world,
             _origin: origin,
+            _names: names,
             authorities,
         })
     }
@@ -102,6 +111,11 @@ impl Ground {
     /// nginx in `middle` by this configuration, listening on this port of it.
     pub(crate) fn nginx(&self, port: u16, blocks: &str) -> Result<Option<Nginx>> {
         Nginx::start(&self.middle, self.world.directory(), port, blocks)
+    }
+
+    /// unbound in `middle`, forwarding to the name server that netd asks too.
+    pub(crate) fn unbound(&self, port: u16) -> Result<Option<Unbound>> {
+        Unbound::start(&self.middle, self.world.directory(), port)
     }
 }
 
@@ -165,7 +179,8 @@ pub(crate) struct Guarded {
 
 impl Guarded {
     pub(crate) fn start(ground: &Ground) -> Result<Self> {
-        let node = start_node(&ground.world, &[])?;
+        let names = NAME_SERVER.to_string();
+        let node = start_node(&ground.world, &[("SANDGATE_DNS_UPSTREAM", &names)])?;
         let organization = node.register("bench");
         let secret = json!({ "name": "BENCH_KEY", "value": SECRET, "egress": {
             "hosts": ["masked.test"], "ports": [443], "inject": [{ "kind": "bearer" }],
@@ -297,10 +312,67 @@ impl Nginx {
 
 impl Drop for Nginx {
     fn drop(&mut self) {
-        // SIGTERM, so that its workers end with it.
-        if let Ok(number) = i32::try_from(self.0.id()) {
-            nix::sys::signal::kill(nix::unistd::Pid::from_raw(number), nix::sys::signal::SIGTERM).ok();
-        }
-        self.0.wait().ok();
+        end(&mut self.0);
     }
+}
+
+/// unbound, the peer of the resolver: without DNSSEC, which netd leaves to its upstream, and with what netd does too:
+/// names in random case, private addresses stripped.
+pub(crate) struct Unbound(Child);
+
+impl Unbound {
+    fn start(namespace: &Namespace, directory: &Path, port: u16) -> Result<Option<Self>> {
+        let program = "/usr/sbin/unbound";
+        if !Path::new(program).exists() {
+            return Ok(None);
+        }
+        let file = directory.join("unbound.conf");
+        let private: String = [
+            "10.0.0.0/8",
+            "127.0.0.0/8",
+            "169.254.0.0/16",
+            "172.16.0.0/12",
+            "192.168.0.0/16",
+        ]
+        .map(|range| format!("  private-address: {range}\n"))
+        .concat();
+        let text = format!(
+            "server:\n  interface: {MIDDLE}\n  port: {port}\n  access-control: {PLAIN}/32 allow\n  chroot: \"\"\n  \
+             username: \"\"\n  pidfile: \"\"\n  directory: \"{}\"\n  use-syslog: no\n  verbosity: 0\n  \
+             num-threads: 2\n  so-reuseport: yes\n  module-config: \"iterator\"\n  use-caps-for-id: yes\n  \
+             outgoing-range: 4096\n  num-queries-per-thread: 2048\n  local-zone: \"test.\" nodefault\n{private}\
+             remote-control:\n  control-enable: no\nforward-zone:\n  name: \".\"\n  forward-addr: {}\n",
+            directory.display(),
+            NAME_SERVER.ip(),
+        );
+        fs::write(&file, text)?;
+        let mut command = Command::new(program);
+        command.arg("-d").arg("-c").arg(file).stdin(Stdio::null());
+        let child = namespace.run(move || command.spawn()).context("unbound")?;
+        let unbound = Self(child);
+        // By TCP: it listens for both.
+        let listens = wait::within(Duration::from_secs(20), || {
+            let to = SocketAddrV4::new(MIDDLE, port);
+            namespace
+                .run(move || std::net::TcpStream::connect(to))
+                .ok()
+                .map(drop)
+        });
+        ensure!(listens.is_some(), "unbound does not listen");
+        Ok(Some(unbound))
+    }
+}
+
+impl Drop for Unbound {
+    fn drop(&mut self) {
+        end(&mut self.0);
+    }
+}
+
+/// By SIGTERM, so that its workers end with it.
+fn end(child: &mut Child) {
+    if let Ok(number) = i32::try_from(child.id()) {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(number), nix::sys::signal::SIGTERM).ok();
+    }
+    child.wait().ok();
 }
