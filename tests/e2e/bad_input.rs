@@ -276,9 +276,13 @@ pub(crate) fn policies_that_are_wrong_name_the_field_and_change_nothing(machine:
         ),
         (
             json!({ "mode": "allowlist", "rules": [{ "name": "x", "action": "allow", "cidrs": ["203.0.113.0/24"], "protocol": "udp" }] }),
-            "rules[0].protocol",
+            "rules[0].ports",
         ),
-        (json!({ "mode": "allowlist", "ech": "allow" }), "ech"),
+        (json!({ "mode": "allowlist", "ech": "off" }), "ech"),
+        (
+            json!({ "mode": "allowlist", "dns": { "types": ["A", "HTTPS"] } }),
+            "dns.types[1]",
+        ),
     ];
     let before = (
         organization.client.get("/settings/egress").send().ok(),

@@ -2,6 +2,8 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use ipnet::{IpNet, Ipv6Net};
+
 /// The address itself: `::ffff:a.b.c.d` is the IPv4 address, to every socket.
 pub(crate) fn canonical(address: IpAddr) -> IpAddr {
     address.to_canonical()
@@ -18,6 +20,29 @@ pub fn faces(address: IpAddr) -> impl Iterator<Item = IpAddr> + Clone {
         .into_iter()
         .chain(inner.map(|inner| inner.map(IpAddr::V4)))
         .flatten()
+}
+
+/// The ranges whose addresses carry an IPv4 address, but for `::ffff:0:0/96`, which is IPv4 itself. None contains
+/// another.
+pub(crate) const WRAPPING: [Ipv6Net; 5] = [
+    wrapping([0, 0, 0, 0, 0, 0, 0, 0], 96),
+    wrapping([0, 0, 0, 0, 0xffff, 0, 0, 0], 96),
+    wrapping([0x64, 0xff9b, 0, 0, 0, 0, 0, 0], 96),
+    wrapping([0x2001, 0, 0, 0, 0, 0, 0, 0], 32),
+    wrapping([0x2002, 0, 0, 0, 0, 0, 0, 0], 16),
+];
+
+const fn wrapping(segments: [u16; 8], length: u8) -> Ipv6Net {
+    let [a, b, c, d, e, f, g, h] = segments;
+    Ipv6Net::new_assert(Ipv6Addr::new(a, b, c, d, e, f, g, h), length)
+}
+
+/// Whether every address of the range, which may be one address, is an IPv6 address that carries an IPv4 address.
+pub(crate) fn wraps(range: &IpNet) -> bool {
+    match range {
+        IpNet::V4(_) => false,
+        IpNet::V6(range) => WRAPPING.iter().any(|wrapping| wrapping.contains(range)),
+    }
 }
 
 fn embedded(outer: Ipv6Addr) -> [Option<Ipv4Addr>; 2] {
@@ -43,5 +68,25 @@ fn embedded(outer: Ipv6Addr) -> [Option<Ipv4Addr>; 2] {
             at(12).map(|flipped| Ipv4Addr::from_bits(!flipped.to_bits())),
         ],
         _ => [None, None],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn an_address_carries_another_exactly_in_the_wrapping_ranges(bytes in any::<[u8; 16]>(), range in 0usize..6) {
+            let mut bytes = bytes;
+            if let Some(range) = WRAPPING.get(range) {
+                let length = usize::from(range.prefix_len() / 8);
+                bytes[..length].copy_from_slice(&range.network().octets()[..length]);
+            }
+            let address = IpAddr::from(bytes).to_canonical();
+            prop_assert_eq!(wraps(&IpNet::from(address)), faces(address).count() > 1, "{}", address);
+        }
     }
 }

@@ -1,11 +1,13 @@
 //! The decision over all tiers.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::IpNet;
 
 use crate::{
     address,
     dns::DnsBudget,
-    document::{FailureMode, Policy, Tls},
+    document::{Ech, FailureMode, Policy, Tls},
     error::PolicyError,
     kernel::{self, KernelAction, KernelTable},
     names::{DomainName, DomainPattern},
@@ -13,7 +15,7 @@ use crate::{
     ports::{PortSet, PortSpan},
     reason::Reason,
     request::RequestHead,
-    tier::{Claim, Judgement, Tier, View},
+    tier::{Cause, Claim, Judgement, Listed, Place, Tier, View},
 };
 
 /// The transport of a flow.
@@ -21,7 +23,7 @@ use crate::{
 pub enum Protocol {
     /// TCP.
     Tcp,
-    /// UDP, other than DNS to netd's resolver: no rule of this version can allow it.
+    /// UDP, other than DNS, which is the resolver's: allowed only by a rule for it.
     Udp,
 }
 
@@ -43,23 +45,34 @@ pub struct Flow<'a> {
 pub struct Verdict {
     /// Whether it passes.
     pub allowed: bool,
-    /// [`Reason::Allowed`], or why not.
+    /// [`Reason::Allowed`], or why not. Of what passes it is another where a tier in audit mode denies it: see
+    /// [`Verdict::is_audited`].
     pub reason: Reason,
     /// The tier that decided, as an index into those given to [`SandboxPolicy::compile`]: the first that denies, or the
-    /// last of those that allow. `None`: the platform, or the default policy where no tier was given.
+    /// last of those that allow. Tiers in audit mode come after those that enforce. `None`: the platform, or the default
+    /// policy where no tier was given.
     pub tier: Option<usize>,
     /// What decided in this tier: the name of a rule, or its path such as `rules[0]` or `allowed_domains[2]`,
     /// `allowed_ports` or `mode`. `None`: the platform.
     pub rule: Option<String>,
     /// For a flow without name: `true` means look for one. If the flow is denied, a name can allow it; if it is allowed,
-    /// it may go on unread should it show none, but under one that a secret is bound to it is intercepted. `false` means
-    /// that the answer is final, and an allowed flow may be forwarded without a look inside. For a flow with a name: it
-    /// is allowed because of the name.
+    /// it may go on unread should it show none, but under one that a secret is bound to it is intercepted, and under one
+    /// that a tier in audit mode allows it is no denial to record. `false` means that the answer is final, and an
+    /// allowed flow may be forwarded without a look inside. For a flow with a name: it is allowed because of the name.
     pub needs_name: bool,
     /// Whether an allowed flow must be read: a winning rule asks for it, or a secret is bound to its name and port.
     pub intercept: bool,
     /// The secrets whose bindings every request on an allowed flow must use, one for each winning rule that names one.
+    /// Tiers in audit mode require none.
     pub credentials: Vec<String>,
+}
+
+impl Verdict {
+    /// Whether it passes only because the tier that denies it is in audit mode; `reason`, `tier` and `rule` are those of
+    /// the denial that is not carried out.
+    pub fn is_audited(&self) -> bool {
+        self.allowed && self.reason != Reason::Allowed
+    }
 }
 
 /// Hosts and ports that one secret is bound to. It opens nothing: it makes flows that are allowed anyway be read.
@@ -82,6 +95,8 @@ impl BoundHost {
 pub struct SandboxPolicy {
     platform: Platform,
     tiers: Vec<Tier>,
+    /// The tiers as they are asked: those that enforce, then those in audit mode.
+    order: Vec<usize>,
     /// How many tiers were given; the default policy stands in for none.
     given: usize,
     bindings: Vec<BoundHost>,
@@ -147,7 +162,10 @@ impl SandboxPolicy {
             }
             error
         })?;
+        let mut order: Vec<usize> = (0..compiled.len()).collect();
+        order.sort_by_key(|tier| compiled[*tier].is_audit);
         let policy = Self {
+            order,
             platform: platform.clone(),
             tiers: compiled,
             given: tiers.len(),
@@ -162,12 +180,10 @@ impl SandboxPolicy {
         if self.platform.denies(flow.to) {
             return deny_flatly(Reason::PlatformDenied);
         }
-        match flow.protocol {
-            Protocol::Udp => deny_flatly(Reason::ProtocolDenied),
-            Protocol::Tcp => match flow.name {
-                Some(name) => self.decide_shown(flow, name),
-                None => self.decide_nameless(flow),
-            },
+        match (flow.protocol, flow.name) {
+            (Protocol::Udp, _) => self.decide_udp(flow.to),
+            (Protocol::Tcp, Some(name)) => self.decide_shown(flow, name),
+            (Protocol::Tcp, None) => self.decide_nameless(flow),
         }
     }
 
@@ -179,40 +195,48 @@ impl SandboxPolicy {
             return verdict;
         };
         let judgements = self.judge(flow, Claim::Name(name));
-        for (tier, judgement) in judgements.iter().enumerate() {
-            let inside = self.tiers[tier].inside(judgement.cause);
-            let Some(inside) = inside.filter(|inside| !inside.http.is_empty()) else {
-                continue;
-            };
+        let denied = self.order.iter().find_map(|tier| {
+            let judgement = judgements[*tier];
+            let inside = self.tiers[*tier].inside(judgement.cause);
+            let inside = inside.filter(|inside| judgement.allowed() && !inside.http.is_empty())?;
             // An entry with the right method says more about what is wrong than one without.
             let mismatches: Option<Vec<Reason>> =
                 inside.http.iter().map(|entry| entry.mismatch(request)).collect();
-            if let Some(mismatches) = mismatches {
-                let path = mismatches.contains(&Reason::PathDenied);
-                let reason = if path {
-                    Reason::PathDenied
-                } else {
-                    Reason::MethodDenied
-                };
-                return self.verdict(tier, Judgement::deny(reason, judgement.cause), false);
-            }
+            let reason = if mismatches?.contains(&Reason::PathDenied) {
+                Reason::PathDenied
+            } else {
+                Reason::MethodDenied
+            };
+            Some((*tier, Judgement::deny(reason, judgement.cause)))
+        });
+        match denied {
+            Some((tier, judgement)) if !self.tiers[tier].is_audit => self.verdict(tier, judgement, false),
+            // The flow itself is a denial already that is not carried out.
+            Some(_) | None if verdict.is_audited() => verdict,
+            Some((tier, judgement)) => Verdict {
+                intercept: verdict.intercept,
+                credentials: verdict.credentials,
+                ..self.verdict(tier, judgement, verdict.needs_name)
+            },
+            None => verdict,
         }
-        verdict
     }
 
     fn decide_shown(&self, flow: &Flow<'_>, name: &DomainName) -> Verdict {
         let judgements = self.judge(flow, Claim::Name(name));
-        match judgements.iter().position(|judgement| !judgement.allowed()) {
-            Some(tier) => self.verdict(tier, judgements[tier], false),
-            None => {
-                let nameless = self.judge(flow, Claim::Nothing);
-                let by_name = !nameless.iter().all(Judgement::allowed);
-                let last = self.tiers.len() - 1;
+        let denied = self.first_denial(&judgements, Tiers::All);
+        match denied {
+            Some(tier) if !self.tiers[tier].is_audit => self.verdict(tier, judgements[tier], false),
+            Some(_) | None => {
+                let by_name = self
+                    .first_denial(&self.judge(flow, Claim::Nothing), Tiers::All)
+                    .is_some();
+                let tier = denied.unwrap_or(self.last());
                 let (intercept, credentials) = self.asked_inside(flow, name, &judgements);
                 Verdict {
                     intercept,
                     credentials,
-                    ..self.verdict(last, judgements[last], by_name)
+                    ..self.verdict(tier, judgements[tier], by_name)
                 }
             }
         }
@@ -229,17 +253,19 @@ impl SandboxPolicy {
             .tiers
             .iter()
             .zip(judgements)
-            .filter_map(|(tier, judgement)| tier.inside(judgement.cause))
+            .filter(|(_, judgement)| judgement.allowed())
+            .filter_map(|(tier, judgement)| Some((tier, tier.inside(judgement.cause)?)))
             .collect();
-        let spliced = winning.iter().any(|inside| inside.tls == Tls::Splice);
+        let spliced = winning.iter().any(|(_, inside)| inside.tls == Tls::Splice);
         let is_bound = !spliced && flow.names_bound.contains(name) && self.holds(name, flow.to.port());
         let mut credentials: Vec<String> = winning
             .iter()
-            .filter_map(|inside| inside.credential.clone())
+            .filter(|(tier, _)| !tier.is_audit)
+            .filter_map(|(_, inside)| inside.credential.clone())
             .collect();
         credentials.sort_unstable();
         credentials.dedup();
-        let read = winning.iter().any(|inside| inside.is_read());
+        let read = winning.iter().any(|(_, inside)| inside.is_read());
         (read || is_bound, credentials)
     }
 
@@ -250,33 +276,51 @@ impl SandboxPolicy {
 
     fn decide_nameless(&self, flow: &Flow<'_>) -> Verdict {
         let judgements = self.judge(flow, Claim::Nothing);
-        let Some(first) = judgements.iter().position(|judgement| !judgement.allowed()) else {
-            let last = self.tiers.len() - 1;
-            let port = flow.to.port();
-            let may_be_bound = flow.names_bound.iter().any(|name| {
-                self.holds(name, port) && self.judge(flow, Claim::Name(name)).iter().all(Judgement::allowed)
-            });
-            return self.verdict(last, judgements[last], may_be_bound);
-        };
+        if let Some(denied) = self.nameless_denial(flow, &judgements, Tiers::Enforcing) {
+            return denied;
+        }
+        let port = flow.to.port();
+        let may_be_bound = flow
+            .names_bound
+            .iter()
+            .any(|name| self.holds(name, port) && self.passes(flow, Claim::Name(name), Tiers::Enforcing));
+        match self.nameless_denial(flow, &judgements, Tiers::All) {
+            Some(audited) => Verdict {
+                needs_name: audited.needs_name || may_be_bound,
+                ..audited
+            },
+            None => self.verdict(self.last(), judgements[self.last()], may_be_bound),
+        }
+    }
+
+    /// Why some of these tiers deny a flow that shows no name, and whether one could help. None: they allow it.
+    fn nameless_denial(&self, flow: &Flow<'_>, judgements: &[Judgement], which: Tiers) -> Option<Verdict> {
+        let first = self.first_denial(judgements, which)?;
         // A name can help only if all tiers allow the flow under it.
         let mut claims = [Claim::Unlisted]
             .into_iter()
             .chain(flow.names_bound.iter().map(Claim::Name));
-        if claims.any(|claim| self.judge(flow, claim).iter().all(Judgement::allowed)) {
+        if claims.any(|claim| self.passes(flow, claim, which)) {
             let judgement = Judgement {
                 reason: Reason::NoName,
                 ..judgements[first]
             };
-            return self.verdict(first, judgement, true);
+            return Some(self.verdict(first, judgement, true));
         }
         // The tier that denies whatever the names are says more than one that lacks a name.
-        let address = address::canonical(flow.to.ip());
-        let flat = |tier: &Tier| matches!(tier.kernel_at(address, flow.to.port()), KernelAction::Deny(_));
-        if let Some(tier) = self.tiers.iter().position(flat) {
-            return self.verdict(tier, judgements[tier], false);
+        let flat = |tier: &usize| {
+            let tier = &self.tiers[*tier];
+            let place = Listing::of(tier, flow.to.ip());
+            matches!(tier.tcp(flow.to.port(), place.place()), KernelAction::Deny(_))
+        };
+        if let Some(tier) = self.counted(which).find(flat) {
+            return Some(self.verdict(tier, judgements[tier], false));
         }
-        let settled = |judgement: &Judgement| !judgement.allowed() && judgement.reason != Reason::NoName;
-        match judgements.iter().position(settled) {
+        let settled = |tier: &usize| {
+            let judgement = judgements[*tier];
+            !judgement.allowed() && judgement.reason != Reason::NoName
+        };
+        Some(match self.counted(which).find(settled) {
             Some(tier) => self.verdict(tier, judgements[tier], false),
             None => {
                 let judgement = Judgement {
@@ -285,7 +329,31 @@ impl SandboxPolicy {
                 };
                 self.verdict(first, judgement, false)
             }
+        })
+    }
+
+    fn decide_udp(&self, to: SocketAddr) -> Verdict {
+        let address = address::canonical(to.ip());
+        let nobody = || deny_flatly(Reason::ProtocolDenied);
+        // No kernel would look for an IPv4 address inside: nothing is forwarded unread to where it might lead.
+        if address::wraps(&IpNet::from(address)) {
+            return nobody();
         }
+        let answers: Vec<_> = self
+            .tiers
+            .iter()
+            .map(|tier| tier.judge_udp(address, to.port()))
+            .collect();
+        if answers.iter().all(Option::is_none) {
+            return nobody();
+        }
+        let unmentioned = Judgement::deny(Reason::ProtocolDenied, Cause::Mode);
+        let judgements: Vec<Judgement> = answers
+            .into_iter()
+            .map(|answer| answer.unwrap_or(unmentioned))
+            .collect();
+        let tier = self.first_denial(&judgements, Tiers::All).unwrap_or(self.last());
+        self.verdict(tier, judgements[tier], false)
     }
 
     fn judge(&self, flow: &Flow<'_>, claim: Claim<'_>) -> Vec<Judgement> {
@@ -298,44 +366,99 @@ impl SandboxPolicy {
         self.tiers.iter().map(|tier| tier.judge(&view)).collect()
     }
 
+    fn passes(&self, flow: &Flow<'_>, claim: Claim<'_>, which: Tiers) -> bool {
+        self.first_denial(&self.judge(flow, claim), which).is_none()
+    }
+
+    /// The tiers that count, in the order in which they are asked.
+    fn counted(&self, which: Tiers) -> impl Iterator<Item = usize> {
+        let tiers = self.order.iter().copied();
+        tiers.filter(move |tier| which == Tiers::All || !self.tiers[*tier].is_audit)
+    }
+
+    fn first_denial(&self, judgements: &[Judgement], which: Tiers) -> Option<usize> {
+        self.counted(which).find(|tier| !judgements[*tier].allowed())
+    }
+
+    /// The tier that is asked last.
+    fn last(&self) -> usize {
+        *self
+            .order
+            .last()
+            .expect("where no tier is given the default policy stands in")
+    }
+
     /// Decides a DNS query: whether any flow under this name may be allowed, on any port. Allow rules by address open
     /// no name, and a mode that allows everything opens public names only.
     pub fn decide_name(&self, name: &DomainName) -> Verdict {
-        let mut common: Option<PortSet> = None;
-        let mut last = None;
-        for (index, tier) in self.tiers.iter().enumerate() {
-            let (open, judgement) = tier.open_to(name);
-            if !judgement.allowed() {
-                return self.verdict(index, judgement, false);
+        let mut common = [PortSet::all(), PortSet::all()];
+        let mut answer = None;
+        for &tier in &self.order {
+            let (open, mut judgement) = self.tiers[tier].open_to(name);
+            for (common, open) in common.iter_mut().zip(&open) {
+                *common = common.and(open);
             }
-            let both = common.map_or_else(|| open.clone(), |common| common.and(&open));
-            if both.is_empty() {
+            if judgement.allowed() && common.iter().all(PortSet::is_empty) {
                 // Each tier allows the name, and no port is open to it in all of them.
-                let judgement = Judgement {
-                    reason: Reason::PortDenied,
-                    ..judgement
-                };
-                return self.verdict(index, judgement, false);
+                judgement.reason = Reason::PortDenied;
             }
-            common = Some(both);
-            last = Some((index, judgement));
+            answer = Some((tier, judgement));
+            if !judgement.allowed() {
+                break;
+            }
         }
-        match last {
-            Some((index, judgement)) => self.verdict(index, judgement, false),
+        match answer {
+            Some((tier, judgement)) => self.verdict(tier, judgement, false),
             None => deny_flatly(Reason::DefaultDeny),
         }
     }
 
+    /// Decides by what tiers say of DNS beside names: `breach` says whether a query is too much for a budget, and why.
+    /// For [`SandboxPolicy::dns`] it need be asked only where tiers are in audit mode, or for the tier that denies.
+    pub fn decide_dns(&self, breach: impl Fn(&DnsBudget) -> Option<Reason>) -> Verdict {
+        self.decide_field("dns", |tier| breach(&tier.dns))
+    }
+
+    /// Decides a flow whose ClientHello hides its name in a form that is never sent for show.
+    pub fn decide_ech(&self) -> Verdict {
+        self.decide_field("ech", |tier| match tier.ech {
+            Ech::Deny => Some(Reason::Ech),
+            Ech::Allow => None,
+        })
+    }
+
+    fn decide_field(&self, name: &'static str, denies: impl Fn(&Tier) -> Option<Reason>) -> Verdict {
+        let denial = self
+            .order
+            .iter()
+            .find_map(|tier| denies(&self.tiers[*tier]).map(|reason| (*tier, reason)));
+        let (tier, reason) = denial.unwrap_or((self.last(), Reason::Allowed));
+        let cause = Cause::Field(name);
+        self.verdict(tier, Judgement { reason, cause }, false)
+    }
+
     /// What the kernel does for a destination: the platform's ranges first, then what [`SandboxPolicy::kernel_table`]
-    /// says. The table may give [`Reason::DefaultDeny`] where this gives a finer reason, and [`KernelAction::Proxy`] where
-    /// bindings on many ports would make it too large.
-    pub fn decide_address_port(&self, to: SocketAddr) -> KernelAction {
+    /// says. The table may give a coarser reason of a denial, and [`KernelAction::Proxy`] where bindings on many ports
+    /// would make it too large.
+    pub fn decide_address_port(&self, protocol: Protocol, to: SocketAddr) -> KernelAction {
         if self.platform.denies(to) {
             return KernelAction::Deny(Reason::PlatformDenied);
         }
         let address = address::canonical(to.ip());
-        let strictest = kernel::strictest(self.tiers.iter().map(|tier| tier.kernel_at(address, to.port())));
-        kernel::reading(strictest, self.read.contains(to.port()))
+        let listings: Vec<Listing> = self.tiers.iter().map(|tier| Listing::of(tier, address)).collect();
+        match protocol {
+            Protocol::Tcp => kernel::tcp(&self.tiers, to.port(), |tier| listings[tier].place(), &self.read),
+            Protocol::Udp if address::wraps(&IpNet::from(address)) => {
+                KernelAction::Deny(Reason::ProtocolDenied)
+            }
+            Protocol::Udp => {
+                let answers = self.tiers.iter().zip(&listings);
+                let answers: Vec<_> = answers
+                    .map(|(tier, listing)| (tier.udp(to.port(), &listing.listed), tier))
+                    .collect();
+                kernel::udp(&answers)
+            }
+        }
     }
 
     /// The table for the kernel, without the platform's ranges. Computed anew each time.
@@ -349,14 +472,14 @@ impl SandboxPolicy {
 
     /// What may be asked of DNS: of each limit the strictest of all tiers that enforce, and no limit where none does.
     pub fn dns(&self) -> DnsBudget {
-        let budgets = self.tiers.iter().map(|tier| tier.dns);
+        let budgets = self.counted(Tiers::Enforcing).map(|tier| self.tiers[tier].dns);
         budgets.fold(DnsBudget::UNLIMITED, DnsBudget::strictest)
     }
 
-    /// The strictest of the tiers' modes.
+    /// The strictest of the modes of tiers that enforce; open where none does.
     pub fn failure_mode(&self) -> FailureMode {
-        let open = |tier: &Tier| tier.failure_mode == FailureMode::FailOpen;
-        if self.tiers.iter().all(open) {
+        let open = |tier: usize| self.tiers[tier].failure_mode == FailureMode::FailOpen;
+        if self.counted(Tiers::Enforcing).all(open) {
             FailureMode::FailOpen
         } else {
             FailureMode::FailClosed
@@ -365,13 +488,45 @@ impl SandboxPolicy {
 
     fn verdict(&self, tier: usize, judgement: Judgement, needs_name: bool) -> Verdict {
         Verdict {
-            allowed: judgement.allowed(),
+            allowed: judgement.allowed() || self.tiers[tier].is_audit,
             reason: judgement.reason,
             tier: Some(tier).filter(|tier| *tier < self.given),
             rule: Some(self.tiers[tier].label(judgement.cause)),
             needs_name,
             intercept: false,
             credentials: Vec::new(),
+        }
+    }
+}
+
+/// Which tiers count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Tiers {
+    /// Those whose denials are carried out.
+    Enforcing,
+    /// All of them.
+    All,
+}
+
+/// The rules of one tier that list an address.
+struct Listing {
+    listed: Vec<Listed>,
+    wraps: bool,
+}
+
+impl Listing {
+    fn of(tier: &Tier, address: IpAddr) -> Self {
+        let address = address::canonical(address);
+        Self {
+            listed: tier.listing(address),
+            wraps: address::wraps(&IpNet::from(address)),
+        }
+    }
+
+    fn place(&self) -> Place<'_> {
+        Place {
+            listed: &self.listed,
+            wraps: self.wraps,
         }
     }
 }

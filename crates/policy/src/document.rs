@@ -71,6 +71,8 @@ words! {
         Http = "http",
         /// By the names for which the flow's address is pinned; what is inside is not looked at.
         Tcp = "tcp",
+        /// Not at all: it is for UDP, by address and port alone.
+        Udp = "udp",
     }
 }
 
@@ -91,6 +93,19 @@ words! {
     Enforcement {
         /// They are.
         Enforce = "enforce",
+        /// They are only recorded: the tier denies nothing. Other tiers and the platform still do.
+        Audit = "audit",
+    }
+}
+
+words! {
+    /// What happens to a flow whose ClientHello hides its name in a form that no client sends for show. GREASE, which
+    /// cannot be told from an encrypted ClientHello (RFC 9849, 6.2), passes in any case: its outer name is judged.
+    Ech {
+        /// It is refused where a name must be read.
+        Deny = "deny",
+        /// It is judged by its outer name too.
+        Allow = "allow",
     }
 }
 
@@ -202,6 +217,7 @@ pub struct Policy {
     pub(crate) allowed_ports: Vec<u16>,
     pub(crate) rules: Vec<Rule>,
     pub(crate) dns: DnsBudget,
+    pub(crate) ech: Ech,
     pub(crate) enforcement: Enforcement,
     pub(crate) failure_mode: FailureMode,
 }
@@ -218,6 +234,7 @@ impl Default for Policy {
             allowed_ports: vec![443],
             rules: Vec::new(),
             dns: DnsBudget::default(),
+            ech: Ech::Deny,
             enforcement: Enforcement::Enforce,
             failure_mode: FailureMode::FailClosed,
         }
@@ -254,6 +271,7 @@ impl Policy {
             "allowed_ports": self.allowed_ports,
             "rules": self.rules.iter().map(Rule::to_value).collect::<Vec<_>>(),
             "dns": budget(&self.dns),
+            "ech": self.ech.as_str(),
             "enforcement": self.enforcement.as_str(),
             "failure_mode": self.failure_mode.as_str(),
         })
@@ -282,6 +300,11 @@ impl Policy {
     /// What may be asked of DNS.
     pub fn dns(&self) -> DnsBudget {
         self.dns
+    }
+
+    /// What happens to names that are hidden.
+    pub fn ech(&self) -> Ech {
+        self.ech
     }
 
     /// The ordered rules.

@@ -23,6 +23,8 @@ mod names;
 mod path;
 mod platform;
 mod ports;
+#[cfg(test)]
+mod random;
 mod range6;
 mod reason;
 mod request;
@@ -31,7 +33,7 @@ mod tier;
 pub use address::faces;
 pub use decide::{BoundHost, Flow, Protocol, SandboxPolicy, Verdict};
 pub use dns::{DnsBudget, DnsType, DnsTypes};
-pub use document::{Action, Enforcement, FailureMode, Mode, Policy, Rule, RuleProtocol, Tls};
+pub use document::{Action, Ech, Enforcement, FailureMode, Mode, Policy, Rule, RuleProtocol, Tls};
 pub use error::PolicyError;
 pub use kernel::{KernelAction, KernelTable, MAX_PREFIXES, MAX_RANGES, PortRange, PrefixEntry};
 pub use names::{DomainName, DomainPattern, NameError};

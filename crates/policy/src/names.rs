@@ -10,7 +10,7 @@ use std::{fmt, net::IpAddr, str::FromStr};
 use idna::uts46::{AsciiDenyList, DnsLength, Hyphens, Uts46};
 use serde::{Deserialize, Serialize};
 
-pub(crate) use set::DomainSet;
+pub(crate) use set::{DomainIndex, DomainSet};
 
 /// Longest name in characters of its canonical form, without the trailing dot (RFC 1035, 2.3.4).
 const MAX_NAME: usize = 253;

@@ -3,7 +3,7 @@
 use std::fmt;
 
 /// An inclusive range of ports as a document writes it: `443` or `8000-8080`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct PortSpan {
     pub(crate) first: u16,
     pub(crate) last: u16,
@@ -49,7 +49,7 @@ impl fmt::Display for PortSpan {
 }
 
 /// A set of ports: spans in order, disjoint, never touching.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 pub(crate) struct PortSet(Vec<PortSpan>);
 
 impl PortSet {
@@ -87,17 +87,23 @@ impl PortSet {
 
     /// The ports that are in both.
     pub(crate) fn and(&self, other: &Self) -> Self {
-        let pairs = self
-            .0
-            .iter()
-            .flat_map(|one| other.0.iter().map(move |two| (one, two)));
-        Self::new(pairs.filter_map(|(one, two)| {
+        let mut common = Vec::new();
+        let (mut ones, mut twos) = (self.0.iter().peekable(), other.0.iter().peekable());
+        while let (Some(one), Some(two)) = (ones.peek(), twos.peek()) {
             let span = PortSpan {
                 first: one.first.max(two.first),
                 last: one.last.min(two.last),
             };
-            (span.first <= span.last).then_some(span)
-        }))
+            if span.first <= span.last {
+                common.push(span);
+            }
+            if one.last < two.last {
+                ones.next();
+            } else {
+                twos.next();
+            }
+        }
+        Self::new(common)
     }
 
     /// The ports that are in either.

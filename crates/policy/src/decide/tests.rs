@@ -1,7 +1,5 @@
 //! Decisions as stories; the laws that hold for all policies are in `kernel/tests.rs`.
 
-use std::net::IpAddr;
-
 use serde_json::{Value, json};
 
 use super::*;
@@ -35,7 +33,7 @@ fn ask(policy: &SandboxPolicy, to: &str, shown: Option<&str>, bound: &[&str]) ->
 }
 
 fn kernel(policy: &SandboxPolicy, to: &str) -> KernelAction {
-    policy.decide_address_port(to.parse().unwrap())
+    policy.decide_address_port(Protocol::Tcp, to.parse().unwrap())
 }
 
 #[track_caller]
@@ -81,17 +79,142 @@ fn without_a_policy_port_443_is_open_to_the_public_internet() {
     assert_eq!(policy.failure_mode(), FailureMode::FailClosed);
 }
 
-#[test]
-fn udp_is_denied_whatever_the_policy_says() {
-    let policy = compile(&[json!({"mode": "allow_all", "allowed_cidrs": ["203.0.113.0/24"]})]);
-    let to = "203.0.113.5:443".parse().unwrap();
-    let verdict = policy.decide(&Flow {
+fn ask_udp(policy: &SandboxPolicy, to: &str) -> Verdict {
+    policy.decide(&Flow {
         protocol: Protocol::Udp,
-        to,
+        to: to.parse().unwrap(),
         name: None,
         names_bound: &[],
-    });
+    })
+}
+
+#[test]
+fn udp_passes_only_by_a_rule_for_it() {
+    let open = json!({"mode": "allow_all", "allowed_cidrs": ["203.0.113.0/24"]});
+    let verdict = ask_udp(&compile(std::slice::from_ref(&open)), "203.0.113.5:443");
     denied(&verdict, Reason::ProtocolDenied);
+    assert_eq!((verdict.tier, verdict.rule), (None, None), "nobody mentions it");
+
+    let time = json!({"mode": "deny_all", "rules": [
+        {"name": "not this one", "action": "deny", "cidrs": ["203.0.113.7"]},
+        {"name": "time", "action": "allow", "protocol": "udp", "cidrs": ["203.0.113.0/24", "2001:db8::/32"], "ports": ["123"]},
+        {"name": "no tcp", "action": "allow", "cidrs": ["198.51.100.0/24"], "ports": ["123"]},
+    ]});
+    let policy = compile(std::slice::from_ref(&time));
+    for to in ["203.0.113.5:123", "[2001:db8::5]:123"] {
+        let verdict = ask_udp(&policy, to);
+        allowed(&verdict);
+        assert_eq!(verdict.rule.as_deref(), Some("time"));
+        let to = to.parse().unwrap();
+        assert_eq!(policy.decide_address_port(Protocol::Udp, to), KernelAction::Pass);
+        // A rule for UDP opens nothing of TCP.
+        assert_eq!(
+            policy.decide_address_port(Protocol::Tcp, to),
+            KernelAction::Deny(Reason::DefaultDeny)
+        );
+    }
+    let verdict = ask_udp(&policy, "203.0.113.7:123");
+    denied(&verdict, Reason::DeniedByRule);
+    assert_eq!(
+        verdict.rule.as_deref(),
+        Some("not this one"),
+        "a denied range is denied to UDP too"
+    );
+    for to in ["203.0.113.5:124", "198.51.100.5:123", "[2002:cb00:7105::1]:123"] {
+        denied(&ask_udp(&policy, to), Reason::ProtocolDenied);
+    }
+    denied(&ask_udp(&policy, "10.0.0.1:123"), Reason::PlatformDenied);
+    // The tier that has no such rule denies it, and is named.
+    let verdict = ask_udp(&compile(&[time, open]), "203.0.113.5:123");
+    denied(&verdict, Reason::ProtocolDenied);
+    assert_eq!((verdict.tier, verdict.rule.as_deref()), (Some(1), Some("mode")));
+}
+
+#[test]
+fn what_a_tier_in_audit_mode_denies_passes_and_says_so() {
+    let audit = json!({"mode": "allowlist", "enforcement": "audit", "allowed_domains": ["ok.test"]});
+    let policy = compile(std::slice::from_ref(&audit));
+    let to = "203.0.113.5:443";
+    assert_eq!(kernel(&policy, to), KernelAction::Proxy);
+    let verdict = ask(&policy, to, Some("evil.test"), &["evil.test"]);
+    assert!(
+        verdict.is_audited() && verdict.reason == Reason::NameDenied,
+        "{verdict:?}"
+    );
+    assert_eq!((verdict.tier, verdict.rule.as_deref()), (Some(0), Some("mode")));
+    allowed(&ask(&policy, to, Some("ok.test"), &["ok.test"]));
+    let unseen = ask(&policy, to, None, &["ok.test"]);
+    assert!(
+        unseen.is_audited() && unseen.needs_name,
+        "a name could still make it no denial: {unseen:?}"
+    );
+    let flat = ask(&policy, "203.0.113.5:22", None, &[]);
+    assert!(
+        flat.is_audited() && !flat.needs_name && flat.reason == Reason::DefaultDeny,
+        "{flat:?}"
+    );
+    assert!(policy.decide_name(&name("evil.test")).is_audited());
+    // The platform is in no mode.
+    denied(&ask(&policy, "10.0.0.1:443", None, &[]), Reason::PlatformDenied);
+    denied(&ask_udp(&policy, "203.0.113.5:443"), Reason::ProtocolDenied);
+    // Nor are the other tiers.
+    let strict = json!({"mode": "allowlist", "allowed_domains": ["ok.test", "evil.test"]});
+    for tiers in [[audit.clone(), strict.clone()], [strict, audit]] {
+        let policy = compile(&tiers);
+        assert_eq!(kernel(&policy, to), KernelAction::ProxyBound);
+        assert!(ask(&policy, to, Some("evil.test"), &["evil.test"]).is_audited());
+        denied(
+            &ask(&policy, to, Some("other.test"), &["other.test"]),
+            Reason::NameDenied,
+        );
+        denied(&ask(&policy, to, Some("ok.test"), &[]), Reason::AddressNotBound);
+        assert!(!policy.decide_name(&name("other.test")).allowed);
+    }
+}
+
+#[test]
+fn a_tier_in_audit_mode_looks_inside_and_wants_no_credential() {
+    let reading = json!({"mode": "allowlist", "enforcement": "audit", "rules": [
+        {"name": "read", "action": "allow", "domains": ["api.test"], "http": [{"methods": ["GET"]}], "credential": "KEY"},
+    ]});
+    let policy = compile(&[json!({"mode": "allow_all"}), reading]);
+    let verdict = request(&policy, "api.test", "GET", "/", false);
+    allowed(&verdict);
+    assert!(verdict.intercept && verdict.credentials.is_empty());
+    let verdict = request(&policy, "api.test", "POST", "/", false);
+    assert!(verdict.is_audited() && verdict.intercept, "{verdict:?}");
+    assert_eq!(
+        (verdict.reason, verdict.tier, verdict.rule.as_deref()),
+        (Reason::MethodDenied, Some(1), Some("read"))
+    );
+    let other = request(&policy, "other.test", "POST", "/", false);
+    assert!(other.is_audited() && !other.intercept);
+}
+
+#[test]
+fn what_is_no_rule_counts_in_the_strictest_of_the_tiers_that_enforce() {
+    let names = |number: u32, enforcement: &str, ech: &str| json!({"mode": "allow_all", "enforcement": enforcement, "ech": ech, "dns": {"unique_names_per_minute": number}});
+    let policy = compile(&[
+        names(90, "enforce", "allow"),
+        names(70, "enforce", "allow"),
+        names(5, "audit", "deny"),
+    ]);
+    assert_eq!(policy.dns().unique_names_per_minute, 70);
+    let breach = |count: u32| {
+        move |budget: &DnsBudget| (budget.unique_names_per_minute < count).then_some(Reason::DnsBudget)
+    };
+    allowed(&policy.decide_dns(breach(5)));
+    let audited = policy.decide_dns(breach(6));
+    assert!(audited.is_audited() && audited.tier == Some(2), "{audited:?}");
+    let verdict = policy.decide_dns(breach(71));
+    denied(&verdict, Reason::DnsBudget);
+    assert_eq!((verdict.tier, verdict.rule.as_deref()), (Some(1), Some("dns")));
+    assert!(policy.decide_ech().is_audited());
+    denied(&compile(&[]).decide_ech(), Reason::Ech);
+    let only_audit = compile(&[names(5, "audit", "allow")]);
+    assert_eq!(only_audit.dns(), DnsBudget::UNLIMITED);
+    assert_eq!(only_audit.failure_mode(), FailureMode::FailOpen);
+    allowed(&only_audit.decide_ech());
 }
 
 #[test]
@@ -361,7 +484,7 @@ fn deny_all_denies_all_but_its_rules() {
     for port in [22, 80, 443] {
         let to = SocketAddr::new(SERVER.parse::<IpAddr>().unwrap(), port);
         assert_eq!(
-            policy.decide_address_port(to),
+            policy.decide_address_port(Protocol::Tcp, to),
             KernelAction::Deny(Reason::DefaultDeny)
         );
     }
@@ -578,7 +701,11 @@ fn bindings_on_many_ports_never_make_a_policy_too_large() {
 
 #[test]
 fn tiers_that_are_too_large_together_are_refused_by_name() {
-    let ranges = |net: u8| -> Vec<String> { (0..200).map(|host| format!("203.0.{net}.{host}")).collect() };
+    let ranges = |net: usize| -> Vec<String> {
+        (0..5000)
+            .map(|host| format!("203.{net}.{}.{}", host / 200, host % 200))
+            .collect()
+    };
     let tier = |net| {
         let document =
             json!({"mode": "allowlist", "allowed_cidrs": ranges(net), "denied_cidrs": ranges(net + 1)});
@@ -593,6 +720,6 @@ fn tiers_that_are_too_large_together_are_refused_by_name() {
     assert!(
         error
             .message
-            .contains("the limit for one sandbox is 512 (policy of sandbox, together with organization)")
+            .contains("the limit for one sandbox is 16384 (policy of sandbox, together with organization)")
     );
 }

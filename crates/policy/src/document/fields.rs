@@ -110,20 +110,6 @@ impl<'a> Fields<'a> {
             }
         }
     }
-
-    /// A field of a later version: refused, unless it is left at its default.
-    pub(super) fn later(&self, name: &str, defaults: &[Value]) -> Result<(), PolicyError> {
-        match self.get(name) {
-            Some(value) if !defaults.contains(value) => {
-                let found = quote(value);
-                self.refuse(
-                    name,
-                    format!("{found} is not supported by this version; leave the field out"),
-                )
-            }
-            Some(_) | None => Ok(()),
-        }
-    }
 }
 
 /// `expected X, got Y`.

@@ -5,11 +5,13 @@ mod inside;
 
 pub(super) use inside::KNOWN_IN_REQUESTS;
 
+use std::collections::{HashMap, HashSet};
+
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::{
-    Action, Enforcement, FailureMode, Mode, Policy, Rule, RuleProtocol,
+    Action, Ech, Enforcement, FailureMode, Mode, Policy, Rule, RuleProtocol,
     fields::{Fields, expected, quote},
 };
 use crate::{
@@ -52,23 +54,26 @@ pub(super) const KNOWN_IN_RULE: [&str; 9] = [
     "credential",
 ];
 
+/// The port that always leads to the resolver.
+const DNS_PORT: u16 = 53;
+
 /// Rules of one document.
-const MAX_RULES: usize = 250;
+const MAX_RULES: usize = 10_000;
 /// Names in one list.
-const MAX_DOMAINS: usize = 1000;
-/// Ranges of addresses in one list. The kernel's table has a limit for all lists together.
-const MAX_CIDRS: usize = 250;
+const MAX_DOMAINS: usize = 10_000;
+/// Ranges of addresses in one list. The kernel's table has a limit for all tiers together.
+const MAX_CIDRS: usize = 10_000;
 /// Entries of one list of ports.
 const MAX_PORTS: usize = 64;
 /// Entries of all rules together, which bound the work of a decision and of compiling.
-const MAX_ALL_DOMAINS: usize = 5000;
-const MAX_ALL_CIDRS: usize = 2000;
-const MAX_ALL_PORTS: usize = 512;
-const MAX_ALL_REQUESTS: usize = 1000;
+const MAX_ALL_DOMAINS: usize = 20_000;
+const MAX_ALL_CIDRS: usize = 16_384;
+const MAX_ALL_PORTS: usize = 20_000;
+const MAX_ALL_REQUESTS: usize = 20_000;
+/// Different lists of ports among all rules: the work of compiling grows with them.
+const MAX_PORT_LISTS: usize = 256;
 /// Characters of a rule's name.
 const MAX_RULE_NAME: usize = 64;
-
-const NOT_YET: &str = "is not supported by this version";
 
 pub(super) fn policy(value: &Value) -> Result<Policy, PolicyError> {
     let fields = Fields::of(value, String::new(), &KNOWN)?;
@@ -76,19 +81,21 @@ pub(super) fn policy(value: &Value) -> Result<Policy, PolicyError> {
         let words: Vec<&str> = Mode::ALL.iter().map(|(word, _)| *word).collect();
         return fields.refuse("mode", format!("is required: one of {}", words.join(", ")));
     };
-    fields.later("ech", &[json!("deny")])?;
     let policy = Policy {
         mode,
         allowed_domains: domains(&fields, "allowed_domains")?,
         denied_domains: domains(&fields, "denied_domains")?,
-        allowed_cidrs: cidrs(&fields, "allowed_cidrs", Action::Allow)?,
-        denied_cidrs: cidrs(&fields, "denied_cidrs", Action::Deny)?,
+        allowed_cidrs: cidrs(&fields, "allowed_cidrs")?,
+        denied_cidrs: cidrs(&fields, "denied_cidrs")?,
         allowed_ports: fields
             .list("allowed_ports", MAX_PORTS, port)?
             .unwrap_or_else(|| vec![443]),
         rules: fields.list("rules", MAX_RULES, rule)?.unwrap_or_default(),
         dns: dns::dns(&fields)?,
-        enforcement: enforcement(&fields)?,
+        ech: fields.word("ech", Ech::ALL)?.unwrap_or(Ech::Deny),
+        enforcement: fields
+            .word("enforcement", Enforcement::ALL)?
+            .unwrap_or(Enforcement::Enforce),
         failure_mode: fields
             .word("failure_mode", FailureMode::ALL)?
             .unwrap_or(FailureMode::FailClosed),
@@ -112,26 +119,11 @@ pub(super) fn policy(value: &Value) -> Result<Policy, PolicyError> {
     Ok(policy)
 }
 
-fn enforcement(fields: &Fields<'_>) -> Result<Enforcement, PolicyError> {
-    if fields.get("enforcement") == Some(&json!("audit")) {
-        return fields.refuse("enforcement", format!("\"audit\" {NOT_YET}; use \"enforce\""));
-    }
-    Ok(fields
-        .word("enforcement", Enforcement::ALL)?
-        .unwrap_or(Enforcement::Enforce))
-}
-
 fn rule(path: String, value: &Value) -> Result<Rule, PolicyError> {
     let fields = Fields::of(value, path, &KNOWN_IN_RULE)?;
     let Some(action) = fields.word("action", Action::ALL)? else {
         return fields.refuse("action", "is required: \"allow\" or \"deny\"");
     };
-    if fields.get("protocol") == Some(&json!("udp")) {
-        return fields.refuse(
-            "protocol",
-            format!("\"udp\" {NOT_YET}; UDP other than DNS is always refused"),
-        );
-    }
     let rule = Rule {
         name: rule_name(&fields)?,
         action,
@@ -139,10 +131,13 @@ fn rule(path: String, value: &Value) -> Result<Rule, PolicyError> {
             .word("protocol", RuleProtocol::ALL)?
             .unwrap_or(RuleProtocol::Http),
         domains: domains(&fields, "domains")?,
-        cidrs: cidrs(&fields, "cidrs", action)?,
+        cidrs: cidrs(&fields, "cidrs")?,
         ports: fields.list("ports", MAX_PORTS, span)?,
         inside: inside::inside(&fields)?,
     };
+    if rule.protocol == RuleProtocol::Udp {
+        udp(&fields, &rule)?;
+    }
     if rule.domains.is_empty() && rule.cidrs.is_empty() {
         return fields.refuse(
             "domains",
@@ -154,6 +149,29 @@ fn rule(path: String, value: &Value) -> Result<Rule, PolicyError> {
     }
     inside::check(&fields, &rule)?;
     Ok(rule)
+}
+
+/// UDP shows no name: such a rule goes by address and port, and by nothing else.
+fn udp(fields: &Fields<'_>, rule: &Rule) -> Result<(), PolicyError> {
+    if !rule.domains.is_empty() {
+        return fields.refuse(
+            "domains",
+            "must be empty with protocol \"udp\", which shows no name: list the destinations in `cidrs`",
+        );
+    }
+    if rule.action == Action::Allow && rule.ports.is_none() {
+        return fields.refuse(
+            "ports",
+            "is required where protocol \"udp\" is allowed: `allowed_ports` are those of TCP",
+        );
+    }
+    if rule.ports.as_deref() == Some(&[PortSpan::one(DNS_PORT)]) {
+        return fields.refuse(
+            "ports",
+            "port 53 is the resolver's, wherever it is sent to: no rule concerns it",
+        );
+    }
+    Ok(())
 }
 
 fn rule_name(fields: &Fields<'_>) -> Result<Option<String>, PolicyError> {
@@ -179,7 +197,7 @@ fn rule_name(fields: &Fields<'_>) -> Result<Option<String>, PolicyError> {
 
 /// The audit names rules: two of the same name could not be told apart.
 fn rule_names(rules: &[Rule]) -> Result<(), PolicyError> {
-    let mut seen = std::collections::HashMap::new();
+    let mut seen = HashMap::new();
     for (index, rule) in rules.iter().enumerate() {
         let Some(name) = &rule.name else { continue };
         if let Some(first) = seen.insert(name, index) {
@@ -226,8 +244,20 @@ fn totals(policy: &Policy) -> Result<(), PolicyError> {
                 format!("all rules together have {count} entries in `{list}`; the limit is {limit}");
             Err(PolicyError::new("rules", message))
         }
-        None => Ok(()),
+        None => port_lists(&policy.rules),
     }
+}
+
+fn port_lists(rules: &[Rule]) -> Result<(), PolicyError> {
+    let lists: HashSet<&[PortSpan]> = rules.iter().filter_map(|rule| rule.ports.as_deref()).collect();
+    if lists.len() > MAX_PORT_LISTS {
+        let message = format!(
+            "all rules together have {} different lists in `ports`; the limit is {MAX_PORT_LISTS}",
+            lists.len()
+        );
+        return Err(PolicyError::new("rules", message));
+    }
+    Ok(())
 }
 
 fn domains(fields: &Fields<'_>, name: &str) -> Result<Vec<DomainPattern>, PolicyError> {
@@ -260,13 +290,11 @@ fn domain(path: String, value: &Value) -> Result<DomainPattern, PolicyError> {
     })
 }
 
-fn cidrs(fields: &Fields<'_>, name: &str, action: Action) -> Result<Vec<IpNet>, PolicyError> {
-    Ok(fields
-        .list(name, MAX_CIDRS, |path, value| cidr(path, value, action))?
-        .unwrap_or_default())
+fn cidrs(fields: &Fields<'_>, name: &str) -> Result<Vec<IpNet>, PolicyError> {
+    Ok(fields.list(name, MAX_CIDRS, cidr)?.unwrap_or_default())
 }
 
-fn cidr(path: String, value: &Value, action: Action) -> Result<IpNet, PolicyError> {
+fn cidr(path: String, value: &Value) -> Result<IpNet, PolicyError> {
     let expectation = "a CIDR such as \"203.0.113.0/24\" or an address";
     let Some(range) = value.as_str().and_then(range) else {
         return Err(expected(path, expectation, value));
@@ -279,16 +307,14 @@ fn cidr(path: String, value: &Value, action: Action) -> Result<IpNet, PolicyErro
         );
         return Err(PolicyError::new(path, message));
     }
-    match (range, action) {
-        (IpNet::V6(range), _) if range.addr().to_ipv4_mapped().is_some() => Err(PolicyError::new(
-            path,
-            format!("{found} is an IPv4 address in IPv6 form; write it as IPv4"),
-        )),
-        (IpNet::V6(_), Action::Allow) => Err(PolicyError::new(
-            path,
-            format!("{found}: allowing IPv6 destinations {NOT_YET}"),
-        )),
-        (IpNet::V4(_), Action::Allow | Action::Deny) | (IpNet::V6(_), Action::Deny) => Ok(range),
+    match range {
+        IpNet::V6(range) if range.prefix_len() >= 96 && range.addr().to_ipv4_mapped().is_some() => {
+            Err(PolicyError::new(
+                path,
+                format!("{found} is an IPv4 address in IPv6 form; write it as IPv4"),
+            ))
+        }
+        IpNet::V4(_) | IpNet::V6(_) => Ok(range),
     }
 }
 

@@ -154,7 +154,7 @@ fn words_are_those_of_the_contract() {
     refused(
         with("enforcement", json!(true)),
         "enforcement",
-        "expected \"enforce\", got true",
+        "\"enforce\", \"audit\", got true",
     );
     refused(
         with_rule("action", json!("block")),
@@ -164,7 +164,7 @@ fn words_are_those_of_the_contract() {
     refused(
         with_rule("protocol", json!("https")),
         "rules[1].protocol",
-        "\"http\", \"tcp\", got \"https\"",
+        "\"http\", \"tcp\", \"udp\", got \"https\"",
     );
     refused(
         json!({"mode": "allowlist", "rules": [{"domains": ["ok.test"]}]}),
@@ -296,20 +296,78 @@ fn ranges_are_refused_unless_they_mean_one_thing() {
         "denied_cidrs[0]",
         "write it as IPv4",
     );
-    refused(
-        with("allowed_cidrs", json!(["2001:db8::/32"])),
-        "allowed_cidrs[0]",
-        "not supported by this version",
-    );
-    assert!(Policy::parse(&with("denied_cidrs", json!(["2001:db8::/32", "0.0.0.0/0"]))).is_ok());
+    for list in ["allowed_cidrs", "denied_cidrs"] {
+        assert!(Policy::parse(&with(list, json!(["2001:db8::/32", "0.0.0.0/0", "::/0"]))).is_ok());
+    }
 }
 
 #[test]
-fn what_this_version_does_not_enforce_is_refused() {
-    let later = "not supported by this version";
-    refused(with("enforcement", json!("audit")), "enforcement", later);
-    refused(with("ech", json!("allow")), "ech", later);
-    refused(with_rule("protocol", json!("udp")), "rules[1].protocol", later);
+fn tiers_may_be_in_audit_mode_and_let_hidden_names_pass() {
+    let policy = Policy::parse(&with("enforcement", json!("audit"))).unwrap();
+    assert_eq!(policy.enforcement(), Enforcement::Audit);
+    assert_eq!(policy.to_value()["enforcement"], "audit");
+    let policy = Policy::parse(&with("ech", json!("allow"))).unwrap();
+    assert_eq!(policy.ech(), Ech::Allow);
+    assert_eq!(Policy::default().to_value()["ech"], "deny");
+    refused(
+        with("ech", json!("off")),
+        "ech",
+        "one of \"deny\", \"allow\", got \"off\"",
+    );
+    refused(with("ech", json!(null)), "ech", "got null");
+}
+
+fn udp(changes: Value) -> Value {
+    let mut rule =
+        json!({"action": "allow", "protocol": "udp", "cidrs": ["203.0.113.0/24"], "ports": ["123"]});
+    for (name, value) in changes.as_object().expect("an object") {
+        match value {
+            Value::Null => drop(rule.as_object_mut().expect("an object").remove(name)),
+            value => rule[name] = value.clone(),
+        }
+    }
+    json!({"mode": "deny_all", "rules": [rule]})
+}
+
+#[test]
+fn udp_is_allowed_by_address_and_port_alone() {
+    assert!(Policy::parse(&udp(json!({}))).is_ok());
+    assert!(Policy::parse(&udp(json!({"cidrs": ["2001:db8::/32"], "ports": ["1-65535"]}))).is_ok());
+    assert!(Policy::parse(&udp(json!({"action": "deny", "ports": null}))).is_ok());
+    refused(
+        udp(json!({"domains": ["time.test"]})),
+        "rules[0].domains",
+        "shows no name",
+    );
+    refused(
+        udp(json!({"cidrs": []})),
+        "rules[0].domains",
+        "at least one entry",
+    );
+    refused(
+        udp(json!({"ports": null})),
+        "rules[0].ports",
+        "`allowed_ports` are those of TCP",
+    );
+    refused(udp(json!({"ports": ["53"]})), "rules[0].ports", "the resolver's");
+    refused(
+        udp(json!({"http": [{"methods": ["GET"]}]})),
+        "rules[0].http",
+        "nobody looks into \"udp\"",
+    );
+    refused(
+        udp(json!({"credential": "KEY"})),
+        "rules[0].credential",
+        "needs protocol \"http\"",
+    );
+    for word in ["intercept", "splice"] {
+        let says = if word == "splice" {
+            "nothing on UDP"
+        } else {
+            "needs protocol"
+        };
+        refused(udp(json!({"tls": word})), "rules[0].tls", says);
+    }
 }
 
 fn looking_inside(changes: Value) -> Value {
@@ -424,7 +482,7 @@ fn requests_can_be_asked_only_of_flows_that_can_be_read() {
         refused(
             with("cidrs", json!(["203.0.113.0/24"])),
             &path,
-            "not supported by this version",
+            "cannot be asked of `cidrs`",
         );
         if field != "tls" {
             refused(
@@ -488,37 +546,56 @@ fn sizes_have_limits() {
     let many = |count: usize, entry: fn(usize) -> Value| Value::Array((0..count).map(entry).collect());
     let rule = |_| json!({"action": "deny", "domains": ["ok.test"]});
     refused(
-        with("rules", many(10_000, rule)),
+        with("rules", many(10_001, rule)),
         "rules",
-        "has 10000 entries; the limit is 250",
+        "has 10001 entries; the limit is 10000",
     );
-    assert!(Policy::parse(&with("rules", many(250, rule))).is_ok());
+    assert!(Policy::parse(&with("rules", many(10_000, rule))).is_ok());
     let domain = |index| json!(format!("n{index}.ok.test"));
     refused(
-        with("allowed_domains", many(1001, domain)),
+        with("allowed_domains", many(10_001, domain)),
         "allowed_domains",
-        "the limit is 1000",
+        "the limit is 10000",
     );
-    assert!(Policy::parse(&with("allowed_domains", many(1000, domain))).is_ok());
-    let range = |index| json!(format!("203.0.{}.{}", index / 200, index % 200));
-    refused(
-        with("denied_cidrs", many(251, range)),
-        "denied_cidrs",
-        "the limit is 250",
-    );
-    let wide = |index: usize| {
-        let ranges: Vec<String> = (0..200).map(|host| format!("203.0.{index}.{host}")).collect();
-        json!({"action": "allow", "cidrs": ranges})
+    assert!(Policy::parse(&with("allowed_domains", many(10_000, domain))).is_ok());
+    let address = |index: usize| format!("203.{}.{}.{}", index / 40_000, index / 200 % 200, index % 200);
+    let range = |index| {
+        json!(format!(
+            "203.{}.{}.{}",
+            index / 40_000,
+            index / 200 % 200,
+            index % 200
+        ))
     };
     refused(
-        with("rules", many(3, wide)),
+        with("denied_cidrs", many(10_001, range)),
+        "denied_cidrs",
+        "the limit is 10000",
+    );
+    let wide = |list: usize, each: usize| {
+        let ranges: Vec<String> = (0..each).map(|index| address(list * each + index)).collect();
+        json!({"action": "allow", "cidrs": ranges})
+    };
+    let mut document = with("rules", json!([wide(0, 8000), wide(1, 8000)]));
+    assert!(Policy::parse(&document).is_ok());
+    document["denied_cidrs"] = json!((16_000..16_500).map(address).collect::<Vec<_>>());
+    refused(
+        document,
         "rules",
-        "different ranges; the limit for one sandbox is 512",
+        "16500 different ranges; the limit for one sandbox is 16384",
     );
     refused(
-        with("rules", many(11, wide)),
+        with("rules", json!([wide(0, 8000), wide(1, 8000), wide(2, 8000)])),
         "rules",
-        "all rules together have 2200 entries in `cidrs`",
+        "all rules together have 24000 entries in `cidrs`",
+    );
+    let ported = |index: usize| json!({"action": "deny", "cidrs": [address(index)], "ports": [format!("{}", 1 + index % 300)]});
+    let rules = |count: usize| Value::Array((0..count).map(ported).collect());
+    assert!(Policy::parse(&with("rules", rules(256))).is_ok());
+    refused(
+        with("rules", rules(400)),
+        "rules",
+        "300 different lists in `ports`; the limit is 256",
     );
     let port = |index: usize| json!(1000 + 2 * index);
     let mut document = json!({"mode": "allow_all", "allowed_ports": many(17, port)});

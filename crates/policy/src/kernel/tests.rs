@@ -2,281 +2,11 @@
 
 use std::net::{Ipv4Addr, SocketAddr};
 
-use proptest::{collection::vec, prelude::*, sample::select};
-use serde_json::{Value, json};
+use proptest::{prelude::*, sample::select};
+use serde_json::json;
 
 use super::*;
-use crate::{
-    BoundHost, DomainName, DomainPattern, Flow, NormalPath, Platform, Protocol, RequestHead, SandboxPolicy,
-    Verdict,
-};
-
-const NAMES: [&str; 5] = [
-    "wild.test",
-    "a.wild.test",
-    "b.a.wild.test",
-    "evil.test",
-    "other.test",
-];
-const PATTERNS: [&str; 6] = [
-    "*",
-    "wild.test",
-    "*.wild.test",
-    "*.a.wild.test",
-    "evil.test",
-    "a.wild.test",
-];
-const RANGES: [&str; 9] = [
-    "0.0.0.0/0",
-    "203.0.0.0/16",
-    "203.0.113.0/24",
-    "203.0.113.0/25",
-    "203.0.113.64/26",
-    "203.0.113.5/32",
-    "203.0.113.6/31",
-    "198.51.100.0/24",
-    "198.51.100.128/25",
-];
-const SPANS: [&str; 8] = [
-    "22",
-    "80",
-    "443",
-    "442-444",
-    "1-1024",
-    "8000-8080",
-    "1-65535",
-    "443-8010",
-];
-const ADDRESSES: [&str; 9] = [
-    "203.0.113.5",
-    "203.0.113.6",
-    "203.0.113.7",
-    "203.0.113.70",
-    "203.0.113.200",
-    "203.0.1.1",
-    "198.51.100.1",
-    "198.51.100.200",
-    "192.0.2.9",
-];
-const PORTS: [u16; 12] = [1, 22, 23, 80, 442, 443, 444, 1024, 1025, 8000, 8080, 65535];
-
-/// What a random policy may hold.
-#[derive(Clone, Copy)]
-struct Parts {
-    deny_names: bool,
-    allow_ranges: bool,
-    tcp: bool,
-    inside: bool,
-}
-
-const ALL: Parts = Parts {
-    deny_names: true,
-    allow_ranges: true,
-    tcp: true,
-    inside: true,
-};
-
-fn some(from: &'static [&'static str], at_most: usize) -> impl Strategy<Value = Vec<&'static str>> {
-    vec(select(from), 0..=at_most)
-}
-
-/// What a rule may ask of requests.
-fn any_inside() -> impl Strategy<Value = Value> {
-    let methods = vec(select(vec!["GET", "POST"]), 0..2);
-    let paths = vec(select(vec!["/", "/a/*", "/a/**"]), 0..2);
-    let entry = (methods, paths, any::<bool>()).prop_map(
-        |(methods, paths, upgrade)| json!({"methods": methods, "paths": paths, "upgrade": upgrade}),
-    );
-    prop_oneof![
-        3 => Just(json!({})),
-        3 => vec(entry, 1..3).prop_map(|entries| json!({"http": entries})),
-        1 => Just(json!({"tls": "intercept"})),
-        1 => Just(json!({"tls": "splice"})),
-        1 => Just(json!({"credential": "KEY"})),
-    ]
-}
-
-fn any_rule(parts: Parts) -> impl Strategy<Value = Value> {
-    let rule = any_plain_rule(parts);
-    (rule, any_inside()).prop_map(move |(mut rule, inside)| {
-        let readable = rule["action"] == "allow" && rule["protocol"] == "http" && rule["cidrs"] == json!([]);
-        if parts.inside && readable {
-            let inside = inside.as_object().expect("an object").clone();
-            rule.as_object_mut().expect("an object").extend(inside);
-        }
-        rule
-    })
-}
-
-fn any_plain_rule(parts: Parts) -> impl Strategy<Value = Value> {
-    (
-        any::<bool>(),
-        any::<bool>(),
-        some(&PATTERNS, 2),
-        some(&RANGES, 2),
-        some(&SPANS, 2),
-    )
-        .prop_filter_map(
-            "a rule without destination",
-            move |(allow, tcp, domains, cidrs, ports)| {
-                let domains = if allow || parts.deny_names {
-                    domains
-                } else {
-                    Vec::new()
-                };
-                let cidrs = if !allow || parts.allow_ranges {
-                    cidrs
-                } else {
-                    Vec::new()
-                };
-                let mut rule = json!({
-                    "action": if allow { "allow" } else { "deny" },
-                    "protocol": if tcp && parts.tcp { "tcp" } else { "http" },
-                    "domains": domains,
-                    "cidrs": cidrs,
-                });
-                if !ports.is_empty() {
-                    rule["ports"] = json!(ports);
-                }
-                (!domains.is_empty() || !cidrs.is_empty()).then_some(rule)
-            },
-        )
-}
-
-fn any_policy(parts: Parts) -> impl Strategy<Value = Policy> {
-    let lists = (
-        some(&PATTERNS, 2),
-        some(&PATTERNS, 1),
-        some(&RANGES, 2),
-        some(&RANGES, 1),
-    );
-    let modes = select(vec!["allow_all", "deny_all", "allowlist", "denylist"]);
-    let ports = vec(select(&PORTS[..]), 0..4);
-    (modes, lists, ports, vec(any_rule(parts), 0..5)).prop_map(move |(mode, lists, ports, rules)| {
-        let (allowed_domains, denied_domains, allowed_cidrs, denied_cidrs) = lists;
-        let closed = mode == "deny_all";
-        let document = json!({
-            "mode": mode,
-            "allowed_domains": if closed { Vec::new() } else { allowed_domains },
-            "allowed_cidrs": if closed || !parts.allow_ranges { Vec::new() } else { allowed_cidrs },
-            "denied_domains": if parts.deny_names { denied_domains } else { Vec::new() },
-            "denied_cidrs": denied_cidrs,
-            "allowed_ports": ports,
-            "rules": rules,
-        });
-        Policy::parse(&document).expect("the strategy writes valid documents")
-    })
-}
-
-fn any_tiers(parts: Parts) -> impl Strategy<Value = Vec<Policy>> {
-    vec(any_policy(parts), 1..4)
-}
-
-fn compile(tiers: &[Policy]) -> SandboxPolicy {
-    let tiers: Vec<(String, Policy)> = tiers
-        .iter()
-        .map(|policy| ("tier".to_owned(), policy.clone()))
-        .collect();
-    SandboxPolicy::compile(&Platform::default(), &tiers).unwrap()
-}
-
-fn any_bindings() -> impl Strategy<Value = Vec<BoundHost>> {
-    let bound = (select(&PATTERNS[1..]), vec(select(&PORTS[..]), 1..3)).prop_map(|(host, ports)| BoundHost {
-        hosts: vec![DomainPattern::parse(host).unwrap()],
-        ports,
-    });
-    vec(bound, 0..3)
-}
-
-fn compile_with(tiers: &[Policy], bindings: &[BoundHost]) -> SandboxPolicy {
-    let tiers: Vec<(String, Policy)> = tiers
-        .iter()
-        .map(|policy| ("tier".to_owned(), policy.clone()))
-        .collect();
-    SandboxPolicy::compile_with(&Platform::default(), &tiers, bindings).unwrap()
-}
-
-/// The document without anything that is asked of requests.
-fn blind(policy: &Policy) -> Policy {
-    let mut document = policy.to_value();
-    for rule in document["rules"].as_array_mut().expect("a list") {
-        let rule = rule.as_object_mut().expect("an object");
-        for field in ["http", "tls", "credential"] {
-            rule.remove(field);
-        }
-    }
-    Policy::parse(&document).expect("what is left is valid")
-}
-
-/// Every request that the strategies tell apart, as far as they are told apart.
-fn requests() -> Vec<(&'static str, NormalPath, bool)> {
-    let paths = ["/", "/a", "/a/b", "/a/b/c", "/b"].map(|path| NormalPath::parse(path).unwrap().0);
-    let heads = ["GET", "POST", "DELETE"].into_iter().flat_map(|method| {
-        let paths = paths.clone();
-        paths.into_iter().map(move |path| (method, path))
-    });
-    heads
-        .flat_map(|(method, path)| [false, true].map(|upgrade| (method, path.clone(), upgrade)))
-        .collect()
-}
-
-fn names() -> Vec<DomainName> {
-    NAMES
-        .iter()
-        .map(|name| DomainName::parse(name).unwrap())
-        .collect()
-}
-
-/// Every set of names an address may be pinned for.
-fn pins() -> Vec<Vec<DomainName>> {
-    let names = names();
-    let sets = 0u32..1 << names.len();
-    sets.map(|set| {
-        let held = names
-            .iter()
-            .enumerate()
-            .filter(|(index, _)| set >> index & 1 == 1);
-        held.map(|(_, name)| name.clone()).collect()
-    })
-    .collect()
-}
-
-fn destinations() -> impl Iterator<Item = (Ipv4Addr, u16)> {
-    ADDRESSES
-        .iter()
-        .flat_map(|address| PORTS.map(|port| (address.parse().unwrap(), port)))
-}
-
-fn any_destination() -> impl Strategy<Value = SocketAddr> {
-    select(destinations().collect::<Vec<_>>()).prop_map(SocketAddr::from)
-}
-
-fn decide(
-    policy: &SandboxPolicy,
-    to: SocketAddr,
-    name: Option<&DomainName>,
-    bound: &[DomainName],
-) -> Verdict {
-    policy.decide(&Flow {
-        protocol: Protocol::Tcp,
-        to,
-        name,
-        names_bound: bound,
-    })
-}
-
-/// Everything `decide` can answer for the destination, with the names the address was pinned for.
-fn answers(policy: &SandboxPolicy, to: SocketAddr) -> Vec<(Vec<DomainName>, Option<DomainName>, Verdict)> {
-    let shown: Vec<Option<DomainName>> = names().into_iter().map(Some).chain([None]).collect();
-    let mut answers = Vec::new();
-    for bound in pins() {
-        for name in &shown {
-            let verdict = decide(policy, to, name.as_ref(), &bound);
-            answers.push((bound.clone(), name.clone(), verdict));
-        }
-    }
-    answers
-}
+use crate::{DomainName, Enforcement, Flow, RequestHead, SandboxPolicy, Verdict, random::*};
 
 fn strictness(action: KernelAction) -> u8 {
     match action {
@@ -301,7 +31,7 @@ proptest! {
 
     #[test]
     fn the_table_is_well_formed_and_says_what_the_rules_say(
-        tiers in any_tiers(ALL), bindings in any_bindings(), random in any::<(u32, u16)>(),
+        tiers in any_tiers(Parts { audit: true, ..ALL }), bindings in any_bindings(), random in any::<(u32, u128, u16)>(),
     ) {
         let policy = compile_with(&tiers, &bindings);
         let table = policy.kernel_table();
@@ -310,27 +40,48 @@ proptest! {
         for entry in &table.entries {
             prop_assert!(entry.ranges.len() <= MAX_RANGES);
             prop_assert!(entry.ranges.iter().all(|range| range.first <= range.last));
-            prop_assert!(entry.ranges.windows(2).all(|pair| pair[0].last < pair[1].first));
+            let ordered = |pair: &[PortRange]| match (pair[0].protocol, pair[1].protocol) {
+                (Protocol::Tcp, Protocol::Udp) => true,
+                (Protocol::Udp, Protocol::Tcp) => false,
+                (Protocol::Tcp, Protocol::Tcp) | (Protocol::Udp, Protocol::Udp) => pair[0].last < pair[1].first,
+            };
+            prop_assert!(entry.ranges.windows(2).all(ordered));
         }
-        for (address, port) in destinations().chain([(Ipv4Addr::from_bits(random.0), random.1)]) {
-            let found = table.lookup(address.into(), Protocol::Tcp, port);
-            let decided = policy.decide_address_port(SocketAddr::from((address, port)));
-            if decided == KernelAction::Deny(Reason::PlatformDenied) {
-                continue;
+        let (four, six, port) = random;
+        let somewhere = [(IpAddr::from(four.to_be_bytes()), port), (IpAddr::from(six.to_be_bytes()), port)];
+        for (address, port) in destinations().chain(somewhere) {
+            let to = SocketAddr::from((address, port));
+            for protocol in [Protocol::Tcp, Protocol::Udp] {
+                let found = table.lookup(address.to_canonical(), protocol, port);
+                let decided = policy.decide_address_port(protocol, to);
+                if decided == KernelAction::Deny(Reason::PlatformDenied) {
+                    continue;
+                }
+                // Bindings may make more be read than is needed.
+                let widened = decided == KernelAction::Pass && found == KernelAction::Proxy && !bindings.is_empty();
+                prop_assert!(widened || coarse(found) == coarse(decided), "{to}: {found:?}, {decided:?}");
+                if let KernelAction::Deny(reason) = found {
+                    prop_assert!(reason == unlisted(protocol) || KernelAction::Deny(reason) == decided);
+                }
             }
-            // Bindings may make more be read than is needed.
-            let widened = decided == KernelAction::Pass && found == KernelAction::Proxy && !bindings.is_empty();
-            prop_assert!(widened || coarse(found) == coarse(decided), "{address}:{port}: {found:?}, {decided:?}");
-            if let KernelAction::Deny(reason) = found {
-                prop_assert!(reason == Reason::DefaultDeny || KernelAction::Deny(reason) == decided);
-            }
+            // Nothing of UDP is left to userland, so the two are one.
+            let verdict = policy.decide(&Flow { protocol: Protocol::Udp, to, name: None, names_bound: &[] });
+            let expected = match (verdict.allowed, verdict.is_audited()) {
+                (true, false) => KernelAction::Pass,
+                (true, true) => KernelAction::Audit(verdict.reason),
+                (false, _) => KernelAction::Deny(verdict.reason),
+            };
+            prop_assert_eq!(policy.decide_address_port(Protocol::Udp, to), expected);
         }
     }
 
     #[test]
-    fn the_kernel_never_says_what_the_decision_cannot_answer(tiers in any_tiers(ALL), to in any_destination()) {
+    fn the_kernel_never_says_what_the_decision_cannot_answer(
+        tiers in any_tiers(Parts { audit: true, ..ALL }), to in any_destination(),
+    ) {
         let policy = compile(&tiers);
-        let action = policy.decide_address_port(to);
+        let action = policy.decide_address_port(Protocol::Tcp, to);
+        let enforcing = tiers.iter().all(|tier| tier.enforcement() == Enforcement::Enforce);
         for (bound, name, verdict) in answers(&policy, to) {
             let context = format!("{action:?}, pinned for {bound:?}, shows {name:?}: {verdict:?}");
             match action {
@@ -338,9 +89,14 @@ proptest! {
                     prop_assert!(!verdict.allowed && !verdict.needs_name, "{}", context);
                     // The kernel's reason is the decision's.
                     let nothing_known = name.is_none() && bound.is_empty();
-                    prop_assert!(!nothing_known || KernelAction::Deny(verdict.reason) == action, "{}", context);
+                    let is_exact = enforcing && !address::wraps(&IpNet::from(to.ip()));
+                    prop_assert!(
+                        !nothing_known || !is_exact || KernelAction::Deny(verdict.reason) == action, "{}", context
+                    );
                 }
-                KernelAction::Pass => prop_assert!(verdict.allowed && !verdict.needs_name, "{}", context),
+                KernelAction::Pass => {
+                    prop_assert!(verdict.allowed && !verdict.needs_name && !verdict.is_audited(), "{}", context);
+                }
                 KernelAction::ProxyBound if bound.is_empty() => {
                     prop_assert!(!verdict.allowed && !verdict.needs_name, "{}", context);
                 }
@@ -351,10 +107,97 @@ proptest! {
     }
 
     #[test]
+    fn a_tier_in_audit_mode_denies_nothing_and_misses_nothing(
+        tiers in any_tiers(Parts { audit: true, ..ALL }), to in any_destination(),
+    ) {
+        let is_audit = |tier: &Policy| tier.enforcement() == Enforcement::Audit;
+        let enforcing: Vec<Policy> = tiers.iter().filter(|tier| !is_audit(tier)).cloned().collect();
+        let carried_out: Vec<Policy> = tiers.iter().map(enforced).collect();
+        let (policy, carried_out) = (compile(&tiers), compile(&carried_out));
+        // Nobody's own policy is none at all, and not the default one.
+        let without = (!enforcing.is_empty()).then(|| compile(&enforcing));
+        let check = |what: &str, verdict: &Verdict, without: Option<Verdict>, carried_out: &Verdict| {
+            let context = format!("{what}: {verdict:?}, {without:?}, {carried_out:?}");
+            let passes = without.map_or(verdict.reason != Reason::PlatformDenied, |without| without.allowed);
+            prop_assert_eq!(verdict.allowed, passes, "{}", &context);
+            prop_assert_eq!(verdict.allowed && !verdict.is_audited(), carried_out.allowed, "{}", &context);
+            if verdict.is_audited() {
+                prop_assert!(verdict.tier.is_some_and(|tier| is_audit(&tiers[tier])), "{}", &context);
+            }
+            Ok(())
+        };
+        let names = names();
+        for bound in [&[][..], &names[..2], &names[..]] {
+            for name in names.iter().map(Some).chain([None]) {
+                let flow = Flow { protocol: Protocol::Tcp, to, name, names_bound: bound };
+                let of = |policy: &SandboxPolicy| policy.decide(&flow);
+                check("flow", &of(&policy), without.as_ref().map(of), &of(&carried_out))?;
+                // What must be looked at to know what would be denied is looked at.
+                if name.is_none() && of(&policy).allowed {
+                    let helps = of(&carried_out).needs_name && !of(&carried_out).allowed;
+                    prop_assert!(!helps || of(&policy).needs_name);
+                }
+                for (method, path, upgrade) in &requests()[..12] {
+                    let request = RequestHead { method, path, upgrade: *upgrade };
+                    let of = |policy: &SandboxPolicy| policy.decide_request(&flow, &request);
+                    check("request", &of(&policy), without.as_ref().map(of), &of(&carried_out))?;
+                }
+            }
+        }
+        for name in &names {
+            let of = |policy: &SandboxPolicy| policy.decide_name(name);
+            check("name", &of(&policy), without.as_ref().map(of), &of(&carried_out))?;
+        }
+        let of = |policy: &SandboxPolicy| {
+            policy.decide(&Flow { protocol: Protocol::Udp, to, name: None, names_bound: &[] })
+        };
+        // UDP that no rule mentions is refused, whatever the mode of a tier.
+        if of(&policy).tier.is_some() {
+            check("udp", &of(&policy), without.as_ref().map(of), &of(&carried_out))?;
+        } else {
+            prop_assert!(!of(&policy).allowed && !of(&carried_out).allowed);
+        }
+    }
+
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    #[test]
+    fn a_denied_ipv4_range_is_denied_in_every_ipv6_form_and_an_allowed_one_in_none(
+        tiers in any_tiers(ALL), octets in select(vec![[203u8, 0, 113, 5], [203, 0, 113, 70], [198, 51, 100, 200]]),
+        port in select(&PORTS[..]),
+    ) {
+        let four = Ipv4Addr::from(octets);
+        for form in forms(four) {
+            // The same documents with the form written out wherever a rule denies a range of the address.
+            let spelled: Vec<Policy> = tiers.iter().map(|tier| spelled_out(tier, four, form)).collect();
+            let (policy, spelled) = (compile(&tiers), compile(&spelled));
+            let to = SocketAddr::from((form, port));
+            for ((bound, name, implied), (_, _, explicit)) in answers(&policy, to).into_iter().zip(answers(&spelled, to)) {
+                prop_assert_eq!(implied.allowed, explicit.allowed, "{} pinned for {:?}, shows {:?}", to, bound, name);
+            }
+            let udp = policy.decide(&Flow { protocol: Protocol::Udp, to, name: None, names_bound: &[] });
+            prop_assert!(!udp.allowed);
+        }
+        // To every socket a mapped address is the IPv4 address itself.
+        let policy = compile(&tiers);
+        let mapped = SocketAddr::from((four.to_ipv6_mapped(), port));
+        for (bound, name, verdict) in answers(&policy, (four, port).into()) {
+            prop_assert_eq!(verdict, decide(&policy, mapped, name.as_ref(), &bound));
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(128))]
+
+    #[test]
     fn bindings_change_only_what_is_read(tiers in any_tiers(ALL), bindings in any_bindings(), to in any_destination()) {
         let (without, with) = (compile(&tiers), compile_with(&tiers, &bindings));
         let is_read = bindings.iter().any(|binding| binding.ports.contains(&to.port()));
-        prop_assert_eq!(with.decide_address_port(to), reading(without.decide_address_port(to), is_read));
+        prop_assert_eq!(with.decide_address_port(Protocol::Tcp, to), reading(without.decide_address_port(Protocol::Tcp, to), is_read));
         for ((bound, name, before), (_, _, after)) in answers(&without, to).into_iter().zip(answers(&with, to)) {
             let concerned = |name: &DomainName| {
                 bindings.iter().any(|binding| {
@@ -380,7 +223,7 @@ proptest! {
         tiers in any_tiers(ALL), bindings in any_bindings(), to in any_destination(),
     ) {
         let policy = compile_with(&tiers, &bindings);
-        let action = policy.decide_address_port(to);
+        let action = policy.decide_address_port(Protocol::Tcp, to);
         for (bound, name, verdict) in answers(&policy, to) {
             let context = format!("{action:?}, pinned for {bound:?}, shows {name:?}: {verdict:?}");
             prop_assert!(!verdict.intercept || verdict.allowed, "{}", context);
@@ -399,7 +242,7 @@ proptest! {
     fn asking_for_requests_never_widens(tiers in any_tiers(ALL), to in any_destination()) {
         let blind: Vec<Policy> = tiers.iter().map(blind).collect();
         let (policy, blind) = (compile(&tiers), compile(&blind));
-        prop_assert!(strictness(policy.decide_address_port(to)) >= strictness(blind.decide_address_port(to)));
+        prop_assert!(strictness(policy.decide_address_port(Protocol::Tcp, to)) >= strictness(blind.decide_address_port(Protocol::Tcp, to)));
         for ((bound, name, asked), (_, _, plain)) in answers(&policy, to).into_iter().zip(answers(&blind, to)) {
             prop_assert!(plain.allowed || !asked.allowed, "pinned for {bound:?}, shows {name:?}: {plain:?}, {asked:?}");
         }
@@ -439,9 +282,10 @@ proptest! {
     fn where_no_name_is_denied_the_kernel_asks_userland_only_when_a_name_decides(
         policy in any_policy(Parts { deny_names: false, inside: false, ..ALL }), to in any_destination(),
     ) {
+        prop_assume!(!address::wraps(&IpNet::from(to.ip())));
         let policy = compile(&[policy]);
         let answers = answers(&policy, to);
-        match policy.decide_address_port(to) {
+        match policy.decide_address_port(Protocol::Tcp, to) {
             KernelAction::ProxyBound => {
                 prop_assert!(answers.iter().any(|(_, _, verdict)| verdict.allowed));
                 prop_assert!(answers.iter().any(|(_, _, verdict)| !verdict.allowed));
@@ -483,8 +327,8 @@ proptest! {
             prop_assert!(!resolves || alone.iter().all(|policy| policy.decide_name(&name).allowed), "{}", name);
         }
         // One more tier takes away, also in the kernel.
-        let above = compile(&tiers[..1]).decide_address_port(to);
-        let below = together.decide_address_port(to);
+        let above = compile(&tiers[..1]).decide_address_port(Protocol::Tcp, to);
+        let below = together.decide_address_port(Protocol::Tcp, to);
         prop_assert!(strictness(below) >= strictness(above), "{:?} became {:?}", above, below);
         prop_assert!(!matches!(above, KernelAction::Deny(_)) || below == above);
     }
@@ -492,14 +336,17 @@ proptest! {
     #[test]
     fn a_name_resolves_exactly_if_some_flow_under_it_may_pass(
         tiers in any_tiers(Parts { allow_ranges: false, tcp: false, ..ALL }),
-        address in select(vec![Ipv4Addr::new(192, 0, 2, 9)]),
     ) {
+        // In no listed range but the widest.
+        let addresses = ["192.0.2.9", "2606:4700::1111"].map(|address| address.parse::<IpAddr>().unwrap());
         let policy = compile(&tiers);
         for name in names() {
             let bound = [name.clone()];
-            let mut ports = (1..=1100).chain(7990..8100).chain([65535]);
-            // The address is in no listed range but 0.0.0.0/0.
-            let reachable = ports.any(|port| decide(&policy, (address, port).into(), Some(&name), &bound).allowed);
+            let mut ports = PORTS.into_iter();
+            let reachable = ports.any(|port| {
+                let mut addresses = addresses.iter();
+                addresses.any(|address| decide(&policy, (*address, port).into(), Some(&name), &bound).allowed)
+            });
             prop_assert_eq!(policy.decide_name(&name).allowed, reachable, "{}", name);
         }
     }
@@ -509,6 +356,49 @@ proptest! {
         let text = serde_json::to_string(&policy).unwrap();
         prop_assert_eq!(serde_json::from_str::<Policy>(&text).unwrap(), policy);
     }
+}
+
+/// The document in force.
+fn enforced(policy: &Policy) -> Policy {
+    let mut document = policy.to_value();
+    document["enforcement"] = json!("enforce");
+    Policy::parse(&document).expect("another word of the same field")
+}
+
+/// Every IPv6 address that carries this one, with something in the bits that may hold anything.
+fn forms(four: Ipv4Addr) -> [IpAddr; 6] {
+    let [a, b, c, d] = four.octets();
+    let (high, low) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
+    [
+        [0, 0, 0, 0, 0, 0, high, low],
+        [0, 0, 0, 0, 0xffff, 0, high, low],
+        [0x64, 0xff9b, 0, 0, 0, 0, high, low],
+        [0x2002, high, low, 7, 0, 0, 0, 1],
+        [0x2001, 0, high, low, 0, 7, 0x3333, 0x3333],
+        [0x2001, 0, 0x6565, 0x6565, 0, 7, !high, !low],
+    ]
+    .map(IpAddr::from)
+}
+
+fn spelled_out(policy: &Policy, four: Ipv4Addr, form: IpAddr) -> Policy {
+    let mut document = policy.to_value();
+    let spell = |list: &mut serde_json::Value| {
+        let list = list.as_array_mut().expect("a list");
+        let four = IpAddr::V4(four);
+        let mut ranges = list
+            .iter()
+            .filter_map(|range| range.as_str()?.parse::<IpNet>().ok());
+        if ranges.any(|range| range.contains(&four)) {
+            list.push(json!(form.to_string()));
+        }
+    };
+    spell(&mut document["denied_cidrs"]);
+    for rule in document["rules"].as_array_mut().expect("a list") {
+        if rule["action"] == "deny" {
+            spell(&mut rule["cidrs"]);
+        }
+    }
+    Policy::parse(&document).expect("one more range")
 }
 
 #[test]

@@ -2,7 +2,6 @@
 
 use serde_json::Value;
 
-use super::NOT_YET;
 use crate::{
     document::{
         Action, Inside, Rule, RuleProtocol, Tls,
@@ -76,9 +75,10 @@ pub(super) fn check(fields: &Fields<'_>, rule: &Rule) -> Result<(), PolicyError>
         ("tls", *tls == Tls::Intercept),
     ];
     let Some((field, _)) = asked.into_iter().find(|(_, asked)| *asked) else {
-        return match (tls, rule.action) {
-            (Tls::Splice, Action::Deny) => fields.refuse("tls", "means nothing in a rule that denies"),
-            (Tls::Auto | Tls::Splice | Tls::Intercept, Action::Allow | Action::Deny) => Ok(()),
+        return match (tls, rule.action, rule.protocol) {
+            (Tls::Splice, Action::Deny, _) => fields.refuse("tls", "means nothing in a rule that denies"),
+            (Tls::Splice, Action::Allow, RuleProtocol::Udp) => fields.refuse("tls", "means nothing on UDP"),
+            (Tls::Auto | Tls::Splice | Tls::Intercept, Action::Allow | Action::Deny, _) => Ok(()),
         };
     };
     if rule.action == Action::Deny {
@@ -87,13 +87,17 @@ pub(super) fn check(fields: &Fields<'_>, rule: &Rule) -> Result<(), PolicyError>
             "belongs into a rule that allows; requests that it does not list are denied",
         );
     }
-    if rule.protocol == RuleProtocol::Tcp {
-        return fields.refuse(field, "needs protocol \"http\": nobody looks into \"tcp\"");
+    if let RuleProtocol::Tcp | RuleProtocol::Udp = rule.protocol {
+        let word = rule.protocol.as_str();
+        return fields.refuse(
+            field,
+            format!("needs protocol \"http\": nobody looks into \"{word}\""),
+        );
     }
     if !rule.cidrs.is_empty() {
         return fields.refuse(
             field,
-            format!("in a rule with `cidrs` {NOT_YET}; name the hosts in `domains`"),
+            "cannot be asked of `cidrs`, where flows need show no name; name the hosts in `domains`",
         );
     }
     if *tls == Tls::Splice {
