@@ -16,7 +16,7 @@ use std::{
 
 use jiff::Timestamp;
 use sandgate_api::{
-    audit::{AuditEvent, AuditVerdict},
+    audit::AuditEvent,
     id::{OrgId, SandboxId},
 };
 use sandgate_policy::{FailureMode, Reason};
@@ -129,10 +129,10 @@ impl Audit {
         }
     }
 
-    /// Records a denial, put together with equal ones of the same second.
+    /// Records a denial, carried out or not, put together with equal ones of the same second.
     pub fn deny(&self, owner: &Owner, decision: &Decision, attempt: Attempt, repeated: u64) {
         self.metrics
-            .decided(attempt.protocol, decision.is_allowed(), decision.reason, repeated);
+            .decided(attempt.protocol, decision.verdict(), decision.reason, repeated);
         self.lock().gatherer.add(
             owner.clone(),
             decision.clone(),
@@ -145,7 +145,7 @@ impl Audit {
     /// Records a flow that was admitted, however it ended, or a request inside it. Returns the record's id.
     pub fn flow(&self, owner: &Owner, decision: &Decision, attempt: Attempt, passed: Passed) -> String {
         self.metrics
-            .decided(attempt.protocol, decision.is_allowed(), decision.reason, 1);
+            .decided(attempt.protocol, decision.verdict(), decision.reason, 1);
         self.begun(owner, decision, attempt, passed)
     }
 
@@ -206,17 +206,12 @@ impl Audit {
 }
 
 fn event(owner: &Owner, decision: &Decision, attempt: Attempt, passed: Passed, repeated: u64) -> AuditEvent {
-    let verdict = if decision.is_allowed() {
-        AuditVerdict::Allow
-    } else {
-        AuditVerdict::Deny
-    };
     let event = AuditEvent {
         id: uuid::Uuid::now_v7().to_string(),
         time: passed.began,
         org_id: owner.org_id.clone(),
         sandbox_id: owner.sandbox_id.clone(),
-        verdict,
+        verdict: decision.verdict(),
         reason: decision.reason,
         tier: decision.tier,
         rule: decision.rule.clone(),
@@ -236,7 +231,7 @@ fn event(owner: &Owner, decision: &Decision, attempt: Attempt, passed: Passed, r
     tracing::info!(
         target: "audit",
         sandbox_id = %event.sandbox_id,
-        verdict = if decision.is_allowed() { "allow" } else { "deny" },
+        verdict = event.verdict.as_str(),
         reason = event.reason.as_str(),
         rule = event.rule,
         protocol = event.protocol,

@@ -13,6 +13,7 @@ use prometheus_client::{
     metrics::{counter::Counter, family::Family, histogram::Histogram},
     registry::Registry,
 };
+use sandgate_api::audit::AuditVerdict;
 use sandgate_daemon::metrics::{SECONDS, UNIT_SECONDS, prometheus_client};
 use sandgate_policy::Reason;
 
@@ -233,17 +234,17 @@ impl Metrics {
         }
         let labels = DecisionLabels {
             protocol: "tls",
-            verdict: verdict(true),
+            verdict: AuditVerdict::Allow.as_str(),
             reason: Reason::Allowed.as_str(),
         };
         drop(self.decisions.get_or_create(&labels));
     }
 
     /// Something was decided `count` times.
-    pub fn decided(&self, protocol: &'static str, allowed: bool, reason: Reason, count: u64) {
+    pub fn decided(&self, protocol: &'static str, verdict: AuditVerdict, reason: Reason, count: u64) {
         let labels = DecisionLabels {
             protocol,
-            verdict: verdict(allowed),
+            verdict: verdict.as_str(),
             reason: reason.as_str(),
         };
         self.decisions.get_or_create(&labels).inc_by(count);
@@ -285,10 +286,6 @@ impl Metrics {
         let reason = reason.as_str();
         self.denials.get_or_create(&ReasonLabels { reason }).inc_by(count);
     }
-}
-
-fn verdict(allowed: bool) -> &'static str {
-    if allowed { "allow" } else { "deny" }
 }
 
 #[cfg(test)]

@@ -288,6 +288,11 @@ impl Sandbox {
         self.dns_budget.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What the rules say about a flow that hides its name in a form that is never sent for show.
+    pub fn judge_ech(&self) -> Decision {
+        self.lock().enforced.rules().judge_ech()
+    }
+
     /// The decision that address and port alone lead to, for records about packets.
     pub fn judge_packet(&self, udp: bool, to: SocketAddr) -> Decision {
         self.lock().enforced.judge_packet(udp, to)

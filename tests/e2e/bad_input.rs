@@ -251,7 +251,7 @@ pub(crate) fn policies_that_are_wrong_name_the_field_and_change_nothing(machine:
             "allowed_ports[0]",
         ),
         (
-            json!({ "mode": "allowlist", "enforcement": "audit" }),
+            json!({ "mode": "allowlist", "enforcement": "log" }),
             "enforcement",
         ),
         (

@@ -16,6 +16,7 @@ use crate::{
         ("sandbox_id" = Option<String>, Query, description = "Of one sandbox"),
         ("host" = Option<String>, Query, description = "For one name"),
         ("decision" = Option<String>, Query, description = "`allow` or `deny`"),
+        ("enforced" = Option<bool>, Query, description = "`false`: what went through although a tier in audit mode denies it"),
         ("since" = Option<String>, Query, description = "Not before: RFC 3339, or seconds since 1970"),
         ("until" = Option<String>, Query, description = "Before"),
         ("offset" = Option<u32>, Query, description = "How many to skip"),
@@ -41,18 +42,33 @@ fn filter(parameters: &Parameters) -> Result<AuditFilter, ApiError> {
                 .map_err(|error| ApiError::field("sandbox_id", error.to_string()))?,
         ),
     };
-    let verdict = match parameters.text("decision") {
+    let enforced = match parameters.text("enforced") {
         None => None,
-        Some("allow") => Some(AuditVerdict::Allow),
-        Some("deny") => Some(AuditVerdict::Deny),
-        Some(_) => return Err(ApiError::field("decision", "expected `allow` or `deny`")),
+        Some("true") => Some(true),
+        Some("false") => Some(false),
+        Some(_) => return Err(ApiError::field("enforced", "expected `true` or `false`")),
+    };
+    let verdicts: &[AuditVerdict] = match (parameters.text("decision"), enforced) {
+        (None, None) => &[],
+        (None, Some(true)) => &[AuditVerdict::Allow, AuditVerdict::Deny],
+        (Some("allow"), None | Some(true)) => &[AuditVerdict::Allow],
+        (Some("deny"), None) => &[AuditVerdict::Deny, AuditVerdict::Audit],
+        (Some("deny"), Some(true)) => &[AuditVerdict::Deny],
+        (None | Some("deny"), Some(false)) => &[AuditVerdict::Audit],
+        (Some("allow"), Some(false)) => {
+            return Err(ApiError::field(
+                "enforced",
+                "what is allowed is not a denial that could be carried out",
+            ));
+        }
+        (Some(_), _) => return Err(ApiError::field("decision", "expected `allow` or `deny`")),
     };
     Ok(AuditFilter {
         sandbox_id,
         host: parameters
             .text("host")
             .map(|host| host.trim_end_matches('.').to_lowercase()),
-        verdict,
+        verdicts,
         since: parameters.time("since")?,
         until: parameters.time("until")?,
         before: parameters.cursor()?,
@@ -79,9 +95,13 @@ mod tests {
         let filter = filtered(query).expect("a filter");
         assert_eq!(filter.sandbox_id.map(String::from).as_deref(), Some("sandbox-0a"));
         assert_eq!(filter.host.as_deref(), Some("api.example.org"));
-        assert_eq!(filter.verdict, Some(AuditVerdict::Deny));
+        assert_eq!(filter.verdicts, [AuditVerdict::Deny, AuditVerdict::Audit]);
         assert_eq!((filter.limit, filter.offset, filter.before), (7, 3, Some(9)));
         assert_eq!(filtered("").expect("defaults").limit, 50);
+        let audited = filtered("enforced=false").expect("a filter");
+        assert_eq!(audited.verdicts, [AuditVerdict::Audit]);
+        let carried_out = filtered("decision=deny&enforced=true").expect("a filter");
+        assert_eq!(carried_out.verdicts, [AuditVerdict::Deny]);
     }
 
     #[test]
@@ -89,6 +109,8 @@ mod tests {
         for (query, field) in [
             ("sandbox_id=x", "sandbox_id"),
             ("decision=audit", "decision"),
+            ("enforced=maybe", "enforced"),
+            ("decision=allow&enforced=false", "enforced"),
             ("since=x", "since"),
             ("until=x", "until"),
             ("limit=0", "limit"),

@@ -31,9 +31,9 @@ fn record(row: AuditRow) -> AuditRecord {
         timestamp: event.time,
         decision: match event.verdict {
             AuditVerdict::Allow => AuditDecision::Allow,
-            AuditVerdict::Deny => AuditDecision::Deny,
+            AuditVerdict::Deny | AuditVerdict::Audit => AuditDecision::Deny,
         },
-        enforced: true,
+        enforced: event.verdict != AuditVerdict::Audit,
         bytes: event.bytes_up.saturating_add(event.bytes_down),
         event,
     }

@@ -16,8 +16,8 @@ pub struct AuditFilter {
     pub sandbox_id: Option<SandboxId>,
     /// For one name, lower case.
     pub host: Option<String>,
-    /// Of one kind.
-    pub verdict: Option<AuditVerdict>,
+    /// With one of these verdicts; none: all.
+    pub verdicts: &'static [AuditVerdict],
     /// Not before.
     pub since: Option<Timestamp>,
     /// Before.
@@ -55,7 +55,7 @@ impl Store {
             .bind(event.org_id.as_str())
             .bind(event.sandbox_id.as_str())
             .bind(millis(event.time))
-            .bind(verdict(event.verdict))
+            .bind(event.verdict.as_str())
             .bind(&event.host)
             .bind(to_document("audit record", event)?)
             .execute(&mut *transaction)
@@ -79,8 +79,13 @@ impl Store {
         if let Some(host) = &filter.host {
             query.push(" AND host = ").push_bind(host.clone());
         }
-        if let Some(wanted) = filter.verdict {
-            query.push(" AND verdict = ").push_bind(verdict(wanted));
+        if !filter.verdicts.is_empty() {
+            query.push(" AND verdict IN (");
+            let mut wanted = query.separated(", ");
+            for verdict in filter.verdicts {
+                wanted.push_bind(verdict.as_str());
+            }
+            query.push(")");
         }
         if let Some(since) = filter.since {
             query.push(" AND time >= ").push_bind(millis(since));
@@ -125,12 +130,5 @@ impl Store {
         .execute(&self.writer)
         .await?;
         Ok(done.rows_affected())
-    }
-}
-
-fn verdict(verdict: AuditVerdict) -> &'static str {
-    match verdict {
-        AuditVerdict::Allow => "allow",
-        AuditVerdict::Deny => "deny",
     }
 }

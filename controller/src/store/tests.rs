@@ -663,7 +663,7 @@ async fn a_record_delivered_twice_is_stored_once_and_every_filter_counts() {
     assert_eq!(stored.expect("records")[0].event, events[2]);
 
     let deny = AuditFilter {
-        verdict: Some(AuditVerdict::Deny),
+        verdicts: &[AuditVerdict::Deny],
         ..AuditFilter::default()
     };
     assert_eq!(audit(&world, deny).await, ["c.test", "b.test"]);

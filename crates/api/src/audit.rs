@@ -20,6 +20,19 @@ pub enum AuditVerdict {
     Allow,
     /// It was refused.
     Deny,
+    /// It went through although a tier denies it, because that tier is in audit mode.
+    Audit,
+}
+
+impl AuditVerdict {
+    /// As it is spelled.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Allow => "allow",
+            Self::Deny => "deny",
+            Self::Audit => "audit",
+        }
+    }
 }
 
 /// One decision. Never holds a query string, a body or a secret's value.
@@ -34,7 +47,7 @@ pub struct AuditEvent {
     pub org_id: OrgId,
     /// Which sandbox.
     pub sandbox_id: SandboxId,
-    /// Allowed or denied.
+    /// Allowed, denied, or denied and let through.
     pub verdict: AuditVerdict,
     /// Why.
     #[cfg_attr(feature = "openapi", schema(value_type = crate::openapi::Reason))]

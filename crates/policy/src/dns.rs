@@ -15,6 +15,9 @@ macro_rules! types {
             /// Every type, as documents spell them.
             pub const ALL: &'static [(&'static str, Self)] = &[$(($text, Self::$name),)+];
 
+            /// The words alone.
+            pub(crate) const WORDS: &'static [&'static str] = &[$($text,)+];
+
             /// As documents and zone files spell it (RFC 1035, 5.1).
             pub const fn as_str(self) -> &'static str {
                 match self {

@@ -5,6 +5,8 @@
 
 mod fields;
 mod parse;
+mod schema;
+mod table;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
@@ -29,6 +31,9 @@ macro_rules! words {
         impl $name {
             /// Every word of the kind, as documents spell them.
             pub(crate) const ALL: &'static [(&'static str, Self)] = &[$(($text, Self::$word),)+];
+
+            /// The words alone.
+            pub(crate) const WORDS: &'static [&'static str] = &[$($text,)+];
 
             /// As documents spell it.
             pub const fn as_str(self) -> &'static str {
@@ -157,12 +162,6 @@ impl Inside {
 }
 
 impl Rule {
-    /// Every field that a rule may have.
-    pub const FIELDS: &'static [&'static str] = &parse::KNOWN_IN_RULE;
-
-    /// Every field that an element of a rule's `http` may have.
-    pub const REQUEST_FIELDS: &'static [&'static str] = &parse::KNOWN_IN_REQUESTS;
-
     /// The name that its author gave it.
     pub fn name(&self) -> Option<&str> {
         self.name.as_deref()
@@ -242,11 +241,6 @@ impl Default for Policy {
 }
 
 impl Policy {
-    /// Every field that a document may have, but for those that answers add.
-    pub const FIELDS: &'static [&'static str] = parse::KNOWN
-        .split_at(parse::KNOWN.len() - parse::FROM_ANSWERS.len())
-        .0;
-
     /// Reads a document. Names and ranges come out in canonical form.
     ///
     /// `org_id`, `updated_at`, `revision`, `applied` and `effective` are not looked at: answers of the API add them,

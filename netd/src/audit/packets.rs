@@ -41,7 +41,9 @@ pub fn follow(
             match reader.next_batch(WAIT) {
                 Ok(events) => {
                     for event in events {
-                        metrics.denied_in_kernel(event.reason, event.repeated.max(1));
+                        if !event.audit {
+                            metrics.denied_in_kernel(event.reason, event.repeated.max(1));
+                        }
                         // Nobody's: an interface that is no sandbox's, or the canary.
                         if let Some(sandbox) = sandboxes.by_ordinal(event.ordinal) {
                             record(&audit, &sandbox, &event);
@@ -69,11 +71,11 @@ fn decision(sandbox: &Sandbox, event: &DenyEvent) -> Decision {
         TCP | UDP => sandbox.judge_packet(event.protocol == UDP, event.dst),
         _ => return Decision::of(event.reason),
     };
-    if judged.reason == event.reason {
-        judged
-    } else {
-        Decision::of(event.reason)
+    if judged.reason == event.reason && judged.enforced != event.audit {
+        return judged;
     }
+    let decision = Decision::of(event.reason);
+    if event.audit { decision.audited() } else { decision }
 }
 
 fn attempt(event: &DenyEvent) -> Attempt {

@@ -17,7 +17,9 @@ use tokio::{
 };
 
 use super::{
-    Egress, clear, refuse,
+    Egress, clear,
+    hello::Hides,
+    refuse,
     retry::{self, Unsettled},
     sniff::{self, Beginning, Spoken},
 };
@@ -56,6 +58,8 @@ pub(super) struct Said {
     method: Option<String>,
     path: Option<String>,
     detail: Option<String>,
+    /// What is wrong with it, where nothing of that ends it.
+    fault: Option<Decision>,
 }
 
 impl Said {
@@ -67,6 +71,7 @@ impl Said {
             method: None,
             path: None,
             detail: None,
+            fault: None,
         }
     }
 
@@ -88,12 +93,15 @@ impl Said {
 enum Manner {
     /// Every byte both ways; these were read already.
     Splice(Vec<u8>),
-    /// One request in clear, of which these bytes of the body were read already.
-    Clear(Box<Head>, Vec<u8>),
+    /// One request in clear, of which these bytes of the body were read already. Beside them every byte read so far,
+    /// where the flow may go on as it is.
+    Clear(Box<Head>, Vec<u8>, Option<Vec<u8>>),
     /// Every byte both ways, unread.
     Opaque,
-    /// The same, after a look for a name that found none: these bytes were read already.
+    /// The same, after a look for a name that found none or does not count: these bytes were read already.
     Begun(Vec<u8>),
+    /// The same, under the name that was found.
+    Named(Vec<u8>),
 }
 
 impl Egress {
@@ -143,7 +151,7 @@ impl Egress {
                 return;
             }
         };
-        let (admitted, manner) = match admit(&entry, &mut said, manner) {
+        let (mut admitted, manner) = match admit(&entry, &mut said, manner) {
             Ok(admitted) => admitted,
             Err(decision) => {
                 refuse(&near);
@@ -162,8 +170,19 @@ impl Egress {
                 // Boxed: the states of such a flow are large, and most flows are others.
                 return Box::pin(self.intercept(entry, admitted, target, begun, said.detail)).await;
             }
-            (Manner::Clear(head, begun), _) => match judge_in_clear(&admitted, &mut said, *head) {
-                Ok((head, request)) => (Manner::Clear(Box::new(head), begun), request),
+            (Manner::Clear(head, begun, whole), _) => match judge_in_clear(&admitted, &mut said, *head) {
+                Ok((head, request)) => {
+                    if let Some(request) = &request
+                        && request.judgement.decision.is_audited()
+                    {
+                        admitted.decision = request.judgement.decision.clone();
+                    }
+                    (Manner::Clear(Box::new(head), begun, whole), request)
+                }
+                Err(decision) if let Some(whole) = whole => {
+                    admitted.decision = decision.audited();
+                    (Manner::Named(whole), None)
+                }
                 Err(decision) => {
                     let attempt = said.attempt(entry.to);
                     let why = decision.reason.as_str();
@@ -173,6 +192,10 @@ impl Egress {
                     return;
                 }
             },
+            // Whatever its handshake comes to, nothing of it ends the flow.
+            (Manner::Splice(received), _) if matches!(entry.look, FirstLook::Audit(_)) => {
+                (Manner::Named(received), None)
+            }
             (manner, _) => (manner, None),
         };
         let traffic = Traffic::default();
@@ -209,9 +232,18 @@ impl Egress {
         match entry.look {
             FirstLook::Opaque => return Ok((Said::nothing(), Manner::Opaque)),
             FirstLook::Refuse(ref decision) => return Err((Said::nothing(), decision.clone())),
-            FirstLook::Sniff | FirstLook::Glance => {}
+            FirstLook::Sniff | FirstLook::Glance | FirstLook::Audit(_) => {}
         }
         let glance = entry.look == FirstLook::Glance;
+        let audit = matches!(entry.look, FirstLook::Audit(_));
+        // What would end the flow in another mode is only recorded of it.
+        let faulty = |said: Said, decision: Decision, received: Vec<u8>| {
+            if audit {
+                let fault = Some(decision.audited());
+                return Ok((Said { fault, ..said }, Manner::Begun(received)));
+            }
+            Err((said, decision))
+        };
         let Ok(_permit) = Arc::clone(&entry.sandbox.limits.sniffs).try_acquire_owned() else {
             let detail = Some("too many connections that say nothing".to_owned());
             return Err((
@@ -234,7 +266,10 @@ impl Egress {
             .map_err(|_error| malformed("reset before it said whom it is for"))?;
         match protocol {
             Spoken::Unreadable(_) if glance => Ok((Said::nothing(), Manner::Begun(received))),
-            Spoken::Unreadable(why) => Err(malformed(why)),
+            Spoken::Unreadable(why) => {
+                let (said, decision) = malformed(why);
+                faulty(said, decision, received)
+            }
             Spoken::Tls(hello) => {
                 let name = match hello.server_name.as_deref().map(DomainName::parse) {
                     None => None,
@@ -244,25 +279,31 @@ impl Egress {
                         let (mut said, decision) = malformed("a server name that is not a name");
                         said.protocol = "tls";
                         said.host = hello.server_name;
-                        return Err((said, decision));
+                        return faulty(said, decision, received);
                     }
                 };
                 // A GREASE extension looks the same on the wire, and browsers always send one. The outer name
                 // is what is judged, so it must be allowed and the address pinned for it.
-                let detail = hello
-                    .encrypted_hello
-                    .then(|| "with an encrypted ClientHello or GREASE".to_owned());
-                let host = name.as_ref().map(|name| name.as_str().to_owned());
-                Ok((
-                    Said {
-                        protocol: "tls",
-                        host,
-                        name,
-                        detail,
-                        ..Said::nothing()
-                    },
-                    Manner::Splice(received),
-                ))
+                let detail = match hello.hides {
+                    Hides::Nothing => None,
+                    Hides::Perhaps => Some("with an encrypted ClientHello or GREASE".to_owned()),
+                    Hides::Name => Some("with a hidden server name that is not GREASE".to_owned()),
+                };
+                let mut said = Said {
+                    protocol: "tls",
+                    host: name.as_ref().map(|name| name.as_str().to_owned()),
+                    name,
+                    detail,
+                    ..Said::nothing()
+                };
+                if hello.hides == Hides::Name && !glance {
+                    let decision = entry.sandbox.judge_ech();
+                    if !decision.is_allowed() {
+                        return faulty(said, decision, received);
+                    }
+                    said.fault = Some(decision).filter(Decision::is_audited);
+                }
+                Ok((said, Manner::Splice(received)))
             }
             Spoken::Http(head) => {
                 let said = host_said(&head.host);
@@ -275,10 +316,19 @@ impl Egress {
                 }
                 if let Some(why) = mismatch(&head.host, entry.to) {
                     let detail = Some(why.to_owned());
-                    return Err((Said { detail, ..said }, Decision::of(Reason::HostMismatch)));
+                    return faulty(
+                        Said { detail, ..said },
+                        Decision::of(Reason::HostMismatch),
+                        received,
+                    );
+                }
+                // On its way through here it would lose the other protocol that it asks for.
+                if audit && head.asks_for_upgrade() {
+                    return Ok((said, Manner::Named(received)));
                 }
                 let begun = received[head.length..].to_vec();
-                Ok((said, Manner::Clear(Box::new(head), begun)))
+                let whole = audit.then_some(received);
+                Ok((said, Manner::Clear(Box::new(head), begun, whole)))
             }
         }
     }
@@ -297,7 +347,7 @@ impl Egress {
             Err(error) => return Ended::Failed(error.reason(), error.to_string()),
         };
         let ended = match manner {
-            Manner::Clear(head, begun) => {
+            Manner::Clear(head, begun, _) => {
                 match clear::one_request(&mut *near, &mut far, &head, &begun, IDLE, traffic).await {
                     clear::End::Closed => Ended::Well,
                     clear::End::Idle => Ended::Stopped("nothing moved for an hour"),
@@ -309,13 +359,15 @@ impl Egress {
                 }
             }
             Manner::Splice(received) => self.handshake(near, &mut far, &received, said, traffic).await,
-            Manner::Begun(received) => match send_first(&mut far, &received).await {
-                Ok(()) => {
-                    traffic.add_up(received.len());
-                    splice_on(near, &far, traffic).await
+            Manner::Begun(received) | Manner::Named(received) => {
+                match send_first(&mut far, &received).await {
+                    Ok(()) => {
+                        traffic.add_up(received.len());
+                        splice_on(near, &far, traffic).await
+                    }
+                    Err(why) => Ended::Stopped(why),
                 }
-                Err(why) => Ended::Stopped(why),
-            },
+            }
             Manner::Opaque => {
                 observe(near, &far, said).await;
                 splice_on(near, &far, traffic).await
@@ -374,7 +426,11 @@ impl Ended {
             Self::Client(how) => (admitted, Some(how)),
             Self::Cut(decision) => {
                 let detail = format!("new rules: {}", decision.reason.as_str());
-                (decision.because(Reason::PolicyTightened), Some(detail))
+                let cut = Decision {
+                    enforced: true,
+                    ..decision.because(Reason::PolicyTightened)
+                };
+                (cut, Some(detail))
             }
             Self::Failed(reason, detail) => {
                 let decision = Decision {
@@ -387,8 +443,17 @@ impl Ended {
     }
 }
 
-/// Admits a flow. One that may go unread, and cannot go under the name it shows, goes without a name.
+/// Admits a flow. Of one that is allowed, the first that is wrong with it is recorded.
 fn admit(entry: &Entry, said: &mut Said, manner: Manner) -> Result<(Admitted, Manner), Decision> {
+    let (mut admitted, manner) = admit_as_shown(entry, said, manner)?;
+    if let Some(fault) = said.fault.take() {
+        admitted.decision = fault;
+    }
+    Ok((admitted, manner))
+}
+
+/// One that may go unread, and cannot go under the name it shows, goes without a name.
+fn admit_as_shown(entry: &Entry, said: &mut Said, manner: Manner) -> Result<(Admitted, Manner), Decision> {
     let to = entry.to;
     let nameless = Facts { to, name: None };
     if matches!(manner, Manner::Begun(_)) {
@@ -397,7 +462,7 @@ fn admit(entry: &Entry, said: &mut Said, manner: Manner) -> Result<(Admitted, Ma
     let name = said.name.clone();
     match entry.sandbox.admit(Facts { to, name }) {
         Ok(admitted) => Ok((admitted, manner)),
-        Err(_) if entry.look == FirstLook::Glance => {
+        Err(_) if matches!(entry.look, FirstLook::Glance | FirstLook::Audit(_)) => {
             said.name = None;
             Ok((entry.sandbox.admit(nameless)?, manner))
         }

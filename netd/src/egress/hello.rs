@@ -18,10 +18,23 @@ pub enum Reading {
 pub struct ClientHello {
     /// The server name as sent, one entry, not yet checked for being a name.
     pub server_name: Option<String>,
-    /// An encrypted ClientHello is attached (or GREASE that cannot be told from one).
-    pub encrypted_hello: bool,
+    /// Whether another name may be hidden.
+    pub hides: Hides,
     /// Bytes of the buffer that the records of this message take.
     pub length: usize,
+}
+
+/// What a ClientHello hides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Hides {
+    /// Nothing.
+    Nothing,
+    /// A whole ClientHello with another name, or nothing: an outer encrypted ClientHello, and GREASE, which cannot be
+    /// told from one (RFC 9849, 6.2).
+    Perhaps,
+    /// A name, in a form that no client sends for show: the draft before encrypted ClientHello, an inner ClientHello
+    /// in clear, or something that is neither.
+    Name,
 }
 
 /// The first byte of a TLS handshake record.
@@ -32,6 +45,8 @@ const RECORD_LIMIT: usize = 1 << 14;
 const SERVER_NAME: u16 = 0;
 const HOST_NAME: u8 = 0;
 const ENCRYPTED_CLIENT_HELLO: u16 = 0xfe0d;
+/// Its kind in a ClientHello that is sent in clear.
+const OUTER: u8 = 0;
 /// The draft that came before encrypted ClientHello.
 const ENCRYPTED_SERVER_NAME: u16 = 0xffce;
 
@@ -64,9 +79,9 @@ pub fn read(received: &[u8]) -> Reading {
             }
             if message.len() == wanted && whole {
                 return match body(&message[4..]) {
-                    Ok((server_name, encrypted_hello)) => Reading::Complete(ClientHello {
+                    Ok((server_name, hides)) => Reading::Complete(ClientHello {
                         server_name,
-                        encrypted_hello,
+                        hides,
                         length: at + RECORD_HEADER + length,
                     }),
                     Err(broken) => Reading::Malformed(broken),
@@ -95,7 +110,7 @@ fn broken_record(rest: &[u8]) -> Option<&'static str> {
     }
 }
 
-type Said = (Option<String>, bool);
+type Said = (Option<String>, Hides);
 
 fn body(message: &[u8]) -> Result<Said, &'static str> {
     let mut reader = Reader(message);
@@ -112,24 +127,41 @@ fn body(message: &[u8]) -> Result<Said, &'static str> {
         return Err("no compression method");
     }
     if reader.0.is_empty() {
-        return Ok((None, false));
+        return Ok((None, Hides::Nothing));
     }
     let mut extensions = Reader(reader.vector16()?);
     reader.end()?;
 
     let mut server_name = None;
-    let mut encrypted_hello = false;
+    let mut hides = Hides::Nothing;
     while !extensions.0.is_empty() {
         let kind = extensions.u16()?;
         let content = extensions.vector16()?;
         match kind {
             SERVER_NAME if server_name.is_some() => return Err("two server name extensions"),
             SERVER_NAME => server_name = Some(host_name(content)?),
-            ENCRYPTED_CLIENT_HELLO | ENCRYPTED_SERVER_NAME => encrypted_hello = true,
+            ENCRYPTED_CLIENT_HELLO if outer(content).is_ok() => hides = hides.max(Hides::Perhaps),
+            ENCRYPTED_CLIENT_HELLO | ENCRYPTED_SERVER_NAME => hides = Hides::Name,
             _ => {}
         }
     }
-    Ok((server_name, encrypted_hello))
+    Ok((server_name, hides))
+}
+
+/// Reads an outer encrypted ClientHello (RFC 9849, 5).
+fn outer(extension: &[u8]) -> Result<(), &'static str> {
+    let mut reader = Reader(extension);
+    let kind = reader.take(1)?[0];
+    // The cipher suite, and the identity of the configuration.
+    reader.take(5)?;
+    // Empty after a HelloRetryRequest.
+    reader.vector16()?;
+    let payload = reader.vector16()?;
+    reader.end()?;
+    if kind != OUTER || payload.is_empty() {
+        return Err("not an outer encrypted ClientHello");
+    }
+    Ok(())
 }
 
 fn host_name(extension: &[u8]) -> Result<String, &'static str> {
@@ -292,16 +324,40 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn an_encrypted_hello_is_noticed() {
-        for kind in [ENCRYPTED_CLIENT_HELLO, ENCRYPTED_SERVER_NAME] {
+    fn what_may_hide_a_name_is_told_from_what_hides_one() {
+        // As browsers send it, GREASE or not.
+        let outer = |kind: u8, payload: &[u8]| {
+            [
+                &[kind, 0, 1, 0, 1, 77][..],
+                &vector16(&[5; 32]),
+                &vector16(payload),
+            ]
+            .concat()
+        };
+        let hides = |kind: u16, content: &[u8]| {
             let bytes = records(
-                &message(&[server_name("ok.test"), extension(kind, &[0; 40])].concat()),
+                &message(&[server_name("ok.test"), extension(kind, content)].concat()),
                 9999,
             );
             let Reading::Complete(hello) = read(&bytes) else {
                 panic!("not read")
             };
-            assert!(hello.encrypted_hello);
+            hello.hides
+        };
+        assert_eq!(hides(51, &[0; 40]), Hides::Nothing);
+        assert_eq!(
+            hides(ENCRYPTED_CLIENT_HELLO, &outer(0, &[9; 144])),
+            Hides::Perhaps
+        );
+        for (kind, content) in [
+            (ENCRYPTED_SERVER_NAME, vec![0; 40]),
+            (ENCRYPTED_CLIENT_HELLO, vec![1]),
+            (ENCRYPTED_CLIENT_HELLO, outer(1, &[9; 144])),
+            (ENCRYPTED_CLIENT_HELLO, outer(0, &[])),
+            (ENCRYPTED_CLIENT_HELLO, [outer(0, &[9; 144]), vec![0]].concat()),
+            (ENCRYPTED_CLIENT_HELLO, vec![]),
+        ] {
+            assert_eq!(hides(kind, &content), Hides::Name, "{content:?}");
         }
     }
 

@@ -33,6 +33,9 @@ pub enum FirstLook {
     Sniff,
     /// Yes, and a name may say that its requests are to be read. Without one it goes unread.
     Glance,
+    /// Yes, recorded as this denial by a tier in audit mode, unless the name says otherwise. All that is wrong with the
+    /// flow is recorded, and nothing of it ends the flow.
+    Audit(Decision),
 }
 
 /// One request as it is judged, and judged again when the rules change.
@@ -151,6 +154,7 @@ impl Enforced {
         let judgement = judge(&self.rules, &facts, &bound);
         match (judgement.decision.is_allowed(), judgement.needs_name) {
             (true, false) => FirstLook::Opaque,
+            (true, true) if judgement.decision.is_audited() => FirstLook::Audit(judgement.decision),
             (true, true) => FirstLook::Glance,
             (false, true) => FirstLook::Sniff,
             (false, false) => FirstLook::Refuse(judgement.decision),

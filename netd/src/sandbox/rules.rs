@@ -3,6 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use sandgate_api::{
+    audit::AuditVerdict,
     feed::{FeedSandbox, PolicyTier, TierName},
     id::OrgId,
 };
@@ -84,12 +85,15 @@ pub struct Judgement {
 /// What was decided, and by whom.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Decision {
-    /// Why; [`Reason::Allowed`] and nothing else means yes.
+    /// Why; [`Reason::Allowed`] means yes.
     pub reason: Reason,
     /// The tier that decided.
     pub tier: Option<TierName>,
     /// The rule that decided, in its tier.
     pub rule: Option<String>,
+    /// Whether it is carried out. A denial that is not is one of a tier in audit mode: what it is about goes on, and is
+    /// recorded with it.
+    pub enforced: bool,
 }
 
 impl Decision {
@@ -100,12 +104,36 @@ impl Decision {
             reason,
             tier,
             rule: None,
+            enforced: true,
         }
     }
 
-    /// Whether it is a yes.
+    /// Whether what it is about goes on.
     pub fn is_allowed(&self) -> bool {
-        self.reason == Reason::Allowed
+        self.reason == Reason::Allowed || !self.enforced
+    }
+
+    /// Whether it is a denial that is not carried out.
+    pub fn is_audited(&self) -> bool {
+        self.reason != Reason::Allowed && !self.enforced
+    }
+
+    /// The word for it in records.
+    pub fn verdict(&self) -> AuditVerdict {
+        match (self.reason, self.enforced) {
+            (Reason::Allowed, _) => AuditVerdict::Allow,
+            (_, true) => AuditVerdict::Deny,
+            (_, false) => AuditVerdict::Audit,
+        }
+    }
+
+    /// The same decision, recorded and not carried out.
+    #[must_use]
+    pub fn audited(self) -> Self {
+        Self {
+            enforced: false,
+            ..self
+        }
     }
 
     /// The same decision, for a reason seen from elsewhere.
@@ -235,21 +263,32 @@ impl Rules {
         self.decision(self.compiled.policy.decide_name(name))
     }
 
+    /// Judges what is asked of DNS beside names, by what of each tier's budget it breaks.
+    pub fn judge_dns(&self, breach: impl Fn(&DnsBudget) -> Option<Reason>) -> Decision {
+        self.decision(self.compiled.policy.decide_dns(breach))
+    }
+
+    /// Judges a flow that hides its name in a form that is never sent for show.
+    pub fn judge_ech(&self) -> Decision {
+        self.decision(self.compiled.policy.decide_ech())
+    }
+
     fn decision(&self, verdict: Verdict) -> Decision {
         let tier = match verdict.tier {
             Some(index) => self.compiled.tiers.get(index).map(|tier| tier.tier),
             None => (verdict.reason == Reason::PlatformDenied).then_some(TierName::Platform),
         };
+        let enforced = !verdict.is_audited();
         // The flag decides: a verdict that contradicts itself is a no.
         let reason = match (verdict.allowed, verdict.reason) {
-            (true, _) => Reason::Allowed,
             (false, Reason::Allowed) => Reason::DefaultDeny,
-            (false, reason) => reason,
+            (true | false, reason) => reason,
         };
         Decision {
             reason,
             tier,
             rule: verdict.rule,
+            enforced,
         }
     }
 }

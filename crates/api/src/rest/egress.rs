@@ -65,7 +65,7 @@ pub struct TierPolicy {
 pub enum AuditDecision {
     /// The flow went through.
     Allow,
-    /// It was refused.
+    /// It was refused, or a tier in audit mode would have refused it.
     Deny,
 }
 
@@ -89,9 +89,9 @@ pub struct AuditRecord {
     pub event: AuditEvent,
     /// The same as `time`.
     pub timestamp: Timestamp,
-    /// The same as `verdict`.
+    /// The same as `verdict`, but for `audit`, which is `deny` here, and not `enforced`.
     pub decision: AuditDecision,
-    /// The decision was carried out, not only logged.
+    /// The decision was carried out. False: a tier in audit mode denies it, and it went through.
     pub enforced: bool,
     /// Bytes in both directions.
     pub bytes: u64,

@@ -4,6 +4,7 @@ use std::{fmt::Write as _, ops::RangeInclusive};
 
 use serde_json::{Map, Value};
 
+use super::table::Field;
 use crate::error::PolicyError;
 
 /// Longest piece of the caller's own text in a message.
@@ -13,19 +14,24 @@ const MAX_QUOTE: usize = 60;
 pub(super) struct Fields<'a> {
     path: String,
     object: &'a Map<String, Value>,
+    known: &'static [Field],
 }
 
 impl<'a> Fields<'a> {
     /// Takes `value` for an object that has no other fields than `known`.
-    pub(super) fn of(value: &'a Value, path: String, known: &[&str]) -> Result<Self, PolicyError> {
+    pub(super) fn of(value: &'a Value, path: String, known: &'static [Field]) -> Result<Self, PolicyError> {
         let Value::Object(object) = value else {
             return Err(expected(path, "an object", value));
         };
-        let fields = Self { path, object };
-        match object.keys().find(|name| !known.contains(&name.as_str())) {
+        let fields = Self { path, object, known };
+        let known = || known.iter().map(|field| field.name);
+        match object
+            .keys()
+            .find(|name| known().all(|known| known != name.as_str()))
+        {
             Some(unknown) => {
                 let mut message = "unknown field".to_owned();
-                if let Some(meant) = known.iter().find(|name| resembles(name, unknown)) {
+                if let Some(meant) = known().find(|name| resembles(name, unknown)) {
                     write!(message, "; did you mean `{meant}`?").expect("a String takes every text");
                 }
                 Err(PolicyError::new(fields.path(&cut(unknown)), message))
@@ -45,6 +51,10 @@ impl<'a> Fields<'a> {
 
     /// The field as it stands.
     pub(super) fn get(&self, name: &str) -> Option<&'a Value> {
+        debug_assert!(
+            self.known.iter().any(|field| field.name == name),
+            "`{name}` is read, and not in the table"
+        );
         self.object.get(name)
     }
 

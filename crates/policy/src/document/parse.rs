@@ -3,8 +3,6 @@
 mod dns;
 mod inside;
 
-pub(super) use inside::KNOWN_IN_REQUESTS;
-
 use std::collections::{HashMap, HashSet};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -13,6 +11,7 @@ use serde_json::Value;
 use super::{
     Action, Ech, Enforcement, FailureMode, Mode, Policy, Rule, RuleProtocol,
     fields::{Fields, expected, quote},
+    table::{self, MAX_CIDRS, MAX_DOMAINS, MAX_PORTS, MAX_RULE_NAME, MAX_RULES},
 };
 use crate::{
     error::PolicyError,
@@ -22,49 +21,9 @@ use crate::{
     tier::Tier,
 };
 
-/// Fields that answers of the API add to the document.
-pub(super) const FROM_ANSWERS: [&str; 5] = ["org_id", "updated_at", "revision", "applied", "effective"];
-pub(super) const KNOWN: [&str; 16] = [
-    "mode",
-    "allowed_domains",
-    "denied_domains",
-    "allowed_cidrs",
-    "denied_cidrs",
-    "allowed_ports",
-    "rules",
-    "enforcement",
-    "failure_mode",
-    "dns",
-    "ech",
-    FROM_ANSWERS[0],
-    FROM_ANSWERS[1],
-    FROM_ANSWERS[2],
-    FROM_ANSWERS[3],
-    FROM_ANSWERS[4],
-];
-pub(super) const KNOWN_IN_RULE: [&str; 9] = [
-    "name",
-    "action",
-    "domains",
-    "cidrs",
-    "ports",
-    "protocol",
-    "tls",
-    "http",
-    "credential",
-];
-
 /// The port that always leads to the resolver.
 const DNS_PORT: u16 = 53;
 
-/// Rules of one document.
-const MAX_RULES: usize = 10_000;
-/// Names in one list.
-const MAX_DOMAINS: usize = 10_000;
-/// Ranges of addresses in one list. The kernel's table has a limit for all tiers together.
-const MAX_CIDRS: usize = 10_000;
-/// Entries of one list of ports.
-const MAX_PORTS: usize = 64;
 /// Entries of all rules together, which bound the work of a decision and of compiling.
 const MAX_ALL_DOMAINS: usize = 20_000;
 const MAX_ALL_CIDRS: usize = 16_384;
@@ -72,11 +31,9 @@ const MAX_ALL_PORTS: usize = 20_000;
 const MAX_ALL_REQUESTS: usize = 20_000;
 /// Different lists of ports among all rules: the work of compiling grows with them.
 const MAX_PORT_LISTS: usize = 256;
-/// Characters of a rule's name.
-const MAX_RULE_NAME: usize = 64;
 
 pub(super) fn policy(value: &Value) -> Result<Policy, PolicyError> {
-    let fields = Fields::of(value, String::new(), &KNOWN)?;
+    let fields = Fields::of(value, String::new(), table::DOCUMENT)?;
     let Some(mode) = fields.word("mode", Mode::ALL)? else {
         let words: Vec<&str> = Mode::ALL.iter().map(|(word, _)| *word).collect();
         return fields.refuse("mode", format!("is required: one of {}", words.join(", ")));
@@ -120,7 +77,7 @@ pub(super) fn policy(value: &Value) -> Result<Policy, PolicyError> {
 }
 
 fn rule(path: String, value: &Value) -> Result<Rule, PolicyError> {
-    let fields = Fields::of(value, path, &KNOWN_IN_RULE)?;
+    let fields = Fields::of(value, path, table::RULE)?;
     let Some(action) = fields.word("action", Action::ALL)? else {
         return fields.refuse("action", "is required: \"allow\" or \"deny\"");
     };

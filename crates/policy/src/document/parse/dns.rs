@@ -1,36 +1,22 @@
 //! What a document says of DNS: `dns`.
 
-use std::ops::RangeInclusive;
-
 use serde_json::Value;
 
 use crate::{
     dns::{DnsBudget, DnsType, DnsTypes},
-    document::fields::{Fields, expected},
+    document::{
+        fields::{Fields, expected},
+        table::{self, BYTES_PER_MINUTE, LABEL, NAME, NAMES_PER_MINUTE},
+    },
     error::PolicyError,
 };
-
-pub(in crate::document) const KNOWN_IN_DNS: [&str; 5] = [
-    "types",
-    "unique_names_per_minute",
-    "query_bytes_per_minute",
-    "label_max",
-    "name_max",
-];
-
-/// What a limit may be. Zero would answer nothing at all, which `types` says better.
-const NAMES_PER_MINUTE: RangeInclusive<u64> = 1..=100_000;
-const BYTES_PER_MINUTE: RangeInclusive<u64> = 1..=100_000_000;
-/// RFC 1035, 2.3.4.
-const LABEL: RangeInclusive<u64> = 1..=63;
-const NAME: RangeInclusive<u64> = 1..=253;
 
 pub(super) fn dns(document: &Fields<'_>) -> Result<DnsBudget, PolicyError> {
     let default = DnsBudget::default();
     let Some(value) = document.get("dns") else {
         return Ok(default);
     };
-    let fields = Fields::of(value, document.path("dns"), &KNOWN_IN_DNS)?;
+    let fields = Fields::of(value, document.path("dns"), table::DNS)?;
     let types = fields.list("types", DnsType::ALL.len(), kind)?;
     let small = |value: u64| u8::try_from(value).expect("the range ends below 256");
     let large = |value: u64| u32::try_from(value).expect("the range ends below 2^32");

@@ -6,17 +6,11 @@ use crate::{
     document::{
         Action, Inside, Rule, RuleProtocol, Tls,
         fields::{Fields, expected},
+        table::{self, MAX_HTTP, MAX_SECRET_NAME},
     },
     error::PolicyError,
     request::{self, RequestPattern},
 };
-
-pub(in crate::document) const KNOWN_IN_REQUESTS: [&str; 3] = ["methods", "paths", "upgrade"];
-
-/// Entries of one rule's list of requests.
-const MAX_HTTP: usize = 32;
-/// Characters of a secret's name.
-const MAX_SECRET_NAME: usize = 128;
 
 pub(super) fn inside(fields: &Fields<'_>) -> Result<Inside, PolicyError> {
     Ok(Inside {
@@ -27,7 +21,7 @@ pub(super) fn inside(fields: &Fields<'_>) -> Result<Inside, PolicyError> {
 }
 
 fn requests(path: String, value: &Value) -> Result<RequestPattern, PolicyError> {
-    let fields = Fields::of(value, path.clone(), &KNOWN_IN_REQUESTS)?;
+    let fields = Fields::of(value, path.clone(), table::REQUESTS)?;
     let methods = fields.list("methods", request::MAX_METHODS, text("a method such as \"GET\""))?;
     let paths = fields.list("paths", request::MAX_PATHS, text("a path such as \"/repos/**\""))?;
     let upgrade = match fields.get("upgrade") {
