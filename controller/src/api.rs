@@ -77,7 +77,12 @@ fn described() -> Routes {
         .add(routes!(tunnels::close))
         .add(routes!(secrets::list, secrets::create))
         .add(routes!(secrets::update, secrets::delete))
-        .add(routes!(settings::get_egress, settings::put_egress))
+        .add(routes!(
+            settings::get_egress,
+            settings::put_egress,
+            settings::patch_egress
+        ))
+        .add(routes!(settings::schema))
         .add(routes!(audit::list))
         .add(routes!(pool::stats));
     Routes::new()

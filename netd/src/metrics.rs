@@ -297,8 +297,8 @@ mod tests {
     #[test]
     fn every_event_moves_its_own_series() {
         let metrics = Metrics::default();
-        metrics.decided("tls", true, Reason::Allowed, 1);
-        metrics.decided("udp", false, Reason::ProtocolDenied, 7);
+        metrics.decided("tls", AuditVerdict::Allow, Reason::Allowed, 1);
+        metrics.decided("udp", AuditVerdict::Deny, Reason::ProtocolDenied, 7);
         metrics.carried(3, 5);
         metrics.asked(QueryEnd::Answered);
         metrics.resolved(Duration::from_millis(2));

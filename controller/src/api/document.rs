@@ -18,8 +18,8 @@ use serde_json::{Map, Value};
 use super::{auth::same_organization, error::ApiError};
 use crate::service::{Caller, Service};
 
-/// Largest body of an ordinary request, in bytes.
-const MAX_BODY: usize = 1024 * 1024;
+/// Largest body of an ordinary request, in bytes. A policy of 10,000 rules has room in it.
+const MAX_BODY: usize = 4 * 1024 * 1024;
 
 /// Largest body of a request that carries files, in bytes.
 const MAX_FILES_BODY: usize = 64 * 1024 * 1024;
@@ -34,7 +34,7 @@ const DRAINED: usize = 256 * 1024 * 1024;
 /// How long that may take.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// A document of at most 1 MiB.
+/// A document of at most 4 MiB.
 #[derive(Debug)]
 pub(super) struct Document {
     fields: Map<String, Value>,
@@ -45,7 +45,7 @@ pub(super) struct Document {
 /// A document of at most 64 MiB.
 pub(super) struct LargeDocument(pub(super) Document);
 
-/// A document of at most 1 MiB in which `null` means something: a merge patch (RFC 7396).
+/// A document of at most 4 MiB in which `null` means something: a merge patch (RFC 7396).
 pub(super) struct PatchDocument(pub(super) Document);
 
 impl FromRequest<Service> for PatchDocument {

@@ -7,6 +7,7 @@ use axum::{
 };
 use http::{HeaderMap, header};
 use sandgate_api::{feed::Revision, openapi::PolicyDocument, rest::NetworkDoctor};
+use serde::Serialize;
 use serde_json::Value;
 
 use super::{
@@ -93,7 +94,12 @@ pub(super) async fn doctor(
 }
 
 fn shown(view: NetworkView) -> Response {
-    let etag = format!("\"{}\"", view.revision);
+    tagged(view.revision, view)
+}
+
+/// An answer whose revision is its ETag.
+pub(super) fn tagged(revision: Revision, view: impl Serialize) -> Response {
+    let etag = format!("\"{revision}\"");
     ([(header::ETAG, etag)], Json(view)).into_response()
 }
 

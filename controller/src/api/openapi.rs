@@ -4,10 +4,10 @@
 //! endpoint (the error envelope, credentials, ids in paths) is added here once.
 
 use axum::Router;
-use sandgate_api::error::ErrorEnvelope;
+use sandgate_api::{error::ErrorEnvelope, openapi::PolicyDocument};
 use serde_json::{Value, json};
 use utoipa::{
-    OpenApi,
+    OpenApi, ToSchema as _,
     openapi::{self, InfoBuilder, OpenApiBuilder},
 };
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouter};
@@ -77,6 +77,7 @@ fn complete(mut described: openapi::OpenApi) -> Value {
     // A document that was built cannot fail to be written.
     let mut document = serde_json::to_value(&described).unwrap_or_default();
     document["openapi"] = "3.1.0".into();
+    document["components"]["schemas"][&*PolicyDocument::name()] = PolicyDocument::json();
     document["tags"] = TAGS
         .iter()
         .map(|(name, description)| json!({"name": name, "description": description}))

@@ -65,17 +65,49 @@ impl Service {
         expected: Option<Revision>,
     ) -> Result<OrganizationView, ServiceError> {
         let policy = self.parse(document)?;
-        self.check_tiers(Some(&policy), None)
+        self.store_organization_policy(org_id, &policy, expected).await
+    }
+
+    /// Changes the given fields of the organisation's policy (RFC 7396: `null` brings a field's default back).
+    ///
+    /// # Errors
+    /// As [`Service::set_organization_policy`].
+    pub async fn merge_organization_policy(
+        &self,
+        org_id: &OrgId,
+        changes: &Value,
+        expected: Option<Revision>,
+    ) -> Result<OrganizationView, ServiceError> {
+        for _attempt in 0..MERGE_ATTEMPTS {
+            let present = self.shared.store.organization_policy(org_id).await?;
+            let (policy, revision) = self.merge(present, changes)?;
+            let base = expected.unwrap_or(revision);
+            match self.store_organization_policy(org_id, &policy, Some(base)).await {
+                // Nobody asked for this very revision: take the newer policy as the base.
+                Err(ServiceError::Stale { .. }) if expected.is_none() => {}
+                other => return other,
+            }
+        }
+        Err(always_changing())
+    }
+
+    async fn store_organization_policy(
+        &self,
+        org_id: &OrgId,
+        policy: &Policy,
+        expected: Option<Revision>,
+    ) -> Result<OrganizationView, ServiceError> {
+        self.check_tiers(Some(policy), None)
             .map_err(|error| invalid("", error))?;
         let bindings = self.chosen(org_id, &SecretChoice::All).await?;
-        if let Some(clash) = clash(&policy, &bindings) {
+        if let Some(clash) = clash(policy, &bindings) {
             return Err(clash.of_policy(""));
         }
-        if let Some(rule) = unbound_rule(&policy, &bindings) {
+        if let Some(rule) = unbound_rule(policy, &bindings) {
             return Err(unbound(rule, ""));
         }
         for (id, own) in self.shared.store.live_sandbox_policies(org_id).await? {
-            self.check_tiers(Some(&policy), Some(&own)).map_err(|error| {
+            self.check_tiers(Some(policy), Some(&own)).map_err(|error| {
                 ServiceError::Conflict(format!(
                     "together with the policy of {id} this cannot be enforced: {error}"
                 ))
@@ -84,7 +116,7 @@ impl Service {
         let change = self
             .shared
             .store
-            .set_organization_policy(org_id, &policy, expected, super::now())
+            .set_organization_policy(org_id, policy, expected, super::now())
             .await?;
         tracing::info!(target: "audit", org_id = %org_id, revision = change.stored.revision, "egress policy of an organization changed");
         let applied = self.applied(&change).await;
@@ -144,9 +176,7 @@ impl Service {
         for _attempt in 0..MERGE_ATTEMPTS {
             self.record(org_id, id).await?;
             let present = self.shared.store.sandbox_policy(id).await?;
-            let revision = present.as_ref().map_or(0, |present| present.revision);
-            let present = present.map(|present| present.policy).unwrap_or_default();
-            let policy = self.parse(&merged(&present.to_value(), changes))?;
+            let (policy, revision) = self.merge(present, changes)?;
             let base = expected.unwrap_or(revision);
             match self.store_sandbox_policy(org_id, id, &policy, Some(base)).await {
                 // Nobody asked for this very revision: take the newer policy as the base.
@@ -154,9 +184,19 @@ impl Service {
                 other => return other,
             }
         }
-        Err(ServiceError::Conflict(
-            "the policy is being changed by others all the time".to_owned(),
-        ))
+        Err(always_changing())
+    }
+
+    /// The policy as it is to be, and the revision that it was made of.
+    fn merge(
+        &self,
+        present: Option<StoredPolicy>,
+        changes: &Value,
+    ) -> Result<(Policy, Revision), ServiceError> {
+        let revision = present.as_ref().map_or(0, |present| present.revision);
+        let present = present.map(|present| present.policy).unwrap_or_default();
+        let policy = self.parse(&merged(&present.to_value(), changes))?;
+        Ok((policy, revision))
     }
 
     async fn store_sandbox_policy(
@@ -260,6 +300,10 @@ pub(super) fn invalid(field: &str, error: PolicyError) -> ServiceError {
     }
 }
 
+fn always_changing() -> ServiceError {
+    ServiceError::Conflict("the policy is being changed by others all the time".to_owned())
+}
+
 fn on_feed(record: &SandboxRecord) -> bool {
     record.status.is_live() && record.feed_revision > 0
 }
@@ -304,7 +348,7 @@ fn view(
     }
 }
 
-/// RFC 7396 for a flat document: nested values are replaced whole.
+/// RFC 7396: objects are merged, everything else is replaced whole.
 fn merged(present: &Value, changes: &Value) -> Value {
     let (Value::Object(present), Value::Object(changes)) = (present, changes) else {
         return changes.clone();
@@ -314,7 +358,9 @@ fn merged(present: &Value, changes: &Value) -> Value {
         if value.is_null() {
             merged.remove(field);
         } else {
-            merged.insert(field.clone(), value.clone());
+            let before = merged.get(field).unwrap_or(&Value::Null);
+            let after = self::merged(before, value);
+            merged.insert(field.clone(), after);
         }
     }
     Value::Object(merged)
@@ -335,5 +381,11 @@ mod tests {
             json!({"mode": "allowlist", "allowed_domains": ["b.test"]})
         );
         assert_eq!(merged(&present, &json!({})), present);
+        let present = json!({"mode": "allow_all", "dns": {"label_max": 50, "name_max": 100}});
+        let changes = json!({"dns": {"label_max": null, "types": ["A"]}});
+        assert_eq!(
+            merged(&present, &changes)["dns"],
+            json!({"name_max": 100, "types": ["A"]})
+        );
     }
 }

@@ -248,21 +248,25 @@ async fn every_documented_field_is_accepted_and_every_accepted_field_is_document
     assert!(checked >= 10, "{checked} bodies were checked");
 }
 
-#[test]
-fn the_policy_document_is_described_as_it_is_read() {
-    let description = description();
-    let names = |schema: &str| -> BTreeSet<String> {
-        let properties = &description["components"]["schemas"][schema]["properties"];
-        properties.as_object().expect("fields").keys().cloned().collect()
-    };
-    let read =
-        |fields: &[&str]| -> BTreeSet<String> { fields.iter().map(|name| (*name).to_owned()).collect() };
-    assert_eq!(names("PolicyDocument"), read(sandgate_policy::Policy::FIELDS));
-    assert_eq!(names("PolicyRule"), read(sandgate_policy::Rule::FIELDS));
+#[tokio::test]
+async fn the_schema_of_policies_is_the_one_that_the_parser_goes_by() {
+    let world = world().await;
+    let (status, _headers, text) = fetch(&world.router, "/api/v1/policy-schema").await;
+    assert_eq!(status, StatusCode::OK, "{text}");
+    let mut served: Value = serde_json::from_str(&text).expect("JSON");
+    let version = served.as_object_mut().and_then(|schema| schema.remove("$schema"));
     assert_eq!(
-        names("PolicyRequests"),
-        read(sandgate_policy::Rule::REQUEST_FIELDS)
+        version,
+        Some(json!("https://json-schema.org/draft/2020-12/schema"))
     );
+    assert_eq!(served, description()["components"]["schemas"]["PolicyDocument"]);
+    let examples = served
+        .as_object_mut()
+        .and_then(|schema| schema.remove("examples"));
+    for example in examples.as_ref().and_then(Value::as_array).expect("examples") {
+        sandgate_policy::Policy::parse(example).expect("an example");
+    }
+    assert_eq!(served, sandgate_policy::Policy::schema());
 }
 
 async fn fetch(router: &Router, path: &str) -> (StatusCode, http::HeaderMap, String) {

@@ -218,6 +218,151 @@ async fn a_stale_change_is_412_by_header_and_409_in_the_body() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn of_two_changes_at_once_none_is_lost() {
+    let world = world().await;
+    let tenant = world.tenant("a@b").await;
+    let id = world.stored_sandbox(&tenant).await;
+    for path in ["/settings/egress".to_owned(), format!("/sandbox/{id}/network")] {
+        let shown = world.call(&tenant, "GET", &path, &Value::Null).await;
+        assert_eq!(shown.headers["etag"], "\"0\"", "{path}");
+        // Everybody wants to change the same revision: one does, and the others hear of it.
+        let conditional = |name: String, how: &'static str| {
+            let body = json!({"mode": "allowlist", "allowed_domains": [name]}).to_string();
+            let request = Request::builder()
+                .method(how)
+                .uri(format!("/api/v1{path}"))
+                .header("x-api-key", &tenant.key)
+                .header("if-match", "\"0\"")
+                .body(Body::from(body))
+                .expect("a request");
+            world.send(request)
+        };
+        let attempts = (0..8).map(|index| {
+            let how = if index % 2 == 0 { "PUT" } else { "PATCH" };
+            conditional(format!("n{index}.test"), how)
+        });
+        let answers = futures_util::future::join_all(attempts).await;
+        let statuses: Vec<u16> = answers.iter().map(|answer| answer.status.as_u16()).collect();
+        assert_eq!(
+            statuses.iter().filter(|status| **status == 200).count(),
+            1,
+            "{path}: {statuses:?}"
+        );
+        assert_eq!(
+            statuses.iter().filter(|status| **status == 412).count(),
+            7,
+            "{path}: {statuses:?}"
+        );
+        let winner = answers
+            .iter()
+            .find(|answer| answer.status == StatusCode::OK)
+            .expect("one");
+        let shown = world.call(&tenant, "GET", &path, &Value::Null).await;
+        assert_eq!(
+            (&shown.body["revision"], &shown.headers["etag"]),
+            (&winner.body["revision"], &winner.headers["etag"])
+        );
+
+        // Changes of different fields that nobody tied to a revision all stay.
+        let changes = [
+            json!({"denied_domains": ["evil.test"]}),
+            json!({"failure_mode": "fail_open"}),
+            json!({"dns": {"label_max": 63}}),
+            json!({"dns": {"name_max": 253}}),
+        ];
+        let attempts = changes
+            .iter()
+            .map(|change| world.call(&tenant, "PATCH", &path, change));
+        for answer in futures_util::future::join_all(attempts).await {
+            assert_eq!(answer.status, StatusCode::OK, "{path}: {}", answer.body);
+        }
+        let shown = world.call(&tenant, "GET", &path, &Value::Null).await.body;
+        let policy = shown.get("policy").unwrap_or(&shown);
+        assert_eq!(policy["denied_domains"], json!(["evil.test"]), "{path}");
+        assert_eq!(policy["failure_mode"], "fail_open", "{path}");
+        assert_eq!(
+            (&policy["dns"]["label_max"], &policy["dns"]["name_max"]),
+            (&json!(63), &json!(253)),
+            "{path}"
+        );
+        assert_eq!(
+            policy["allowed_domains"].as_array().map(Vec::len),
+            Some(1),
+            "{path}"
+        );
+        // A revision in the body that somebody was faster with is a conflict.
+        let mut stale = winner.body.clone();
+        stale["revision"] = winner.body["revision"].clone();
+        assert_eq!(
+            world.call(&tenant, "PUT", &path, &stale).await.refusal().0,
+            409,
+            "{path}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn ten_thousand_rules_are_taken_and_one_more_is_not() {
+    let world = world().await;
+    let tenant = world.tenant("a@b").await;
+    let rules = |count: usize| -> Vec<Value> {
+        let rule = |index: usize| {
+            json!({
+                "name": format!("rule {index}"), "action": "allow", "protocol": "tcp", "ports": ["443"],
+                "domains": [format!("host-{index}.example.org")],
+                "cidrs": [format!("203.{}.{}.0/24", index / 250, index % 250)],
+            })
+        };
+        (0..count).map(rule).collect()
+    };
+    let body = |count| json!({"mode": "allowlist", "rules": rules(count)});
+    let stored = world
+        .call(&tenant, "PUT", "/settings/egress", &body(10_000))
+        .await;
+    assert_eq!(stored.status, StatusCode::OK);
+    assert_eq!(stored.body["rules"].as_array().map(Vec::len), Some(10_000));
+    let refused = world
+        .call(&tenant, "PUT", "/settings/egress", &body(10_001))
+        .await;
+    assert_eq!(refused.refusal(), (400, "VALIDATION_ERROR", Some("rules")));
+}
+
+#[tokio::test]
+async fn what_a_tier_in_audit_mode_lets_through_is_a_denial_that_is_not_enforced() {
+    let world = world().await;
+    let tenant = world.tenant("a@b").await;
+    let events = [
+        event(&tenant, "1", "ok.test", "allow"),
+        event(&tenant, "2", "evil.test", "deny"),
+        event(&tenant, "3", "other.test", "audit"),
+    ];
+    world.store.insert_audit(&events).await.expect("stored");
+    for (query, hosts) in [
+        ("decision=deny", &["other.test", "evil.test"][..]),
+        ("decision=deny&enforced=false", &["other.test"]),
+        ("enforced=false", &["other.test"]),
+        ("decision=deny&enforced=true", &["evil.test"]),
+        ("enforced=true", &["evil.test", "ok.test"]),
+        ("decision=allow", &["ok.test"]),
+    ] {
+        let path = format!("/egress/audit?{query}");
+        let page = world.call(&tenant, "GET", &path, &Value::Null).await.body;
+        let events = page["events"].as_array().expect("events");
+        let found: Vec<_> = events
+            .iter()
+            .map(|event| event["host"].as_str().expect("a host"))
+            .collect();
+        assert_eq!(found, hosts, "{query}");
+        for event in events.iter().filter(|event| event["host"] == "other.test") {
+            assert_eq!(
+                (&event["verdict"], &event["decision"], &event["enforced"]),
+                (&json!("audit"), &json!("deny"), &json!(false))
+            );
+        }
+    }
+}
+
 fn event(tenant: &Tenant, id: &str, host: &str, verdict: &str) -> AuditEvent {
     serde_json::from_value(json!({
         "id": id, "time": "2026-01-30T10:00:00Z", "org_id": tenant.org, "sandbox_id": "sandbox-1", "verdict": verdict,
