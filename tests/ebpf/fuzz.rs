@@ -472,7 +472,7 @@ impl Subject {
     ) -> T {
         let ruled = |protocol: Protocol, to: SocketAddr| match protocol {
             // Of an address that carries another the table says less than the decision: netd looks inside.
-            Protocol::Tcp if faces(to.ip()).len() == 1 => self.policy.decide_address_port(to),
+            Protocol::Tcp if faces(to.ip()).len() == 1 => self.policy.decide_address_port(protocol, to),
             Protocol::Tcp | Protocol::Udp => self.table.lookup(to.ip(), protocol, to.port()),
         };
         let denied = |to: SocketAddr| platform.denies(to);
