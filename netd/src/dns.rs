@@ -186,6 +186,10 @@ impl Resolver {
             let decision = say.decision.because(Reason::DnsRefused);
             return Ok(self.refuse(sandbox, question, decision, None));
         }
+        if say.decision.is_audited() {
+            let decision = say.decision.clone().because(Reason::DnsRefused);
+            self.record(sandbox, Some(question.display_name()), decision, None);
+        }
         let empty = || Ok((question.answer(ResponseCode::NoError), QueryEnd::Empty));
         let kind = match asked {
             // Every client asks for these beside A, and what is refused to it may make it give up.
