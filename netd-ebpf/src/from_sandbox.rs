@@ -145,7 +145,7 @@ fn check(ctx: &TcContext, packet: &Packet, endpoint: &Endpoint, kind: Kind) -> V
         // The stack would ignore it, and a refusal would never be answered.
         Kind::Transport | Kind::Icmp if !to_gateway => Verdict::Drop(reason::PROTOCOL_DENIED),
         Kind::Transport => judge(packet, endpoint),
-        Kind::Icmp => match uplink::known() {
+        Kind::Icmp => match uplink::for_family(packet.is_ipv6()) {
             Some(uplink) if control::is_error_of_flow(ctx, endpoint, packet, Way::FromSandbox) => {
                 if control::within_controls(endpoint) {
                     Verdict::Error(uplink)

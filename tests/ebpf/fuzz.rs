@@ -320,10 +320,10 @@ impl Run {
             }
         }
         self.packets += 1;
-        if self.dice.one_in(3) {
-            self.toward(index);
-        } else {
-            self.away(index);
+        match self.dice.below(6) {
+            0 => self.back(index),
+            1 => self.toward(index),
+            _ => self.away(index),
         }
     }
 
@@ -402,6 +402,58 @@ impl Run {
         let control =
             frame[12..14] == [8, 6] || [1, 58].contains(&frame[if frame[12] == 8 { 23 } else { 20 }]);
         subject.controls += u32::from(control);
+    }
+
+    /// Through the uplink, to whoever has the address.
+    fn back(&mut self, index: usize) {
+        let Self {
+            dice,
+            lab,
+            subjects,
+            platform,
+            nodes,
+            uplink,
+            ..
+        } = self;
+        let frame = subjects[index].draw(dice, packets::into);
+        let Ok(seen) = lab::run(&lab.datapath, "from_uplink", (1, 0, 1), &frame) else {
+            assert!(frame.len() < 60, "the kernel takes no {frame:x?}");
+            return;
+        };
+        let is_for = |subject: &Subject| {
+            let six = lab::address6(subject.address.octets()[3]);
+            let four = frame.get(30..34) == Some(&subject.address.octets()) && frame[12..14] == [8, 0];
+            four || frame.get(38..54) == Some(&six.octets()) && frame[12..14] == [0x86, 0xdd]
+        };
+        let owner = subjects.iter().position(is_for).unwrap_or(index);
+        let stack = subjects[1].model(platform, nodes, true, |model| model.is_for_stack(&frame));
+        let subject = &mut subjects[owner];
+        let mut flows = std::mem::take(&mut subject.flows);
+        // Nothing is attached to an uplink that there is not; what a test run makes of it is that of one that was there.
+        let entered = !stack
+            && subject.model(platform, nodes, true, |model| {
+                model.into(&frame, 0, true, &mut flows)
+            });
+        subject.flows = flows;
+        let (name, expected) = match (stack, entered) {
+            (true, _) => ("to the stack", NEXT),
+            (false, true) => ("entered", REDIRECT),
+            (false, false) => ("kept out", SHOT),
+        };
+        *self.met.entry(name).or_default() += 1;
+        let mut after = frame.clone();
+        if entered {
+            after[..6].copy_from_slice(&subject.mac);
+            after[6..12].copy_from_slice(&GATEWAY_MAC);
+        }
+        assert_eq!(
+            (seen.returned, &seen.frame),
+            (expected, &after),
+            "seed {} packet {}: uplink {uplink:?}: {frame:02x?}\n{:?}",
+            self.seed,
+            self.packets,
+            subject.flows
+        );
     }
 
     fn toward(&mut self, index: usize) {
@@ -535,5 +587,5 @@ fn the_programs_and_the_model_agree_on_random_packets() {
         }
     }
     println!("{packets} packets: {met:?}");
-    assert_eq!(met.len(), 7, "{met:?}");
+    assert_eq!(met.len(), 10, "{met:?}");
 }

@@ -334,6 +334,17 @@ impl Model<'_> {
         }
     }
 
+    /// What two neighbours on the uplink need to find each other, which is left to the stack.
+    pub(crate) fn is_for_stack(&self, frame: &[u8]) -> bool {
+        let (body, _, faults) = self.open(frame);
+        let discovery = || half(frame, 12) == 0x86dd && matches!(frame.get(54), Some(135 | 136));
+        match body {
+            Body::Arp => true,
+            Body::Icmp(..) => faults.is_empty() && discovery(),
+            Body::Transport(_) | Body::None => false,
+        }
+    }
+
     /// A packet that came through the uplink.
     fn returns(&self, packet: &Transport, flows: &mut Flows) -> bool {
         let flow = FlowId {
