@@ -45,6 +45,8 @@ pub struct Enforcer {
     /// Endpoints adopted from an earlier netd, or that could not be detached: gone unless the first frame lists
     /// them. Read once at the start, for netd's canary makes an endpoint of its own later.
     leftovers: Vec<(EndpointHandle, Ipv4Addr)>,
+    /// Pins of sandboxes that went while there was no netd are still to be looked for.
+    has_old_pins: bool,
     /// The file does not hold what is desired.
     is_unsaved: bool,
 }
@@ -89,6 +91,7 @@ impl Enforcer {
             actual,
             failed,
             leftovers,
+            has_old_pins: true,
             is_unsaved: false,
         }
     }
@@ -135,6 +138,9 @@ impl Enforcer {
         self.desired = std::mem::take(&mut self.desired).after(frame);
         self.converge().await;
         self.remove_leftovers();
+        if std::mem::take(&mut self.has_old_pins) {
+            self.remove_old_pins();
+        }
         let saved = self.file.add(line, is_delta, &self.desired);
         self.note_saved(&saved);
     }
@@ -175,8 +181,11 @@ impl Enforcer {
     }
 
     async fn converge(&mut self) {
-        self.failed
-            .retain(|id, _| self.desired.sandboxes.contains_key(id));
+        let is_wanted = |id: &SandboxId| self.desired.sandboxes.contains_key(id);
+        let given_up: Vec<_> = self.failed.keys().filter(|id| !is_wanted(id)).cloned().collect();
+        for id in given_up {
+            self.remove(&id).await;
+        }
         let (mut rules, mut attachments) = (Vec::new(), Vec::new());
         for change in node::changes(&self.actual, &self.desired.sandboxes) {
             match change {
@@ -399,6 +408,7 @@ impl Enforcer {
         self.actual.remove(id);
         self.failed.remove(id);
         let Some(sandbox) = self.sandboxes.remove(id) else {
+            self.remove_pins(id);
             return;
         };
         let flows = sandbox.close(CutReason::SandboxGone);
@@ -414,10 +424,31 @@ impl Enforcer {
             tracing::error!(sandbox_id = %id, %error, "cannot detach a removed sandbox");
             self.leftovers.push((sandbox.handle, sandbox.endpoint.address));
         }
+        self.remove_pins(id);
+        tracing::info!(sandbox_id = %id, "removed");
+    }
+
+    fn remove_pins(&self, id: &SandboxId) {
         if let Err(error) = PinLog::delete(&self.pins.join(id.as_str())) {
             tracing::warn!(sandbox_id = %id, %error, "cannot delete the pin log");
         }
-        tracing::info!(sandbox_id = %id, "removed");
+    }
+
+    /// Deletes the pins of sandboxes that the controller does not list: they went while there was no netd.
+    fn remove_old_pins(&self) {
+        let entries = std::fs::read_dir(&self.pins).into_iter().flatten();
+        for path in entries.filter_map(Result::ok).map(|entry| entry.path()) {
+            // The one that is being written anew has an extension.
+            let id = path
+                .file_stem()
+                .and_then(|name| name.to_str()?.parse::<SandboxId>().ok());
+            if id.is_some_and(|id| self.desired.sandboxes.contains_key(&id)) {
+                continue;
+            }
+            if let Err(error) = PinLog::delete(&path) {
+                tracing::warn!(%error, path = %path.display(), "cannot delete a pin log that is nobody's");
+            }
+        }
     }
 
     /// Detaches endpoints of an earlier netd that the controller does not list.
