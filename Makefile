@@ -1,10 +1,11 @@
 # Sandgate's verbs. Each is a few lines: the work is in deploy/setup.sh, deploy/build.sh and cargo.
 #
 # Variables: CARGO_TARGET_DIR (default target), CARGO_FLAGS (default --locked when CI is set),
-# SANDGATE_TOOLCHAIN_DIR and SANDGATE_IMAGE_DIR (see deploy/setup.sh), ARGS (passed on by run, test and bench).
+# SOAK_CYCLES (see soak), SANDGATE_TOOLCHAIN_DIR and SANDGATE_IMAGE_DIR (see deploy/setup.sh), ARGS (passed on by run, test and bench).
 
 TARGET_DIR  := $(abspath $(or $(CARGO_TARGET_DIR),target))
 BIN_DIR     := $(TARGET_DIR)/release
+SOAK_CYCLES ?= 10000
 CARGO_FLAGS ?= $(if $(CI),--locked)
 export CARGO_FLAGS
 
@@ -18,7 +19,7 @@ WORKSPACE := --workspace --exclude netd-ebpf
 
 # One verb after the other, also under `make -j`: build needs what setup installs.
 .NOTPARALLEL:
-.PHONY: help setup build run test bench lint fmt openapi clean
+.PHONY: help setup build run test soak bench lint fmt openapi clean
 
 help: ## list these verbs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +37,12 @@ test: ## set up, build, run every test (as root: none is skipped)
 	@deploy/setup.sh --tests
 	@deploy/build.sh
 	REQUIRE_ROOT=1 SANDGATE_BIN_DIR=$(BIN_DIR) cargo test $(CARGO_FLAGS) $(WORKSPACE) --no-fail-fast $(ARGS)
+
+soak: ## make, attack and end SOAK_CYCLES sandboxes (10000) while programs are killed and frozen; 0 forbidden packets
+	@deploy/setup.sh --tests
+	@deploy/build.sh
+	SOAK_CYCLES=$(SOAK_CYCLES) REQUIRE_ROOT=1 SANDGATE_BIN_DIR=$(BIN_DIR) \
+	  cargo test $(CARGO_FLAGS) -p sandgate-tests --test soak -- $(ARGS)
 
 bench: ## measure, beside peers, and write tests/bench/RESULTS.md (ARGS="exec splice": only these)
 	@deploy/setup.sh --bench

@@ -168,6 +168,14 @@ impl Dns {
         self.lock().moods.insert(address.into(), mood);
     }
 
+    /// The addresses that a name always stands for.
+    pub fn addresses(&self, name: &str) -> Vec<IpAddr> {
+        match self.lock().find(name) {
+            Some(Answer::Addresses(addresses)) => addresses.clone(),
+            Some(Answer::Alias(_) | Answer::Rotating(..) | Answer::Records(_)) | None => Vec::new(),
+        }
+    }
+
     /// Everything that was asked so far.
     pub fn queries(&self) -> Vec<Query> {
         self.lock().queries.clone()

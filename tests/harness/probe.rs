@@ -6,6 +6,8 @@
 
 use std::{net::IpAddr, time::Duration};
 
+use anyhow::{Context as _, Result};
+use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -160,6 +162,28 @@ pub fn with(mut attempt: Value, changes: Value) -> Value {
     attempt
 }
 
+/// The files that the program is made of, as the API takes them.
+pub fn installation(world: &World) -> Value {
+    let file = |path: &str, content: &[u8]| json!({ "path": path, "content": STANDARD.encode(content) });
+    json!({ "files": [file(PATH, PROGRAM.as_bytes()), file(CA, world.ca.pem().as_bytes())] })
+}
+
+/// The command that makes attempts one after the other, as the API takes it.
+pub fn execution(attempts: &[Value]) -> Value {
+    json!({ "command": ["python3", PATH, Value::from(attempts).to_string()], "timeout": 55_000 })
+}
+
+/// What the program wrote about its attempts.
+///
+/// # Errors
+/// When it wrote something else.
+pub fn parse(lines: &str) -> Result<Vec<Outcome>> {
+    let outcomes = lines
+        .lines()
+        .map(|line| serde_json::from_str(line).with_context(|| line.to_owned()));
+    outcomes.collect()
+}
+
 /// Attempts from a sandbox.
 pub struct Probe<'a> {
     sandbox: &'a Sandbox,
@@ -169,8 +193,8 @@ impl<'a> Probe<'a> {
     /// Installs the program in the sandbox.
     #[track_caller]
     pub fn install(sandbox: &'a Sandbox, world: &World) -> Self {
-        sandbox.write(PATH, PROGRAM);
-        sandbox.write(CA, world.ca.pem());
+        let call = sandbox.client().post(&sandbox.path("/files"));
+        call.json(&installation(world)).send().ok();
         Self { sandbox }
     }
 
@@ -184,12 +208,9 @@ impl<'a> Probe<'a> {
     /// Makes attempts one after the other.
     #[track_caller]
     pub fn try_all(&self, attempts: &[Value]) -> Vec<Outcome> {
-        let input = Value::from(attempts).to_string();
-        let output = self
-            .sandbox
-            .execute(&json!({ "command": ["python3", PATH, input], "timeout": 55_000 }));
+        let output = self.sandbox.execute(&execution(attempts));
         assert_eq!(output.exit_code, 0, "the probe failed: {output:?}");
-        parse(&output.stdout, attempts.len())
+        whole(parse(&output.stdout), attempts)
     }
 
     /// The shell line that makes attempts in an endless loop, a line of JSON each.
@@ -203,28 +224,38 @@ impl<'a> Probe<'a> {
 /// user but not of its namespace.
 #[track_caller]
 pub fn as_root(node: &Node, sandbox: &Sandbox, attempts: &[Value]) -> Vec<Outcome> {
-    let processes = node.processes_of(&sandbox.id);
+    whole(try_as_root(node, &sandbox.id, attempts), attempts)
+}
+
+/// The same where the sandbox may end meanwhile.
+///
+/// # Errors
+/// When it has.
+pub fn try_as_root(node: &Node, sandbox: &str, attempts: &[Value]) -> Result<Vec<Outcome>> {
+    let processes = node.processes_of(sandbox);
     let inside = processes
         .iter()
         .find(|process| process.numbers.last() == Some(&1));
-    let inside = inside.unwrap_or_else(|| panic!("{} has no first process among {processes:?}", sandbox.id));
+    let inside = inside.with_context(|| format!("{sandbox} has no first process among {processes:?}"))?;
     let file = format!("/proc/{}/ns/net", inside.pid);
-    let namespace = Namespace::join("attacker", file.as_ref()).expect("the sandbox's network namespace");
+    let namespace = Namespace::join("attacker", file.as_ref())?;
     let program = node.world().directory().join("probe.py");
-    std::fs::write(&program, PROGRAM).expect("the world's directory is writable");
+    // In one step: another attacker may be reading it.
+    let fresh = tempfile::NamedTempFile::new_in(node.world().directory())?;
+    std::fs::write(fresh.path(), PROGRAM)?;
+    fresh.persist(&program)?;
     let input = Value::from(attempts).to_string();
-    let output = namespace
-        .command("python3", &[&program.display().to_string(), &input])
-        .expect("the probe runs");
-    parse(&String::from_utf8_lossy(&output.stdout), attempts.len())
+    let output = namespace.command("python3", &[&program.display().to_string(), &input])?;
+    parse(&String::from_utf8_lossy(&output.stdout))
 }
 
 #[track_caller]
-fn parse(lines: &str, count: usize) -> Vec<Outcome> {
-    let outcomes: Vec<Outcome> = lines
-        .lines()
-        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error} in {line}")))
-        .collect();
-    assert_eq!(outcomes.len(), count, "attempts without outcome in {lines}");
+fn whole(outcomes: Result<Vec<Outcome>>, attempts: &[Value]) -> Vec<Outcome> {
+    let outcomes = outcomes.unwrap_or_else(|error| panic!("{error:#}"));
+    assert_eq!(
+        outcomes.len(),
+        attempts.len(),
+        "attempts without outcome: {outcomes:?}"
+    );
     outcomes
 }

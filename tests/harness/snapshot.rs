@@ -135,6 +135,27 @@ impl Snapshot {
         }
     }
 
+    /// How many things there are of each kind, whatever they are called and numbered, but for open descriptors: what
+    /// two moments have in common between which programs were started anew.
+    pub fn census(&self) -> BTreeMap<String, isize> {
+        let mut kinds = BTreeMap::new();
+        for (line, count) in &self.0 {
+            let mut words = line.split(' ');
+            let kind = match words.next().unwrap_or_default() {
+                "descriptor" => continue,
+                // `node: ip -o link: 2: eth0 …`
+                "node:" | "router:" => line.splitn(3, ": ").take(2).collect::<Vec<_>>().join(": "),
+                "BPF" => match line.strip_prefix("BPF map entry ") {
+                    Some(entry) => format!("BPF map entry {}", entry.split(' ').next().unwrap_or_default()),
+                    None => format!("BPF {}", words.next().unwrap_or_default()),
+                },
+                kind => kind.to_owned(),
+            };
+            *kinds.entry(kind).or_default() += isize::try_from(*count).unwrap_or(isize::MAX);
+        }
+        kinds
+    }
+
     /// Its lines that begin with this.
     pub fn lines(&self, prefix: &str) -> Vec<&str> {
         let lines = self.0.keys().map(String::as_str);
