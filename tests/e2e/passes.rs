@@ -21,6 +21,8 @@ use serde_json::{Value, json};
 
 /// Longest wait for what happens at once, or within seconds.
 const SOON: Duration = Duration::from_secs(60);
+/// Longest wait for what is tried again only after a while.
+const LATER: Duration = Duration::from_secs(120);
 /// How the uplink's end in the node's namespace begins.
 const UPLINK: &str = "sgup";
 /// A port on which the internet's collectors echo what they get.

@@ -33,6 +33,8 @@ use crate::{
     outages::{RECOVERY, assert_only_allowed_traffic, wait_until_served},
 };
 
+/// The programs of `netd-ebpf`.
+const PROGRAMS: usize = 3;
 /// How a program comes to its end: by which signal, and whether another file takes its place before.
 const ENDS: [(Signal, bool); 4] = [
     (Signal::SIGTERM, false),
@@ -165,7 +167,8 @@ pub(crate) fn netd_keeps_only_the_rights_it_needs(machine: &Replaceable) {
 pub(crate) fn netd_is_replaced_under_load_without_a_gap(machine: &Replaceable) {
     machine.node.wait_ready();
     let before = machine.kernel_objects();
-    assert_eq!(before.programs.len(), 2, "{before:#?}");
+    // Two at each sandbox's interface, and one at the uplink's.
+    assert_eq!(before.programs.len(), PROGRAMS, "{before:#?}");
     let sandboxes: Vec<Sandbox> = (0..ATTACKERS)
         .map(|_| {
             machine
@@ -194,7 +197,7 @@ pub(crate) fn netd_is_replaced_under_load_without_a_gap(machine: &Replaceable) {
         });
     }
     let present = machine.kernel_objects();
-    assert_eq!(present.links.len(), 2 * ATTACKERS, "{present:#?}");
+    assert_eq!(present.links.len(), 2 * ATTACKERS + 1, "{present:#?}");
     for end in ENDS {
         hold_a_flow(&sandboxes[0]);
         let counted: Vec<u64> = sandboxes.iter().map(attempts_of).collect();
@@ -209,10 +212,10 @@ pub(crate) fn netd_is_replaced_under_load_without_a_gap(machine: &Replaceable) {
                 (attempts_of(sandbox) > before).then_some(())
             });
         }
-        // Adopted, not made anew: the same pins, maps and links, and one pair of programs.
+        // Adopted, not made anew: the same pins, maps and links, and one of each program.
         let after = wait::within(RECOVERY, || {
             let after = machine.kernel_objects();
-            (after.programs.len() == 2).then_some(after)
+            (after.programs.len() == PROGRAMS).then_some(after)
         });
         let after = after.unwrap_or_else(|| panic!("{:#?}", machine.kernel_objects()));
         assert_eq!(after.pins, present.pins, "{end:?}");

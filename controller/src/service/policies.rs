@@ -232,6 +232,7 @@ impl Service {
             .platform
             .check(&policy)
             .map_err(|error| invalid("", error))?;
+        self.check_node(&policy).map_err(|error| invalid("", error))?;
         Ok(policy)
     }
 
@@ -246,7 +247,27 @@ impl Service {
             .platform
             .check(&policy)
             .map_err(|error| invalid(field, error))?;
+        self.check_node(&policy).map_err(|error| invalid(field, error))?;
         Ok(policy)
+    }
+
+    /// Whether the node can enforce what the document asks for: datagrams leave by the kernel or not at all.
+    fn check_node(&self, policy: &Policy) -> Result<(), PolicyError> {
+        let document = policy.to_value();
+        let rules = document["rules"]
+            .as_array()
+            .map(Vec::as_slice)
+            .unwrap_or_default();
+        let udp = rules
+            .iter()
+            .position(|rule| rule["protocol"] == "udp" && rule["action"] == "allow");
+        match (udp, self.shared.node.state().kernel_pass) {
+            (Some(rule), Err(reason)) => Err(PolicyError {
+                field: format!("rules[{rule}].protocol"),
+                message: format!("udp needs the kernel pass, which this node does not have: {reason}"),
+            }),
+            (Some(_), Ok(())) | (None, _) => Ok(()),
+        }
     }
 
     /// Whether these tiers together fit into the kernel's tables.

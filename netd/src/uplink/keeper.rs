@@ -26,7 +26,7 @@ const RELOOK: Duration = Duration::from_secs(30);
 const SETTLED: Duration = Duration::from_millis(200);
 /// After a failure it is tried again when something has changed, but not sooner than this: each time the node's
 /// settings are changed and restored.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The uplink in use.
 pub struct Keeper {
