@@ -281,6 +281,7 @@ pub(crate) fn a_firewall_that_drops_is_named_and_left_alone(machine: &Passing) {
     assert!(String::from_utf8_lossy(&listed.stdout).contains("policy drop"));
     node.command("nft", &["delete table inet strict"])
         .expect("it stands");
+    wait::until("it passes again", LATER, || passes(&machine.node).ok());
     sandbox.stop();
 }
 
