@@ -78,7 +78,7 @@ impl Besieged {
     /// Starts an attacker inside that goes on by itself.
     #[track_caller]
     fn unleash(&self, sandbox: &Sandbox) {
-        drop(self.probe(sandbox));
+        self.probe(sandbox);
         sandbox.background(&Probe::loop_line(&attack(), 0), |sandbox| {
             sandbox.sh("grep -q answered /workspace/background.log").exit_code == 0
         });

@@ -130,7 +130,7 @@ fn nothing_gets_out_and_nothing_is_left(place: &Place) {
     again(&mut node, "true");
     let began = Instant::now();
     let lives = Lives::new(&node, &organization, plan.seed, plan.cycles, plan.limit);
-    let unrest = Unrest::new(&node, plan.seed);
+    let unrest = Unrest::new(&node, plan.seed, plan.cycles);
     let mut memory: Option<BTreeMap<String, Memory>> = None;
     thread::scope(|scope| {
         let workers: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(|| lives.live())).collect();

@@ -16,9 +16,12 @@ use nix::sys::signal::Signal;
 
 use crate::random::Random;
 
-/// Between two disturbances at least, and as long again by chance. The supervisor waits longer from kill to kill, up to
-/// 5 s, for a program that does not run for 30 s.
-const PAUSE_MS: u64 = 2_500;
+/// Between two disturbances at least, and as long again by chance: in a short run, and in a long one. The supervisor
+/// waits longer from kill to kill, up to 5 s, for a program that does not run for 30 s, so that hardly anything would
+/// ever be made.
+const PAUSES_MS: [u64; 2] = [2_500, 10_000];
+/// What makes a run long.
+const LONG: usize = 200;
 /// How long a program stands still at most.
 const FROZEN_MS: u64 = 3_000;
 
@@ -28,6 +31,7 @@ pub(crate) struct Unrest<'a> {
     random: Mutex<Random>,
     done: Mutex<BTreeMap<&'static str, usize>>,
     is_over: AtomicBool,
+    pause_ms: u64,
 }
 
 /// Ends the unrest when dropped, also by a panic.
@@ -40,12 +44,13 @@ impl Drop for Calm<'_> {
 }
 
 impl<'a> Unrest<'a> {
-    pub(crate) fn new(node: &'a Node, seed: u64) -> Self {
+    pub(crate) fn new(node: &'a Node, seed: u64, cycles: usize) -> Self {
         Self {
             node,
             random: Mutex::new(Random::new(seed, 77)),
             done: Mutex::default(),
             is_over: AtomicBool::new(false),
+            pause_ms: PAUSES_MS[usize::from(cycles > LONG)],
         }
     }
 
@@ -64,7 +69,7 @@ impl<'a> Unrest<'a> {
             random.below(end)
         };
         loop {
-            self.pause(Duration::from_millis(PAUSE_MS + below(PAUSE_MS)));
+            self.pause(Duration::from_millis(self.pause_ms + below(self.pause_ms)));
             if self.is_over.load(Ordering::Relaxed) {
                 return;
             }
@@ -78,9 +83,9 @@ impl<'a> Unrest<'a> {
                 6 => self.signal("tunnel-proxy killed", Node::tunnel_proxy, Signal::SIGKILL),
                 _ => self
                     .signal("netd and controller killed", Node::controller, Signal::SIGKILL)
-                    .and_then(|what| {
+                    .map(|what| {
                         self.signal(what, Node::netd, Signal::SIGKILL);
-                        Some(what)
+                        what
                     }),
             };
             if let Some(what) = what {

@@ -205,18 +205,16 @@ mod tests {
             for (stops, harms) in connections {
                 let since = state.revision.filter(|_| !anew);
                 let mut sequence = Sequence::after(since);
-                let mut taken = 0;
-                for frame in harmed(history.connection(since, &stops), &harms) {
+                for (index, frame) in harmed(history.connection(since, &stops), &harms).into_iter().enumerate() {
                     anew = !sequence.takes(&frame);
                     if anew {
                         break;
                     }
                     let next = state.clone().after(frame.clone());
                     // Only the first snapshot may say that history is another one.
-                    let may_go_back = taken == 0 && matches!(frame, FeedFrame::Snapshot { .. });
+                    let may_go_back = index == 0 && matches!(frame, FeedFrame::Snapshot { .. });
                     prop_assert!(may_go_back || next.revision >= state.revision);
                     state = next;
-                    taken += 1;
                     let revision = state.revision.expect("a frame was taken");
                     prop_assert_eq!(Some(&state), history.at(revision));
                 }

@@ -76,10 +76,11 @@ impl OciRuntime {
 
     /// Takes the container away, killing what runs in it. Absence is success.
     pub(super) async fn delete(&self, name: &str) -> io::Result<()> {
-        if !self.state.join(name).exists() {
-            return Ok(());
-        }
         let log = self.state.join(format!("{name}.log"));
+        if !self.state.join(name).exists() {
+            // The runtime may have gone on when an earlier controller was killed, and left this.
+            return remove(fs::remove_file(log));
+        }
         let mut call = Call::new(self, "delete", log.clone());
         call.command.arg("--force").arg(name);
         let deleted = call.finish().await;
