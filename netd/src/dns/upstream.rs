@@ -125,7 +125,12 @@ impl Servers {
         let mut failed = None;
         let mut next = now;
         loop {
-            let due = tokio::time::sleep_until(next.min(deadline));
+            let due = async {
+                // A timer would round a moment that is here already up to its next tick, a millisecond away.
+                if next > Instant::now() {
+                    tokio::time::sleep_until(next.min(deadline)).await;
+                }
+            };
             tokio::select! {
                 biased;
                 Some((index, outcome)) = attempts.next(), if !attempts.is_empty() => {

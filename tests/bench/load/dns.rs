@@ -2,7 +2,8 @@
 //! of DNS only what they need, so that they cost little.
 
 use std::{
-    collections::VecDeque,
+    cmp::Reverse,
+    collections::BinaryHeap,
     fs::File,
     io,
     net::{Ipv4Addr, SocketAddrV4, UdpSocket},
@@ -22,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use super::Rate;
 
 /// After this long a question counts as lost and its slot is used again.
-const LOST: Duration = Duration::from_secs(1);
+const LOST: Duration = Duration::from_millis(500);
 /// How long the name server's records live, in seconds.
 const TTL: u32 = 300;
 const HEADER: usize = 12;
@@ -36,7 +37,7 @@ pub(crate) struct NameServer {
     pub(crate) address: Ipv4Addr,
 }
 
-/// Questions as fast as answers come, or one in a while.
+/// Questions as answers come, no faster than they may.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Questions {
     /// Where to.
@@ -47,8 +48,8 @@ pub(crate) struct Questions {
     pub(crate) sockets: usize,
     /// Questions that each socket has open.
     pub(crate) open: usize,
-    /// After an answer, before the next question, in microseconds.
-    pub(crate) pause_us: u64,
+    /// From one question of a socket to its next, at least, in microseconds.
+    pub(crate) apart_us: u64,
     /// The zone of the names.
     pub(crate) zone: String,
     /// So many names again and again; none: never the same one twice.
@@ -101,6 +102,8 @@ struct Asker {
     socket: UdpSocket,
     /// When each open question was sent, by the low half of its id; the high half counts its uses.
     sent: Vec<(u8, Option<Instant>)>,
+    /// When the next one may be sent.
+    next: Instant,
 }
 
 impl Questions {
@@ -111,20 +114,29 @@ impl Questions {
         let mut number = 0;
         let mut latencies = Vec::new();
         let mut failed = 0_u32;
-        // Slots that may be used, and from when on.
-        let mut idle: VecDeque<(Instant, usize, usize)> = VecDeque::new();
-        for (asker, one) in askers.iter().enumerate() {
-            idle.extend((0..one.sent.len()).map(|slot| (Instant::now(), asker, slot)));
+        let apart = Duration::from_micros(self.apart_us);
+        // Slots that may be used, and from when on: the earliest first.
+        let mut idle: BinaryHeap<Reverse<(Instant, usize, usize)>> = BinaryHeap::new();
+        let free = |askers: &mut [Asker], idle: &mut BinaryHeap<_>, asker: usize, slot: usize| {
+            let one: &mut Asker = &mut askers[asker];
+            one.next = one.next.max(Instant::now());
+            idle.push(Reverse((one.next, asker, slot)));
+            one.next += apart;
+        };
+        for asker in 0..askers.len() {
+            for slot in 0..self.open {
+                free(&mut askers, &mut idle, asker, slot);
+            }
         }
         loop {
             let now = Instant::now();
             if now >= until {
                 break;
             }
-            while let Some(&(due, asker, slot)) = idle.front()
+            while let Some(&Reverse((due, asker, slot))) = idle.peek()
                 && due <= now
             {
-                idle.pop_front();
+                idle.pop();
                 number += 1;
                 askers[asker].ask(
                     slot,
@@ -133,22 +145,25 @@ impl Questions {
                 )?;
             }
             let wait = idle
-                .front()
-                .map_or(LOST, |(due, ..)| due.saturating_duration_since(now));
-            let ready = wait_for(&askers, wait.min(until - now))?;
-            for asker in ready {
+                .peek()
+                .map_or(LOST, |Reverse((due, ..))| due.saturating_duration_since(now));
+            for asker in wait_for(&askers, wait.min(until - now))? {
                 while let Some((slot, latency)) = askers[asker].heard()? {
-                    let now = Instant::now();
                     match latency {
-                        Some(latency) if now >= from => latencies.push(latency.as_secs_f64() * 1000.0),
+                        Some(latency) if Instant::now() >= from => {
+                            latencies.push(latency.as_secs_f64() * 1000.0)
+                        }
                         Some(_) => {}
                         None => failed += 1,
                     }
-                    idle.push_back((now + Duration::from_micros(self.pause_us), asker, slot));
+                    free(&mut askers, &mut idle, asker, slot);
                 }
             }
-            for (asker, one) in askers.iter_mut().enumerate() {
-                failed += one.give_up(now, |slot| idle.push_back((now, asker, slot)));
+            for asker in 0..askers.len() {
+                for slot in askers[asker].give_up(now) {
+                    failed += 1;
+                    free(&mut askers, &mut idle, asker, slot);
+                }
             }
         }
         ensure!(!latencies.is_empty(), "no answer came");
@@ -173,6 +188,7 @@ impl Questions {
             Ok(Asker {
                 socket: socket?,
                 sent: vec![(0, None); self.open],
+                next: Instant::now(),
             })
         };
         sockets.into_iter().map(asker).collect()
@@ -253,14 +269,13 @@ impl Asker {
         }
     }
 
-    /// Gives up what was lost; returns how much.
-    fn give_up(&mut self, now: Instant, mut slot_is_free: impl FnMut(usize)) -> u32 {
-        let mut lost = 0;
+    /// Gives up what was lost; returns the slots.
+    fn give_up(&mut self, now: Instant) -> Vec<usize> {
+        let mut lost = Vec::new();
         for (slot, (_, sent)) in self.sent.iter_mut().enumerate() {
             if sent.is_some_and(|sent| now.saturating_duration_since(sent) > LOST) {
                 *sent = None;
-                slot_is_free(slot);
-                lost += 1;
+                lost.push(slot);
             }
         }
         lost

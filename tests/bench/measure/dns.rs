@@ -12,14 +12,15 @@ use crate::{
 };
 
 const WARM_MS: u64 = 200;
-/// Sandboxes that ask at once. The kernel lets each have 2,000 questions a second, and a resolver answers more.
-const SANDBOXES: usize = 24;
+/// Sandboxes that ask at once. The kernel lets each have 200 questions in a tenth of a second, and a resolver answers
+/// many more.
+const SANDBOXES: usize = 60;
+/// From one question of a client to its next, at least: below what the kernel lets a sandbox have.
+const APART_US: u64 = 600;
 /// Questions that each has open.
 const OPEN: usize = 2;
 /// Names that are known after the first round.
 const KNOWN: u32 = 32;
-/// Of latency: one question in a while, below what the kernel lets a sandbox have.
-const PAUSE_US: u64 = 700;
 /// Where unbound listens.
 const PORT: u16 = 5300;
 /// Where the questions of sandboxes go; any address would do.
@@ -83,7 +84,7 @@ pub(crate) fn dns(ground: &Ground, guarded: &Guarded, effort: Effort) -> Result<
                         },
                         sockets: count,
                         open: if is_rate { OPEN } else { 1 },
-                        pause_us: if is_rate { 0 } else { PAUSE_US },
+                        apart_us: APART_US,
                         zone,
                         names,
                         warm_ms: WARM_MS.min(effort.count_ms),
