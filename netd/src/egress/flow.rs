@@ -160,6 +160,9 @@ impl Egress {
                 return;
             }
         };
+        // By the rules that admitted it or later ones: those of the first look may be gone, after a beginning that was
+        // long in coming.
+        let audit = matches!(entry.sandbox.first_look(entry.to), FirstLook::Audit(_));
         let (manner, _request) = match (manner, &said.name) {
             (Manner::Splice(received), Some(name)) if admitted.intercept => {
                 let target = Target {
@@ -170,6 +173,10 @@ impl Egress {
                 // Boxed: the states of such a flow are large, and most flows are others.
                 return Box::pin(self.intercept(entry, admitted, target, begun, said.detail)).await;
             }
+            // On its way through here it would lose the other protocol that it asks for.
+            (Manner::Clear(head, _, Some(whole)), _) if audit && head.asks_for_upgrade() => {
+                (Manner::Named(whole), None)
+            }
             (Manner::Clear(head, begun, whole), _) => match judge_in_clear(&admitted, &mut said, *head) {
                 Ok((head, request)) => {
                     if let Some(request) = &request
@@ -179,7 +186,12 @@ impl Egress {
                     }
                     (Manner::Clear(Box::new(head), begun, whole), request)
                 }
-                Err(decision) if let Some(whole) = whole => {
+                // All else that is denied here is denied by rules in force.
+                Err(decision)
+                    if audit
+                        && decision.reason == Reason::Malformed
+                        && let Some(whole) = whole =>
+                {
                     admitted.decision = decision.audited();
                     (Manner::Named(whole), None)
                 }
@@ -193,9 +205,7 @@ impl Egress {
                 }
             },
             // Whatever its handshake comes to, nothing of it ends the flow.
-            (Manner::Splice(received), _) if matches!(entry.look, FirstLook::Audit(_)) => {
-                (Manner::Named(received), None)
-            }
+            (Manner::Splice(received), _) if audit => (Manner::Named(received), None),
             (manner, _) => (manner, None),
         };
         let traffic = Traffic::default();
@@ -321,10 +331,6 @@ impl Egress {
                         Decision::of(Reason::HostMismatch),
                         received,
                     );
-                }
-                // On its way through here it would lose the other protocol that it asks for.
-                if audit && head.asks_for_upgrade() {
-                    return Ok((said, Manner::Named(received)));
                 }
                 let begun = received[head.length..].to_vec();
                 let whole = audit.then_some(received);
