@@ -231,7 +231,7 @@ impl SandboxPolicy {
                 let by_name = self
                     .first_denial(&self.judge(flow, Claim::Nothing), Tiers::All)
                     .is_some();
-                let tier = denied.unwrap_or(self.last());
+                let tier = denied.unwrap_or_else(|| self.last());
                 let (intercept, credentials) = self.asked_inside(flow, name, &judgements);
                 Verdict {
                     intercept,
@@ -352,7 +352,9 @@ impl SandboxPolicy {
             .into_iter()
             .map(|answer| answer.unwrap_or(unmentioned))
             .collect();
-        let tier = self.first_denial(&judgements, Tiers::All).unwrap_or(self.last());
+        let tier = self
+            .first_denial(&judgements, Tiers::All)
+            .unwrap_or_else(|| self.last());
         self.verdict(tier, judgements[tier], false)
     }
 
@@ -432,7 +434,7 @@ impl SandboxPolicy {
             .order
             .iter()
             .find_map(|tier| denies(&self.tiers[*tier]).map(|reason| (*tier, reason)));
-        let (tier, reason) = denial.unwrap_or((self.last(), Reason::Allowed));
+        let (tier, reason) = denial.unwrap_or_else(|| (self.last(), Reason::Allowed));
         let cause = Cause::Field(name);
         self.verdict(tier, Judgement { reason, cause }, false)
     }
