@@ -59,7 +59,7 @@ pub(super) struct Said {
     path: Option<String>,
     detail: Option<String>,
     /// What is wrong with it, where nothing of that ends it.
-    fault: Option<Decision>,
+    fault: Option<Box<Decision>>,
 }
 
 impl Said {
@@ -249,10 +249,10 @@ impl Egress {
         // What would end the flow in another mode is only recorded of it.
         let faulty = |said: Said, decision: Decision, received: Vec<u8>| {
             if audit {
-                let fault = Some(decision.audited());
+                let fault = Some(Box::new(decision.audited()));
                 return Ok((Said { fault, ..said }, Manner::Begun(received)));
             }
-            Err((said, decision))
+            Err(Box::new((said, decision)))
         };
         let Ok(_permit) = Arc::clone(&entry.sandbox.limits.sniffs).try_acquire_owned() else {
             let detail = Some("too many connections that say nothing".to_owned());
@@ -278,7 +278,7 @@ impl Egress {
             Spoken::Unreadable(_) if glance => Ok((Said::nothing(), Manner::Begun(received))),
             Spoken::Unreadable(why) => {
                 let (said, decision) = malformed(why);
-                faulty(said, decision, received)
+                faulty(said, decision, received).map_err(|refused| *refused)
             }
             Spoken::Tls(hello) => {
                 let name = match hello.server_name.as_deref().map(DomainName::parse) {
@@ -289,7 +289,7 @@ impl Egress {
                         let (mut said, decision) = malformed("a server name that is not a name");
                         said.protocol = "tls";
                         said.host = hello.server_name;
-                        return faulty(said, decision, received);
+                        return faulty(said, decision, received).map_err(|refused| *refused);
                     }
                 };
                 // A GREASE extension looks the same on the wire, and browsers always send one. The outer name
@@ -309,9 +309,9 @@ impl Egress {
                 if hello.hides == Hides::Name && !glance {
                     let decision = entry.sandbox.judge_ech();
                     if !decision.is_allowed() {
-                        return faulty(said, decision, received);
+                        return faulty(said, decision, received).map_err(|refused| *refused);
                     }
-                    said.fault = Some(decision).filter(Decision::is_audited);
+                    said.fault = Some(decision).filter(Decision::is_audited).map(Box::new);
                 }
                 Ok((said, Manner::Splice(received)))
             }
@@ -330,7 +330,8 @@ impl Egress {
                         Said { detail, ..said },
                         Decision::of(Reason::HostMismatch),
                         received,
-                    );
+                    )
+                    .map_err(|refused| *refused);
                 }
                 let begun = received[head.length..].to_vec();
                 let whole = audit.then_some(received);
@@ -453,7 +454,7 @@ impl Ended {
 fn admit(entry: &Entry, said: &mut Said, manner: Manner) -> Result<(Admitted, Manner), Decision> {
     let (mut admitted, manner) = admit_as_shown(entry, said, manner)?;
     if let Some(fault) = said.fault.take() {
-        admitted.decision = fault;
+        admitted.decision = *fault;
     }
     Ok((admitted, manner))
 }
