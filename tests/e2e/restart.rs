@@ -233,7 +233,8 @@ pub(crate) fn netd_is_replaced_under_load_without_a_gap(machine: &Replaceable) {
     assert_only_allowed_traffic(&machine.world, mark);
     wait::until("the kernel holds no more than before", RECOVERY, || {
         let after = machine.kernel_objects();
-        (after.pins == before.pins && after.maps == before.maps && after.links.is_empty()).then_some(())
+        let same = after.pins == before.pins && after.maps == before.maps && links(&after) == links(&before);
+        same.then_some(())
     });
 }
 
@@ -577,7 +578,7 @@ fn run_commands(machine: &Replaceable, sandbox: &Sandbox, load: &Load) {
     while !load.stop.load(Ordering::Relaxed) {
         let body = json!({ "command": "sleep 0.05; echo done" });
         let answer = machine.retried(|| sandbox.client().post(&sandbox.path("/execute")).json(&body));
-        assert_eq!(answer["stdout"], "done\n");
+        assert_eq!(answer["stdout"], "done\n", "{answer}");
         load.commands.fetch_add(1, Ordering::Relaxed);
     }
 }
