@@ -2,7 +2,7 @@
 //! and ICMP errors about flows that the kernel forwards.
 
 use aya_ebpf::programs::TcContext;
-use netd_common::{Address, Endpoint, GATEWAY, GATEWAY_MAC, GATEWAY6, MAPPED, limit, mapped, wire, wire6};
+use netd_common::{Address, Endpoint, GATEWAY, GATEWAY_MAC, GATEWAY6, MAPPED, limit, wire, wire6};
 
 use crate::{
     events, flows,
@@ -249,14 +249,4 @@ fn quoted6(ctx: &TcContext, way: Way) -> Option<Quoted> {
         destination_port: frame.half(INNER + IPV6 + 2),
         protocol: frame.byte(INNER + 6),
     })
-}
-
-/// The gateway in the packet's family.
-#[inline(always)]
-pub fn gateway(packet: &Packet) -> Address {
-    if packet.is_ipv6() {
-        wire6(GATEWAY6)
-    } else {
-        mapped(GATEWAY)
-    }
 }

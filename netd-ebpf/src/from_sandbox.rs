@@ -6,8 +6,8 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use netd_common::{
-    BoundKey, Endpoint, GATEWAY_MAC, InboundKey, NO_ADDRESS, SELF_TEST_PORT, Uplink, counter, limit,
-    listener, mark, reason,
+    BoundKey, Endpoint, GATEWAY, GATEWAY_MAC, InboundKey, NO_ADDRESS, SELF_TEST_PORT, Uplink, counter, limit,
+    listener, mapped, mark, reason,
 };
 
 use crate::{
@@ -186,14 +186,12 @@ fn judge(packet: &Packet, endpoint: &Endpoint) -> Verdict {
             return Verdict::Inbound;
         }
     }
-    if packet.destination_port == DNS {
+    // A socket cannot answer from a link-local address without its interface, so nobody serves one: refused below.
+    if packet.destination_port == DNS && !is_link_local6(packet) {
         return Verdict::Dns;
     }
     // netd's own host, where a sandbox checks what it trusts: no policy is asked, and nothing is dialled for it.
-    if tcp
-        && packet.destination_port == SELF_TEST_PORT
-        && same(&packet.destination, &control::gateway(packet))
-    {
+    if tcp && packet.destination_port == SELF_TEST_PORT && same(&packet.destination, &mapped(GATEWAY)) {
         return Verdict::Proxy {
             bound: false,
             open: true,
@@ -217,6 +215,12 @@ fn judge(packet: &Packet, endpoint: &Endpoint) -> Verdict {
             None => Verdict::Refuse(reason::PROTOCOL_DENIED),
         },
     }
+}
+
+/// fe80::/10 (RFC 4291, 2.5.6).
+#[inline(always)]
+fn is_link_local6(packet: &Packet) -> bool {
+    packet.is_ipv6() && u32::from_be(packet.destination[0]) >> 22 == 0xfe80 >> 6
 }
 
 #[inline(always)]

@@ -93,13 +93,9 @@ fn every_ipv6_packet_meets_its_fate() {
         (
             "DNS to the gateway",
             udp("fe80::5347:1", 53),
-            Reason::UpstreamUnreachable,
+            Reason::PlatformDenied,
         ),
-        (
-            "self-test host",
-            tcp("fe80::5347:1", 443),
-            Reason::UpstreamUnreachable,
-        ),
+        ("self-test host", tcp("fe80::5347:1", 443), Reason::PlatformDenied),
         ("beside it", tcp("fe80::5347:2", 443), Reason::PlatformDenied),
         ("gateway", tcp("fe80::5347:1", 80), Reason::PlatformDenied),
         ("port of no range", tcp("2001:db8::1", 81), Reason::DefaultDeny),

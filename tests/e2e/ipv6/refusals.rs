@@ -107,9 +107,11 @@ pub(crate) fn private_and_wrapped_addresses_are_refused_whatever_the_policy_says
             &json!({ "decision": "deny", "ip": plain.to_string(), "port": 80, "reason": "platform_denied" }),
         );
     }
-    probe
-        .try_one(&probe::tcp("fe80::5347:1%eth0", 80, "x"))
-        .assert_refused_at_connect();
+    for port in [53, 80, 443] {
+        probe
+            .try_one(&probe::tcp("fe80::5347:1%eth0", port, "x"))
+            .assert_refused_at_connect();
+    }
     // To every socket it is the IPv4 address.
     for target in ["::ffff:10.0.0.5", "::ffff:169.254.169.254"] {
         probe

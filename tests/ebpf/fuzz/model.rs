@@ -245,8 +245,9 @@ impl Model<'_> {
         if packet.is_tcp() && !packet.opens() && self.inward.contains(&(packet.to, packet.from.port())) {
             return Fate::Inward;
         }
-        let gateway = [IpAddr::from(GATEWAY), IpAddr::from(GATEWAY6)].contains(&packet.to.ip());
-        if packet.to.port() == 53 || packet.is_tcp() && gateway && packet.to.port() == 443 {
+        let link_local = matches!(packet.to.ip(), IpAddr::V6(address) if address.is_unicast_link_local());
+        let self_test = packet.is_tcp() && packet.to == SocketAddr::from((GATEWAY, 443));
+        if packet.to.port() == 53 && !link_local || self_test {
             return unheard();
         }
         let flow = FlowId {
