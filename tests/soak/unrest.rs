@@ -83,9 +83,8 @@ impl<'a> Unrest<'a> {
                 6 => self.signal("tunnel-proxy killed", Node::tunnel_proxy, Signal::SIGKILL),
                 _ => self
                     .signal("netd and controller killed", Node::controller, Signal::SIGKILL)
-                    .map(|what| {
+                    .inspect(|what| {
                         self.signal(what, Node::netd, Signal::SIGKILL);
-                        what
                     }),
             };
             if let Some(what) = what {
