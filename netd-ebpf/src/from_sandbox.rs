@@ -248,7 +248,10 @@ fn pass(ctx: &TcContext, packet: &Packet, endpoint: &Endpoint, audit: u8) -> Res
             open: false,
         });
     }
-    if !within_flows(endpoint) || !flows::open(&key, ctx, endpoint, &packet.source) {
+    if endpoint.no_new_flows != 0
+        || !within_flows(endpoint)
+        || !flows::open(&key, ctx, endpoint, &packet.source)
+    {
         return Err(Verdict::Refuse(reason::QUOTA));
     }
     if audit != 0 {

@@ -412,6 +412,16 @@ impl Datapath {
         self.state().tables.set_uplink(entry)
     }
 
+    /// Says whether the kernel may forward new flows of the endpoint; it may at first. Holds from the next packet on, and
+    /// for the next netd until that says otherwise. Flows that are open go on.
+    ///
+    /// # Errors
+    /// [`DatapathError::Detached`] when there is no such endpoint; others when the kernel does not take it, and what was
+    /// said before stays.
+    pub fn allow_new_flows(&self, endpoint: EndpointHandle, allowed: bool) -> Result<(), DatapathError> {
+        self.state().tables.allow_new_flows(endpoint, allowed)
+    }
+
     /// Flows that the kernel forwarded and that have ended since the last call, each once. Call it every second.
     pub fn ended_flows(&self) -> Result<Vec<EndedFlow>, DatapathError> {
         self.state().tables.ended_flows()

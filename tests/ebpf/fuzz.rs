@@ -65,6 +65,7 @@ struct Subject {
     bound: BTreeSet<IpAddr>,
     inward: BTreeSet<(SocketAddr, u16)>,
     flows: Flows,
+    new_flows: bool,
     /// Of the current window.
     events: u32,
     controls: u32,
@@ -203,6 +204,7 @@ impl Run {
                 bound: BTreeSet::new(),
                 inward: BTreeSet::new(),
                 flows: Flows::new(),
+                new_flows: true,
                 events: 0,
                 controls: 0,
             });
@@ -227,7 +229,7 @@ impl Run {
         let datapath = &self.lab.datapath;
         let index = dice.below(self.subjects.len());
         let subject = &mut self.subjects[index];
-        match dice.below(7) {
+        match dice.below(9) {
             0 | 1 => {
                 (subject.policy, subject.table) = policy(dice, &self.platform);
                 datapath
@@ -274,6 +276,13 @@ impl Run {
                 } else {
                     self.uplink = Some(self.lab.set_uplink());
                 }
+            }
+            6 => {
+                // More often allowed than not, as most is to be seen of open flows.
+                subject.new_flows = !dice.one_in(3);
+                datapath
+                    .allow_new_flows(subject.handle, subject.new_flows)
+                    .expect("said");
             }
             _ => self.collect(),
         }
@@ -539,6 +548,7 @@ impl Subject {
             bound: &self.bound,
             inward: &self.inward,
             uplink,
+            new_flows: self.new_flows,
         })
     }
 }

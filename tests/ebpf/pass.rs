@@ -194,6 +194,44 @@ fn a_flow_is_opened_from_inside_and_answered_through_the_uplink_alone() {
 }
 
 #[test]
+fn while_no_new_flow_is_allowed_those_that_are_open_go_on() {
+    if !privileged() {
+        return;
+    }
+    let lab = Lab::open(2, &platform());
+    let mut reader = lab.datapath.take_events().expect("a reader");
+    let uplink = lab.set_uplink();
+    let [(sandbox, handle), (neighbour, other)] = &lab.sandboxes[..] else {
+        panic!("two sandboxes");
+    };
+    for handle in [handle, other] {
+        lab.datapath.set_policy(*handle, &passing()).expect("a policy");
+    }
+    let open = syn(sandbox);
+    assert!(left(&lab.out(*handle, &open.bytes())));
+
+    lab.datapath.allow_new_flows(*handle, false).expect("said");
+    // Other rules change nothing about it.
+    lab.datapath.set_policy(*handle, &passing()).expect("a policy");
+    assert!(left(
+        &lab.out(*handle, &open.but(|frame| frame.flags = ACK).bytes())
+    ));
+    assert!(lab.toward(*handle, 0, uplink, &reply(&open, ACK).bytes()));
+    let new = open.but(|frame| frame.from_port += 1);
+    let query = Frame::udp(open.from, open.from_mac, REMOTE, 443);
+    for refused in [&new, &query] {
+        assert!(!left(&lab.out(*handle, &refused.bytes())));
+        let events = events_until(&mut reader, |events| !events.is_empty());
+        assert_eq!(events[0].reason, Reason::Quota);
+    }
+    assert!(left(&lab.out(*other, &syn(neighbour).bytes())), "another sandbox");
+
+    lab.datapath.allow_new_flows(*handle, true).expect("said");
+    assert!(left(&lab.out(*handle, &new.bytes())));
+    assert!(left(&lab.out(*handle, &query.bytes())));
+}
+
+#[test]
 fn a_flow_stops_with_the_rules_that_allowed_it() {
     if !privileged() {
         return;

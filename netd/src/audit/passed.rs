@@ -1,6 +1,6 @@
 //! Turns flows that the kernel forwarded into records, once they have ended. Owns: what is known of such a flow without
-//! having read it, and that a sandbox whose records find no room makes no more of them than can be kept: its flows are
-//! then put together by destination.
+//! having read it, and that a sandbox whose records find no room makes no more of them than can be kept: the kernel is told
+//! to forward no new flow of it, and those it has are put together by destination.
 
 use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -11,17 +11,24 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Attempt, Audit, Owner, Passed};
 use crate::{
-    kernel::{Datapath, EndedFlow, FlowEnd},
+    kernel::{Datapath, DatapathError, EndedFlow, FlowEnd},
     sandbox::{Decision, Sandbox, Sandboxes},
 };
 
 /// How often the kernel is asked.
 const PAUSE: Duration = Duration::from_secs(1);
-/// Destinations that are kept apart while there is no room; beyond them all are one.
+/// Destinations of one sandbox that are kept apart while there is no room; beyond them all are one.
 const HELD_MAX: usize = 4096;
 
-/// Flows of one sandbox to one destination that wait for room.
-type Held = BTreeMap<(u32, u8, Option<SocketAddr>), Sum>;
+/// What waits for room, by the ordinal of the sandbox.
+type Held = BTreeMap<u32, Waiting>;
+
+/// Flows of one sandbox, put together by protocol and destination.
+struct Waiting {
+    /// Kept beyond its departure: its flows are recorded then.
+    sandbox: Arc<Sandbox>,
+    sums: BTreeMap<(u8, Option<SocketAddr>), Sum>,
+}
 
 #[derive(Debug, Clone, Copy)]
 struct Sum {
@@ -45,8 +52,25 @@ pub async fn follow(
             () = tokio::time::sleep(PAUSE) => false,
             () = end.cancelled() => true,
         };
+        let rooms: Vec<_> = sandboxes
+            .all()
+            .iter()
+            .map(|sandbox| (sandbox.handle, audit.has_room(&Owner::of(sandbox))))
+            .collect();
         let asked = Arc::clone(&datapath);
-        match tokio::task::spawn_blocking(move || asked.ended_flows()).await {
+        let asking = move || {
+            for (endpoint, room) in rooms {
+                match asked.allow_new_flows(endpoint, room) {
+                    // It left this very moment.
+                    Ok(()) | Err(DatapathError::Detached { .. }) => {}
+                    Err(error) => {
+                        tracing::error!(%error, "cannot tell the kernel whether flows can be recorded")
+                    }
+                }
+            }
+            asked.ended_flows()
+        };
+        match tokio::task::spawn_blocking(asking).await {
             Ok(Ok(flows)) => {
                 let now = Now::read();
                 for flow in &flows {
@@ -56,7 +80,9 @@ pub async fn follow(
             Ok(Err(error)) => tracing::error!(%error, "cannot read which forwarded flows have ended"),
             Err(_panic) => tracing::error!("reading which forwarded flows have ended broke"),
         }
-        release(&audit, &sandboxes, &mut held);
+        release(&audit, &mut held, |ordinal| {
+            !ended && sandboxes.by_ordinal(ordinal).is_some()
+        });
         if ended {
             return;
         }
@@ -88,13 +114,17 @@ fn record(audit: &Audit, sandboxes: &Sandboxes, held: &mut Held, flow: &EndedFlo
         return;
     }
     let number = u8::from(flow.protocol == Protocol::Udp);
-    let key = (flow.endpoint.ordinal, number, Some(flow.dst));
-    let key = if held.len() < HELD_MAX || held.contains_key(&key) {
+    let key = (number, Some(flow.dst));
+    let Waiting { sums, .. } = held.entry(flow.endpoint.ordinal).or_insert_with(|| Waiting {
+        sandbox,
+        sums: BTreeMap::new(),
+    });
+    let key = if sums.len() < HELD_MAX || sums.contains_key(&key) {
         key
     } else {
-        (key.0, key.1, None)
+        (number, None)
     };
-    let sum = held.entry(key).or_insert(Sum {
+    let sum = sums.entry(key).or_insert(Sum {
         began,
         lasted: Duration::ZERO,
         up: 0,
@@ -108,34 +138,29 @@ fn record(audit: &Audit, sandboxes: &Sandboxes, held: &mut Held, flow: &EndedFlo
     sum.flows += 1;
 }
 
-/// Records what has waited, as far as there is room.
-fn release(audit: &Audit, sandboxes: &Sandboxes, held: &mut Held) {
-    held.retain(|(ordinal, number, to), sum| {
-        let Some(sandbox) = sandboxes.by_ordinal(*ordinal) else {
-            return false;
-        };
-        let owner = Owner::of(&sandbox);
-        if !audit.has_room(&owner) {
-            return true;
+/// Records what has waited, as far as there is room; and all of it of a sandbox that cannot wait, because it or netd goes.
+fn release(audit: &Audit, held: &mut Held, can_wait: impl Fn(u32) -> bool) {
+    held.retain(|ordinal, Waiting { sandbox, sums }| {
+        let can_wait = can_wait(*ordinal);
+        let owner = Owner::of(sandbox);
+        while (!can_wait || audit.has_room(&owner))
+            && let Some(((number, to), sum)) = sums.pop_first()
+        {
+            let protocol = if number == 0 { Protocol::Tcp } else { Protocol::Udp };
+            let passed = Passed {
+                began: sum.began,
+                lasted: sum.lasted,
+                up: sum.up,
+                down: sum.down,
+            };
+            let detail = format!("{} flows: there was no room for a record of each", sum.flows);
+            let ended = Ended {
+                reason: Reason::Allowed,
+                detail: Some(detail),
+            };
+            write(audit, sandbox, &owner, (protocol, to), passed, ended);
         }
-        let protocol = if *number == 0 {
-            Protocol::Tcp
-        } else {
-            Protocol::Udp
-        };
-        let passed = Passed {
-            began: sum.began,
-            lasted: sum.lasted,
-            up: sum.up,
-            down: sum.down,
-        };
-        let detail = format!("{} flows: there was no room for a record of each", sum.flows);
-        let ended = Ended {
-            reason: Reason::Allowed,
-            detail: Some(detail),
-        };
-        write(audit, &sandbox, &owner, (protocol, *to), passed, ended);
-        false
+        !sums.is_empty()
     });
 }
 

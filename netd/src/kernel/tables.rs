@@ -225,7 +225,7 @@ impl Tables {
             ordinal,
             policy: 0,
             mac,
-            padding: 0,
+            no_new_flows: 0,
         };
         self.flows.add(ordinal)?;
         for address in [address, address6] {
@@ -335,6 +335,26 @@ impl Tables {
         }
         self.known.insert(endpoint.ifindex, entry);
         self.policies.release(current.policy);
+        Ok(())
+    }
+
+    /// Says whether the programs may forward new flows of the endpoint.
+    pub(super) fn allow_new_flows(
+        &mut self,
+        endpoint: EndpointHandle,
+        allowed: bool,
+    ) -> Result<(), DatapathError> {
+        let current = self.check(endpoint)?;
+        let entry = Endpoint {
+            no_new_flows: u16::from(!allowed),
+            ..current
+        };
+        if entry != current {
+            self.endpoints
+                .insert(endpoint.ifindex, entry, 0)
+                .map_err(on_map("write", "ENDPOINTS"))?;
+            self.known.insert(endpoint.ifindex, entry);
+        }
         Ok(())
     }
 

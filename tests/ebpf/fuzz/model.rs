@@ -39,6 +39,8 @@ pub(crate) struct Model<'a> {
     /// netd's end and the sandbox's port of connections that netd opened inward.
     pub(crate) inward: &'a BTreeSet<(SocketAddr, u16)>,
     pub(crate) uplink: bool,
+    /// Whether a new flow may leave by the uplink.
+    pub(crate) new_flows: bool,
 }
 
 /// Flows of one endpoint; false: cut.
@@ -276,6 +278,7 @@ impl Model<'_> {
                         _ if tcp && !packet.opens() => refused(&[Reason::ProtocolDenied]),
                         // Not yet collected.
                         Some(false) => refused(&[Reason::Quota]),
+                        None if !self.new_flows => refused(&[Reason::Quota]),
                         None => {
                             flows.insert(flow, true);
                             let audit = match action {
