@@ -112,6 +112,7 @@ fn main() -> ExitCode {
                 policies::a_tier_below_narrows_and_never_widens,
                 policies::each_mode_does_what_it_says,
                 policies::tightening_cuts_open_connections,
+                policies::what_began_in_audit_mode_is_held_to_what_is_enforced_since,
                 policies::read_modify_write_works,
                 policies::a_policy_given_at_create_holds_from_the_first_packet,
             ],

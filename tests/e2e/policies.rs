@@ -166,6 +166,48 @@ pub(crate) fn tightening_cuts_open_connections(machine: &Machine) {
     }
 }
 
+pub(crate) fn what_began_in_audit_mode_is_held_to_what_is_enforced_since(machine: &Machine) {
+    let policy = |enforcement: &str| {
+        json!({
+            "mode": "allowlist",
+            "enforcement": enforcement,
+            "rules": [{
+                "action": "allow", "protocol": "http", "domains": ["ok.test"], "ports": [80],
+                "http": [{ "methods": ["GET"], "paths": ["/**"] }],
+            }],
+        })
+    };
+    let organization = machine.node.register("late");
+    let sandbox = organization.sandbox(&json!({ "network": policy("audit") }));
+    machine.probe(&sandbox);
+    let mark = machine.world.capture().mark();
+    sandbox.sh_ok("curl -sS -o /dev/null -X POST http://ok.test/");
+    machine.world.capture().assert_something_to(OK, mark);
+    // A connection on which nothing is said until other rules hold.
+    sandbox.write(
+        "/workspace/late.py",
+        "import os, socket, time\n\
+         flow = socket.create_connection(('ok.test', 80))\n\
+         print('open', flush=True)\n\
+         while not os.path.exists('/workspace/go'): time.sleep(0.01)\n\
+         try:\n\
+         \x20 flow.sendall(b'POST / HTTP/1.1\\r\\nHost: ok.test\\r\\nContent-Length: 0\\r\\n\\r\\n')\n\
+         \x20 print('answer', flow.recv(4096), flush=True)\n\
+         except OSError as error: print('answer', error, flush=True)\n",
+    );
+    let mark = machine.world.capture().mark();
+    sandbox.background("exec python3 /workspace/late.py", |sandbox| {
+        sandbox.sh("grep -q open /workspace/background.log").exit_code == 0
+    });
+    sandbox.set_network(&policy("enforce"));
+    sandbox.write("/workspace/go", "");
+    wait::until("the sandbox has an answer", CUT, || {
+        (sandbox.sh("grep -q answer /workspace/background.log").exit_code == 0).then_some(())
+    });
+    machine.world.capture().assert_nothing_to(OK, mark);
+    sandbox.stop();
+}
+
 pub(crate) fn read_modify_write_works(machine: &Machine) {
     let organization = machine.node.register("editor");
     let policy = json!({ "mode": "allowlist", "allowed_domains": ["ok.test"], "allowed_ports": [443] });
