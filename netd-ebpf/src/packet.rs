@@ -29,6 +29,20 @@ const TCP_SYN: u8 = 0x02;
 const TCP_RST: u8 = 0x04;
 const TCP_ACK: u8 = 0x10;
 
+/// Those that tell what a segment is for, the urgent flag included.
+const TCP_MEANING: u8 = 0x37;
+/// The combinations that connection tracking takes (`tcp_valid_flags` of nf_conntrack_proto_tcp.c), a bit for each:
+/// what it does not take, it gives no other source address.
+const TCP_SENSIBLE: u64 = 1 << 0x02 // SYN
+    | 1 << 0x22 // SYN, URG
+    | 1 << 0x12 // SYN, ACK
+    | 1 << 0x04 // RST
+    | 1 << 0x14 // RST, ACK
+    | 1 << 0x11 // FIN, ACK
+    | 1 << 0x31 // FIN, ACK, URG
+    | 1 << 0x10 // ACK
+    | 1 << 0x30; // ACK, URG
+
 /// As far as any packet is read: an ICMPv6 error and the ports of the packet that it quotes.
 const DEEPEST: u32 = (ETHERNET + IPV6 + 8 + IPV6 + 8) as u32;
 
@@ -83,7 +97,7 @@ impl Packet {
     /// A SYN that opens a connection.
     #[inline(always)]
     pub fn opens(&self) -> bool {
-        self.tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN
+        self.tcp_flags & (TCP_SYN | TCP_ACK | TCP_FIN | TCP_RST) == TCP_SYN
     }
 
     #[inline(always)]
@@ -193,10 +207,13 @@ impl Packet {
         self.source_port = u16::from_be(source);
         self.destination_port = u16::from_be(destination);
         if self.protocol == PROTOCOL_TCP {
-            let Some(flags) = at(ctx, AT + 13) else {
+            let Some(flags) = at::<u8>(ctx, AT + 13) else {
                 return Kind::Unwanted(reason::MALFORMED);
             };
             self.tcp_flags = flags;
+            if TCP_SENSIBLE >> (flags & TCP_MEANING) & 1 == 0 {
+                return Kind::Unwanted(reason::MALFORMED);
+            }
         }
         Kind::Transport
     }

@@ -117,7 +117,6 @@ impl Uplink {
             place,
             names,
         };
-        // The table first: nothing is forwarded before it refuses what must not be.
         uplink.settle()?;
         link::connect(&uplink.names, &uplink.place, uplink.ipv6)?;
         pass::open(router, names::HOST_MAC, uplink.ipv6)?;
@@ -143,19 +142,22 @@ impl Uplink {
     /// # Errors
     /// When that is not possible; the uplink is not to be used then.
     pub fn settle(&self) -> Result<bool, UplinkError> {
-        let ways = link::ways(&self.names)?;
-        let opened = forwarding::open(&self.place.run_dir, &self.names, &ways, self.ipv6)?;
-        let text = firewall::ruleset(&self.names, &self.place, &ways, &opened);
+        let mut ways = link::ways(&self.names)?;
+        let plan = forwarding::plan(&self.place.run_dir, &self.names, &mut ways, self.ipv6)?;
+        let text = firewall::ruleset(&self.names, &self.place, &ways, &plan.opened);
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        if table.text == text && firewall::shown(&self.names).is_ok_and(|shown| shown == table.shown) {
-            return Ok(false);
+        let stands =
+            table.text == text && firewall::shown(&self.names).is_ok_and(|shown| shown == table.shown);
+        if !stands {
+            firewall::load(&text)?;
+            *table = Table {
+                text,
+                shown: firewall::shown(&self.names)?,
+            };
         }
-        firewall::load(&text)?;
-        *table = Table {
-            text,
-            shown: firewall::shown(&self.names)?,
-        };
-        Ok(true)
+        // The table first: nothing is forwarded before it refuses what must not be.
+        forwarding::turn_on(&plan)?;
+        Ok(!stands)
     }
 
     /// For the programs.

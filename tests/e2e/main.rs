@@ -247,6 +247,7 @@ fn main() -> ExitCode {
                 passes::what_address_and_port_allow_leaves_by_the_kernel_and_is_recorded,
                 passes::tightening_ends_an_open_connection,
                 passes::nothing_else_gets_out_that_way,
+                passes::what_the_nodes_firewall_redirects_is_not_for_sandboxes,
                 passes::datagrams_pass_by_a_rule_and_only_by_one,
                 passes::a_killed_netd_does_not_touch_what_passes,
                 passes::a_firewall_that_drops_is_named_and_left_alone,

@@ -210,6 +210,39 @@ pub(crate) fn nothing_else_gets_out_that_way(machine: &Passing) {
     other.stop();
 }
 
+pub(crate) fn what_the_nodes_firewall_redirects_is_not_for_sandboxes(machine: &Passing) {
+    const WITHIN: u16 = 7778;
+    let node = machine.world.node();
+    let sandbox = machine.sandbox(&open(&[ECHO, ECHO + 1]));
+    let probe = Probe::install(&sandbox, &machine.world);
+    let server =
+        node.run(|| std::net::TcpListener::bind(("0.0.0.0", WITHIN)).expect("a listener on the node"));
+    let collector = machine.world.tcp_collector((OK, ECHO));
+    let to = |port: u16| probe::tcp(OK, port, "canary");
+    probe.try_one(&to(ECHO));
+    let arrived = collector.arrivals().len();
+    assert!(arrived > 0, "it passes while nobody redirects it");
+    let table = format!(
+        "add table ip redirecting; \
+        add chain ip redirecting pre {{ type nat hook prerouting priority dstnat; }}; \
+        add rule ip redirecting pre ip daddr {OK} tcp dport {ECHO} redirect to :{WITHIN}; \
+        add rule ip redirecting pre ip daddr {OK} tcp dport {} dnat to 10.0.0.5:443",
+        ECHO + 1
+    );
+    node.command("nft", &[table.as_str()]).expect("a firewall");
+    let mark = machine.world.capture().mark();
+    probe.try_all(&[to(ECHO), to(ECHO + 1)]);
+    server.set_nonblocking(true).expect("a listener");
+    let nobody = server.accept().expect_err("somebody has reached the node");
+    assert_eq!(nobody.kind(), std::io::ErrorKind::WouldBlock);
+    let private = Ipv4Addr::new(10, 0, 0, 5);
+    machine.world.capture().assert_nothing_to(private, mark);
+    assert_eq!(collector.arrivals().len(), arrived, "it was redirected");
+    node.command("nft", &["delete table ip redirecting"])
+        .expect("it stands");
+    sandbox.stop();
+}
+
 pub(crate) fn datagrams_pass_by_a_rule_and_only_by_one(machine: &Passing) {
     let rule = json!({ "name": "games", "action": "allow", "cidrs": [format!("{EVIL}/32")],
         "ports": [DATAGRAMS.to_string()], "protocol": "udp" });

@@ -10,16 +10,18 @@ use super::{
     Place, UplinkError,
     forwarding::{Family, Switch},
     link::Ways,
-    names::{CANARY_PREFIX, Names, PREFIX},
+    names::{Names, PREFIX},
 };
-use crate::command;
+use crate::{canary, command};
 
 /// The table, replaced in one transaction.
 ///
 /// `prerouting` stands before any decision of the node's: whatever is the node's own at this very moment (a lookup in
-/// its routes, not in a copy of them) is refused. `forward` knows where the uplink may lead to; on interfaces that
-/// forward only because we turned that on, nothing else is forwarded. `output` keeps the node's own programs from the
-/// sandboxes, but for errors about what the sandboxes sent.
+/// its routes, not in a copy of them) is refused. The node's own NAT comes after it, so `input` and `forward` refuse
+/// what was given another destination since. `forward` knows where the uplink may lead to, and drops what connection
+/// tracking has no place for: it would leave under the sandbox's own address. On interfaces that forward only because
+/// we turned that on, nothing else is forwarded. `output` keeps the node's own programs from the sandboxes, but for
+/// errors about what the sandboxes sent.
 pub(super) fn ruleset(names: &Names, place: &Place, ways: &Ways, opened: &BTreeSet<Switch>) -> String {
     let (table, uplink) = (&names.table, &names.interface);
     let range4 = IpNet::from(place.sandboxes);
@@ -34,14 +36,13 @@ pub(super) fn ruleset(names: &Names, place: &Place, ways: &Ways, opened: &BTreeS
         .iter()
         .map(|(family, range, _)| format!("    {family} saddr {range} fib daddr type unicast accept\n"))
         .collect();
-    let canary = format!("{CANARY_PREFIX}*");
-    let mut leave = String::new();
+    let (canary, responder) = (canary::address(place.sandboxes), &names.canary);
+    let mut leave = format!("    iifname \"{uplink}\" ip saddr {canary} oifname \"{responder}\" jump pass\n");
     let mut masquerade = String::new();
     for (family, range, ways) in &ranges {
-        let ways = quoted(ways.iter().map(String::as_str).chain([canary.as_str()]));
-        for way in ways {
+        for way in *ways {
             leave.push_str(&format!(
-                "    iifname \"{uplink}\" {family} saddr {range} oifname {way} jump pass\n"
+                "    iifname \"{uplink}\" {family} saddr {range} oifname \"{way}\" jump pass\n"
             ));
         }
         masquerade.push_str(&format!(
@@ -78,8 +79,14 @@ table inet {table} {{
     type filter hook prerouting priority raw; policy accept;
     iifname \"{uplink}\" goto arrived
   }}
+  chain input {{
+    type filter hook input priority filter; policy accept;
+    iifname \"{uplink}\" goto refuse
+  }}
   chain forward {{
     type filter hook forward priority filter; policy accept;
+    iifname \"{uplink}\" ct state invalid,untracked drop
+    iifname \"{uplink}\" ct status dnat goto refuse
 {leave}    iifname \"{uplink}\" goto refuse
     oifname \"{uplink}\" ct state established,related jump pass
     oifname \"{uplink}\" drop
@@ -96,10 +103,6 @@ table inet {table} {{
 }}
 "
     )
-}
-
-fn quoted<'a>(names: impl Iterator<Item = &'a str>) -> Vec<String> {
-    names.map(|name| format!("\"{name}\"")).collect()
 }
 
 pub(super) fn load(text: &str) -> Result<(), UplinkError> {

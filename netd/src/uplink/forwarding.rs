@@ -84,6 +84,13 @@ impl FromStr for Switch {
 }
 
 impl Switch {
+    fn new(family: Family, interface: &str) -> Self {
+        Self {
+            family,
+            interface: interface.to_owned(),
+        }
+    }
+
     fn path(&self) -> PathBuf {
         match self.family {
             Family::V4 => Path::new(CONF[0].1).join(&self.interface).join("forwarding"),
@@ -123,44 +130,47 @@ fn whole_node(family: Family) -> bool {
     fs::read_to_string(Path::new(conf).join("all/forwarding")).is_ok_and(|text| text.trim() == "1")
 }
 
-/// Turns on what these ways need, and gives the switches that would be off without us. Idempotent.
-pub(super) fn open(
-    run_dir: &Path,
-    names: &Names,
-    ways: &Ways,
-    ipv6: bool,
-) -> Result<BTreeSet<Switch>, UplinkError> {
+/// What is to be turned on, and what that means for the ways.
+#[derive(Debug)]
+pub(super) struct Plan {
+    /// Those that would be off without us.
+    pub(super) opened: BTreeSet<Switch>,
+    needed: Vec<Switch>,
+}
+
+/// Finds what these ways need, and notes what would be off without us; turns on nothing. Takes away those ways that
+/// somebody has closed on a node that otherwise forwards. Idempotent.
+pub(super) fn plan(run_dir: &Path, names: &Names, ways: &mut Ways, ipv6: bool) -> Result<Plan, UplinkError> {
     let before = remembered(run_dir, names)?;
-    let mut switches = before.clone();
+    let mut opened = before.clone();
     // A node that has become a router keeps its switches, whatever we found.
-    switches.retain(|switch| !whole_node(switch.family) && matches!(switch.is_on(), Ok(Some(_))));
-    let mut needed = vec![Switch {
-        family: Family::V4,
-        interface: names.interface.clone(),
-    }];
+    opened.retain(|switch| !whole_node(switch.family) && matches!(switch.is_on(), Ok(Some(_))));
+    let mut needed = vec![Switch::new(Family::V4, &names.interface)];
+    if whole_node(Family::V4) {
+        ways.ipv4
+            .retain(|interface| !matches!(Switch::new(Family::V4, interface).is_on(), Ok(Some(false))));
+    }
     let wanted4 = ways.ipv4.iter().map(|interface| (Family::V4, interface));
     let wanted6 = ways.ipv6.iter().map(|interface| (Family::V6, interface));
     for (family, interface) in wanted4.chain(wanted6.filter(|_| ipv6 && !whole_node(Family::V6))) {
-        let interface = interface.clone();
-        let switch = Switch { family, interface };
+        let switch = Switch::new(family, interface);
         if switch.is_on()? == Some(false) {
-            switches.insert(switch.clone());
+            opened.insert(switch.clone());
         }
         needed.push(switch);
     }
     if ipv6 && !whole_node(Family::V6) {
-        needed.push(Switch {
-            family: Family::V6,
-            interface: names.interface.clone(),
-        });
+        needed.push(Switch::new(Family::V6, &names.interface));
     }
-    if switches != before {
-        write(run_dir, &switches)?;
+    if opened != before {
+        write(run_dir, &opened)?;
     }
-    for switch in needed {
-        switch.turn(true)?;
-    }
-    Ok(switches)
+    Ok(Plan { opened, needed })
+}
+
+/// Turns on what a plan needs. After the table stands that guards it.
+pub(super) fn turn_on(plan: &Plan) -> Result<(), UplinkError> {
+    plan.needed.iter().try_for_each(|switch| switch.turn(true))
 }
 
 /// Turns off what was, or leaves it to another instance, and forgets it.

@@ -70,7 +70,7 @@ struct Transport {
 
 impl Transport {
     fn opens(&self) -> bool {
-        self.protocol == TCP && self.flags & 0x12 == 0x02
+        self.protocol == TCP && self.flags & 0x17 == 0x02
     }
 
     fn is_tcp(&self) -> bool {
@@ -97,6 +97,19 @@ fn v4(bytes: &[u8], at: usize) -> IpAddr {
 fn v6(bytes: &[u8], at: usize) -> IpAddr {
     let octets: [u8; 16] = bytes[at..at + 16].try_into().expect("sixteen bytes");
     IpAddr::from(octets)
+}
+
+/// Whether a segment may bear these flags: it opens, resets, finishes or goes on, and only one of these; all but the
+/// first segment and a reset acknowledge; what is urgent is neither an answer to an opening nor a reset.
+fn is_sensible(flags: u8) -> bool {
+    let [finishes, opens, resets, _, acknowledges, urgent] =
+        [0, 1, 2, 3, 4, 5].map(|bit| flags >> bit & 1 == 1);
+    match (opens, resets, finishes) {
+        (true, false, false) => !(acknowledges && urgent),
+        (false, true, false) => !urgent,
+        (false, false, _) => acknowledges,
+        (true, true, _) | (true, _, true) | (_, true, true) => false,
+    }
 }
 
 impl Model<'_> {
@@ -189,6 +202,9 @@ impl Model<'_> {
         }
         if frame.len() < at + shortest {
             return Body::None;
+        }
+        if protocol == TCP && !is_sensible(frame[at + 13]) {
+            faults.insert(Reason::Malformed.as_str());
         }
         Body::Transport(Transport {
             from: SocketAddr::new(from, half(frame, at)),

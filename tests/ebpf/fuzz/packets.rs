@@ -40,7 +40,25 @@ impl Dice {
 pub(crate) const PORTS: &[u16] = &[
     0, 1, 22, 53, 79, 80, 81, 443, 444, 1000, 1004, 1005, 7000, 8443, 40_000, 65_535,
 ];
-const FLAGS: &[u8] = &[SYN, SYN, SYN, ACK, ACK, SYN | ACK, RST, RST | ACK, 0x11, 0x03, 0];
+const FLAGS: &[u8] = &[
+    SYN,
+    SYN,
+    SYN,
+    ACK,
+    ACK,
+    SYN | ACK,
+    RST,
+    RST | ACK,
+    0x11,
+    0x03,
+    0x06,
+    0x01,
+    0x29,
+    0x32,
+    0x24,
+    0x18,
+    0,
+];
 const ADDRESSES4: &[[u8; 4]] = &[
     [203, 0, 113, 10],
     [203, 0, 113, 66],
