@@ -55,8 +55,8 @@ pub fn count_up(flow: *mut Flow, ctx: &TcContext, packet: &Packet, policy: u32) 
         if packet.finishes() {
             (*flow).up_fin = 1;
         }
-        if packet.resets() {
-            (*flow).reset = 1;
+        if packet.resets() && (*flow).reset == 0 {
+            (*flow).reset = Flow::RESET_UP;
         }
     }
 }
@@ -75,7 +75,7 @@ fn count_down(flow: *mut Flow, ctx: &TcContext, packet: &Packet) {
             (*flow).down_fin = 1;
         }
         if packet.resets() {
-            (*flow).reset = 1;
+            (*flow).reset = Flow::RESET_DOWN;
         }
     }
 }

@@ -156,6 +156,8 @@ fn passed(
         let (from, heard) = thread::scope(|scope| {
             let answering = scope.spawn(|| responder.answer(word, address));
             let heard = throwaway.inside(|| hear(SocketAddr::V4(responder.at)));
+            // If it cannot be ended, it ends itself when nobody comes.
+            let _ends_itself = responder.end();
             let from = answering
                 .join()
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic));

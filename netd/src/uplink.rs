@@ -144,7 +144,7 @@ impl Uplink {
     pub fn settle(&self) -> Result<bool, UplinkError> {
         let mut ways = link::ways(&self.names)?;
         let plan = forwarding::plan(&self.place.run_dir, &self.names, &mut ways, self.ipv6)?;
-        let text = firewall::ruleset(&self.names, &self.place, &ways, &plan.opened);
+        let text = firewall::ruleset(&self.names, &self.place, &ways, &plan.opened, firewall::held());
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let stands =
             table.text == text && firewall::shown(&self.names).is_ok_and(|shown| shown == table.shown);

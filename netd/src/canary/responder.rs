@@ -7,7 +7,7 @@
 use std::{
     fs::{self, File},
     io::{self, Write as _},
-    net::{IpAddr, Ipv4Addr, SocketAddrV4},
+    net::{IpAddr, Ipv4Addr, Shutdown, SocketAddrV4},
     os::fd::AsRawFd as _,
     time::Duration,
 };
@@ -28,6 +28,8 @@ const MAC: [u8; 6] = [0x02, 0x53, 0x47, 0x04, 0x00, 0x01];
 const NODE_MAC: [u8; 6] = [0x02, 0x53, 0x47, 0x04, 0x00, 0x02];
 /// The responder's next hop; on no interface, only a static neighbour.
 const HOP: Ipv4Addr = Ipv4Addr::new(169, 254, 83, 71);
+/// Connections that wait to be answered.
+const BACKLOG: i32 = 16;
 /// Addresses that are tried: one may be in use.
 const TRIES: u32 = 16;
 
@@ -92,18 +94,31 @@ impl Responder {
         Ok(responder)
     }
 
-    /// Answers one connection with the word, if it does not come from the forbidden address. Says from where it came.
+    /// Answers connections with the word, but for those from the forbidden address, until [`Self::end`] or until there
+    /// is none for a while: programs of the node may come first. Says from where the last came, or the forbidden one.
     pub(super) fn answer(&self, word: [u8; 16], not_from: Ipv4Addr) -> io::Result<IpAddr> {
-        let (stream, from) = self.listener.accept()?;
-        let from = from
-            .as_socket()
-            .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?
-            .ip();
-        if from != IpAddr::V4(not_from) {
-            let mut stream = std::net::TcpStream::from(stream);
-            stream.write_all(&word)?;
+        let mut last = None;
+        loop {
+            let (stream, from) = match self.listener.accept() {
+                Ok(accepted) => accepted,
+                Err(error) => return last.ok_or(error),
+            };
+            let from = from
+                .as_socket()
+                .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?
+                .ip();
+            if from == IpAddr::V4(not_from) {
+                return Ok(from);
+            }
+            last = Some(from);
+            // Who has gone already was not the canary.
+            let _gone = std::net::TcpStream::from(stream).write_all(&word);
         }
-        Ok(from)
+    }
+
+    /// Nobody is answered any more.
+    pub(super) fn end(&self) -> io::Result<()> {
+        self.listener.shutdown(Shutdown::Both)
     }
 
     /// Removes everything.
@@ -173,7 +188,7 @@ fn listen(at: SocketAddrV4, patience: Duration) -> Result<Socket, ThrowawayError
     let open = || -> io::Result<Socket> {
         let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
         socket.bind(&at.into())?;
-        socket.listen(1)?;
+        socket.listen(BACKLOG)?;
         // Of accept(2) too, see socket(7).
         socket.set_read_timeout(Some(patience))?;
         Ok(socket)

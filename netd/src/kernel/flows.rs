@@ -17,8 +17,11 @@ use super::{
 const TOGETHER: u32 = 0;
 const TCP: u8 = 6;
 
-/// How long a connection that both sides have closed, or one has reset, may still send what is left.
+/// How long a connection that both sides have closed, or the other end has reset, may still send what is left.
 const LINGER: Duration = Duration::from_secs(2);
+/// The same after a reset of the sandbox's, which nobody but the other end knows to be one of the connection's
+/// (RFC 9293, 3.10.7.4): one out of its window ends nothing there, nor in the node's connection tracking.
+const RESET_UP_LINGER: Duration = Duration::from_secs(60);
 /// Silence after which a connection is taken for dead. RFC 5382, 5: no less than 2 h 4 min would be kind to those that
 /// send TCP's own keep-alives every two hours.
 const TCP_IDLE: Duration = Duration::from_secs(2 * 3600 + 4 * 60);
@@ -174,7 +177,9 @@ fn end_of(key: &FlowKey, flow: &Flow, of_living: bool, now: Duration) -> Option<
         Some(FlowEnd::EndpointGone)
     } else if flow.cut != 0 {
         Some(FlowEnd::PolicyTightened)
-    } else if flow.reset != 0 && silent >= LINGER {
+    } else if flow.reset == Flow::RESET_DOWN && silent >= LINGER {
+        Some(FlowEnd::Reset)
+    } else if flow.reset != 0 && silent >= RESET_UP_LINGER {
         Some(FlowEnd::Reset)
     } else if flow.up_fin != 0 && flow.down_fin != 0 && silent >= LINGER {
         Some(FlowEnd::Closed)
@@ -251,7 +256,10 @@ mod tests {
         assert_eq!(end(TCP, second * 2, closed), Some(FlowEnd::Closed));
         let half = |flow: &mut Flow| flow.up_fin = 1;
         assert_eq!(end(TCP, second * 2, half), None);
-        let reset = |flow: &mut Flow| flow.reset = 1;
+        let own_reset = |flow: &mut Flow| flow.reset = Flow::RESET_UP;
+        assert_eq!(end(TCP, second * 59, own_reset), None);
+        assert_eq!(end(TCP, second * 60, own_reset), Some(FlowEnd::Reset));
+        let reset = |flow: &mut Flow| flow.reset = Flow::RESET_DOWN;
         assert_eq!(end(TCP, second, reset), None);
         assert_eq!(end(TCP, second * 2, reset), Some(FlowEnd::Reset));
         let cut = |flow: &mut Flow| flow.cut = 1;

@@ -1,9 +1,10 @@
 //! The nftables table of the uplink in the node's namespace: what comes from sandboxes leaves the node or is refused,
 //! what leaves has the node's address, and the node does not become a router for anybody else.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, fs};
 
 use ipnet::IpNet;
+use netd_common::limit;
 use serde_json::Value;
 
 use super::{
@@ -14,6 +15,25 @@ use super::{
 };
 use crate::{canary, command};
 
+const ENDPOINTS: usize = limit::ENDPOINTS;
+
+/// Seconds of silence after which connection tracking forgets a connection of a sandbox: no longer than the programs
+/// remember it, else one sandbox could fill what the whole node has.
+const TIMEOUTS: &str = "established : 7440, close_wait : 60, last_ack : 10, time_wait : 10, close : 5";
+/// What one sandbox may hold of the entries that the node has for connections.
+const SHARE: u64 = 64;
+/// Entries of a node that does not say how many it has: the least of the kernel's defaults.
+const UNSAID: u64 = 65_536;
+
+/// How many connections of one sandbox may be tracked at the same time.
+pub(super) fn held() -> u64 {
+    let most = fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_max")
+        .ok()
+        .and_then(|text| text.trim().parse().ok())
+        .unwrap_or(UNSAID);
+    (most / SHARE).clamp(1, limit::FLOWS_PER_ENDPOINT)
+}
+
 /// The table, replaced in one transaction.
 ///
 /// `prerouting` stands before any decision of the node's: whatever is the node's own at this very moment (a lookup in
@@ -22,7 +42,13 @@ use crate::{canary, command};
 /// tracking has no place for: it would leave under the sandbox's own address. On interfaces that forward only because
 /// we turned that on, nothing else is forwarded. `output` keeps the node's own programs from the sandboxes, but for
 /// errors about what the sandboxes sent.
-pub(super) fn ruleset(names: &Names, place: &Place, ways: &Ways, opened: &BTreeSet<Switch>) -> String {
+pub(super) fn ruleset(
+    names: &Names,
+    place: &Place,
+    ways: &Ways,
+    opened: &BTreeSet<Switch>,
+    held: u64,
+) -> String {
     let (table, uplink) = (&names.table, &names.interface);
     let range4 = IpNet::from(place.sandboxes);
     let ranges: Vec<(&str, IpNet, &BTreeSet<String>)> = [
@@ -60,10 +86,24 @@ pub(super) fn ruleset(names: &Names, place: &Place, ways: &Ways, opened: &BTreeS
             format!("    meta nfproto {family} iifname \"{interface}\" oifname != \"{PREFIX}*\" drop\n")
         })
         .collect();
+    let held: String = ranges
+        .iter()
+        .map(|(family, ..)| {
+            format!("    iifname \"{uplink}\" ct state new add @held_{family} {{ {family} saddr ct count over {held} }} goto refuse\n")
+        })
+        .collect();
     format!(
         "table inet {table}
 delete table inet {table}
 table inet {table} {{
+  ct timeout patience4 {{
+    protocol tcp; l3proto ip; policy = {{ {TIMEOUTS} }};
+  }}
+  ct timeout patience6 {{
+    protocol tcp; l3proto ip6; policy = {{ {TIMEOUTS} }};
+  }}
+  set held_ip {{ type ipv4_addr; size {ENDPOINTS}; flags dynamic; }}
+  set held_ip6 {{ type ipv6_addr; size {ENDPOINTS}; flags dynamic; }}
   chain refuse {{
     meta l4proto tcp reject with tcp reset
     reject with icmpx admin-prohibited
@@ -79,6 +119,11 @@ table inet {table} {{
     type filter hook prerouting priority raw; policy accept;
     iifname \"{uplink}\" goto arrived
   }}
+  chain tracked {{
+    type filter hook prerouting priority mangle; policy accept;
+    iifname \"{uplink}\" meta nfproto ipv4 meta l4proto tcp ct timeout set \"patience4\"
+    iifname \"{uplink}\" meta nfproto ipv6 meta l4proto tcp ct timeout set \"patience6\"
+  }}
   chain input {{
     type filter hook input priority filter; policy accept;
     iifname \"{uplink}\" goto refuse
@@ -87,7 +132,7 @@ table inet {table} {{
     type filter hook forward priority filter; policy accept;
     iifname \"{uplink}\" ct state invalid,untracked drop
     iifname \"{uplink}\" ct status dnat goto refuse
-{leave}    iifname \"{uplink}\" goto refuse
+{held}{leave}    iifname \"{uplink}\" goto refuse
     oifname \"{uplink}\" ct state established,related jump pass
     oifname \"{uplink}\" drop
 {guarded}  }}
@@ -110,10 +155,10 @@ pub(super) fn load(text: &str) -> Result<(), UplinkError> {
     Ok(())
 }
 
-/// The table as the kernel has it.
+/// The table as the kernel has it, without what packets put into it.
 pub(super) fn shown(names: &Names) -> Result<String, UplinkError> {
     Ok(command::run(
-        &["nft", "-s", "list", "table", "inet", &names.table],
+        &["nft", "-s", "-t", "list", "table", "inet", &names.table],
         "",
     )?)
 }
@@ -172,9 +217,38 @@ fn suspects(listed: &Value, own: &str) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn the_table_bounds_what_a_sandbox_holds_and_refuses_before_it_lets_leave() {
+        let names = Names::of(Path::new("/run/sandgate"));
+        let place = Place {
+            run_dir: "/run/sandgate".into(),
+            sandboxes: "10.213.0.0/16".parse().unwrap(),
+            sandboxes6: Some("fd53:4700::/32".parse().unwrap()),
+        };
+        let way = BTreeSet::from(["eth0".to_owned()]);
+        let (ipv4, ipv6) = (way.clone(), way);
+        let text = ruleset(&names, &place, &Ways { ipv4, ipv6 }, &BTreeSet::new(), 4096);
+        let at = |part: &str| text.find(part).unwrap_or_else(|| panic!("no `{part}` in {text}"));
+        let leaves = at("oifname \"eth0\" jump pass");
+        for before in [
+            "ct state invalid,untracked drop",
+            "ct status dnat goto refuse",
+            "add @held_ip { ip saddr ct count over 4096 } goto refuse",
+            "add @held_ip6 { ip6 saddr ct count over 4096 } goto refuse",
+        ] {
+            assert!(at(before) < leaves, "{before}: {text}");
+        }
+        // Nobody but this instance's own canary meets who answers it.
+        let canary = format!("ip saddr 10.213.255.255 oifname \"{}\" jump pass", names.canary);
+        at(&canary);
+        assert_eq!(text.matches("\"sgcn").count(), 1, "{text}");
+    }
 
     #[test]
     fn who_drops_by_default_is_named_first() {
