@@ -243,7 +243,7 @@ impl Sandbox {
     #[track_caller]
     pub fn background(&self, line: &str, ready: impl Fn(&Self) -> bool) {
         self.sh_ok(&format!(
-            "setsid sh -c '{line}' >/workspace/background.log 2>&1 </dev/null & echo started"
+            ": >/workspace/background.log; setsid sh -c '{line}' >/workspace/background.log 2>&1 </dev/null & echo started"
         ));
         let started = Instant::now();
         let ready = wait::within(READY, || ready(self).then_some(()));
