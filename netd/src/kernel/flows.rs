@@ -173,13 +173,16 @@ fn end_of(key: &FlowKey, flow: &Flow, of_living: bool, now: Duration) -> Option<
         (false, true) => UDP_IDLE,
         (false, false) => UDP_UNANSWERED,
     };
+    let after_reset = if flow.reset == Flow::RESET_DOWN {
+        LINGER
+    } else {
+        RESET_UP_LINGER
+    };
     if !of_living {
         Some(FlowEnd::EndpointGone)
     } else if flow.cut != 0 {
         Some(FlowEnd::PolicyTightened)
-    } else if flow.reset == Flow::RESET_DOWN && silent >= LINGER {
-        Some(FlowEnd::Reset)
-    } else if flow.reset != 0 && silent >= RESET_UP_LINGER {
+    } else if flow.reset != 0 && silent >= after_reset {
         Some(FlowEnd::Reset)
     } else if flow.up_fin != 0 && flow.down_fin != 0 && silent >= LINGER {
         Some(FlowEnd::Closed)
