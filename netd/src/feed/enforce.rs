@@ -49,6 +49,8 @@ pub struct Enforcer {
     has_old_pins: bool,
     /// The file does not hold what is desired.
     is_unsaved: bool,
+    /// The file tells of sandboxes that are gone.
+    remembers_ended: bool,
 }
 
 /// One sandbox could not be enforced as asked.
@@ -93,6 +95,7 @@ impl Enforcer {
             leftovers,
             has_old_pins: true,
             is_unsaved: false,
+            remembers_ended: false,
         }
     }
 
@@ -134,6 +137,7 @@ impl Enforcer {
     /// Puts a frame in force, whose line is as it came.
     pub async fn apply(&mut self, mut frame: FeedFrame, line: &[u8]) {
         let is_delta = matches!(frame, FeedFrame::Delta { .. });
+        self.remembers_ended |= matches!(&frame, FeedFrame::Delta { removed, .. } if !removed.is_empty());
         self.library.share_documents(&mut frame);
         self.desired = std::mem::take(&mut self.desired).after(frame);
         self.converge().await;
@@ -147,7 +151,8 @@ impl Enforcer {
 
     /// Does what need not be done before a frame is acknowledged.
     pub fn tidy(&mut self) {
-        if self.file.is_long() {
+        // What is over is not kept: the deltas before it tell of sandboxes that are gone.
+        if std::mem::take(&mut self.remembers_ended) || self.file.is_long() {
             self.save();
         }
     }
