@@ -259,6 +259,13 @@ impl Output {
         0
     }
 
+    /// Takes what is in the pipe, whether or not the runtime has been told of it yet: where two commands end at the same
+    /// moment, the second is reaped with the first, before the news of its last words.
+    fn take(&self, buffer: &mut [u8]) -> usize {
+        let read = self.pipe.as_ref().map(|pipe| rustix::io::read(pipe, buffer));
+        read.and_then(Result::ok).unwrap_or(0)
+    }
+
     /// How many bytes are in the pipe at this moment.
     fn waiting(&self) -> usize {
         let waiting = self
@@ -342,7 +349,7 @@ async fn relay(
         let mut waiting = output.waiting();
         while waiting > 0 {
             let most = waiting.min(buffer.len());
-            let read = output.read(&mut buffer[..most]);
+            let read = output.take(&mut buffer[..most]);
             if read == 0 {
                 break;
             }

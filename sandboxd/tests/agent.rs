@@ -337,6 +337,23 @@ fn output_comes_as_it_is_written_and_the_two_streams_apart() {
 }
 
 #[test]
+fn last_words_are_heard_when_many_commands_end_at_once() {
+    let agent = Agent::start();
+    std::thread::scope(|threads| {
+        for caller in 0..8 {
+            let agent = &agent;
+            threads.spawn(move || {
+                for turn in 0..150 {
+                    let words = format!("{caller} {turn}");
+                    let outcome = agent.exec(argv(&["/bin/echo", "-n", &words])).outcome();
+                    assert_eq!((outcome.code, outcome.stdout), (0, words));
+                }
+            });
+        }
+    });
+}
+
+#[test]
 fn a_caller_that_does_not_read_slows_the_command_down() {
     let agent = Agent::start();
     let counter = agent.path("count");
