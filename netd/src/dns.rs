@@ -208,19 +208,42 @@ impl Resolver {
             let Err(OverBudget(report)) = spent else {
                 return None;
             };
-            self.tell(sandbox, &say.dns, report);
+            self.tell(sandbox, &say.dns, report, true);
             Some((question.answer(ResponseCode::Refused), QueryEnd::Budget))
         };
-        if let Some(refused) = over(sandbox.dns_budget().name(&say.dns, &name, now)) {
+        let noted = |limits: &DnsBudget, spent: Result<(), OverBudget>| {
+            if let Err(OverBudget(report)) = spent {
+                self.tell(sandbox, limits, report, false);
+            }
+        };
+        let spent = sandbox.dns_budget().name(&say.dns, &name, now);
+        if let Some(refused) = over(spent) {
             return Ok(refused);
+        }
+        if let Some(limits) = &say.dns_audited {
+            // An address of the other family would be answered empty, which nobody is told either.
+            if kind != DnsType::Aaaa && !limits.types.contains(kind) {
+                let decision = sandbox
+                    .judge_dns(|tier| (!tier.types.contains(kind)).then_some(Reason::DnsType))
+                    .audited();
+                let detail = Some(format!("type {}", kind.as_str()));
+                self.record(sandbox, Some(question.display_name()), decision, detail);
+            }
+            let spent = sandbox.dns_audited().name(limits, &name, now);
+            noted(limits, spent);
         }
         let key = (name, kind);
         match self.cache.look(&say.org_id, &key, now) {
             Known::Answer(found, left) => Ok(self.give(sandbox, question, &key.0, &found, left)),
             Known::Soon(soon) => Err((key.0, Turn::Wait(soon))),
             Known::Nothing => {
-                if let Some(refused) = over(sandbox.dns_budget().bytes(&say.dns, &key.0, now)) {
+                let spent = sandbox.dns_budget().bytes(&say.dns, &key.0, now);
+                if let Some(refused) = over(spent) {
                     return Ok(refused);
+                }
+                if let Some(limits) = &say.dns_audited {
+                    let spent = sandbox.dns_audited().bytes(limits, &key.0, now);
+                    noted(limits, spent);
                 }
                 match self.cache.ask(&say.org_id, key.clone()) {
                     Some(turn) => Err((key.0, turn)),
@@ -292,14 +315,20 @@ impl Resolver {
         self.audit.deny(&Owner::of(sandbox), &decision, attempt, count);
     }
 
-    /// Records refusals by the budget: one record for a zone and window, which counts those that no record told yet.
-    fn tell(&self, sandbox: &Sandbox, limits: &DnsBudget, report: Option<Report>) {
+    /// Records what was beyond `limits`: one record for a zone and window, which counts what no record told yet.
+    /// `enforced`: it was refused; else it was answered, and only tiers in audit mode deny it.
+    fn tell(&self, sandbox: &Sandbox, limits: &DnsBudget, report: Option<Report>, enforced: bool) {
         let Some(Report { zone, last, count }) = report else {
             return;
         };
         let zone = if zone.is_empty() { "several zones" } else { &zone };
-        let detail = format!("{}; {count} refused under {zone}", last.limit.describe(limits));
-        let decision = Decision::of(Reason::DnsBudget);
+        let beyond = if enforced { "refused" } else { "beyond it" };
+        let detail = format!("{}; {count} {beyond} under {zone}", last.limit.describe(limits));
+        let judged = sandbox.judge_dns(|tier| last.limit.is_of(limits, tier).then_some(Reason::DnsBudget));
+        let decision = Decision {
+            enforced,
+            ..judged.because(Reason::DnsBudget)
+        };
         self.record_many(sandbox, Some(last.name), decision, Some(detail), count);
     }
 
@@ -314,13 +343,19 @@ impl Resolver {
             let now = Instant::now();
             self.cache.sweep(now);
             for sandbox in self.sandboxes.all() {
-                let reports = sandbox.dns_budget().sweep(now);
-                if reports.is_empty() {
+                let refused = sandbox.dns_budget().sweep(now);
+                let noted = sandbox.dns_audited().sweep(now);
+                if refused.is_empty() && noted.is_empty() {
                     continue;
                 }
-                let limits = sandbox.dns_limits();
-                for report in reports {
-                    self.tell(&sandbox, &limits, Some(report));
+                let (limits, audited) = sandbox.dns_limits();
+                for report in refused {
+                    self.tell(&sandbox, &limits, Some(report), true);
+                }
+                if let Some(limits) = audited {
+                    for report in noted {
+                        self.tell(&sandbox, &limits, Some(report), false);
+                    }
                 }
             }
         }

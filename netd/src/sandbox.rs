@@ -20,7 +20,7 @@ use sandgate_api::{
     feed::Endpoint,
     id::{OrgId, SandboxId},
 };
-use sandgate_policy::{DnsBudget, DomainName, FailureMode};
+use sandgate_policy::{DnsBudget, DomainName, FailureMode, Reason};
 use tokio::sync::{Notify, Semaphore};
 use tracing::Span;
 
@@ -65,6 +65,8 @@ pub struct Sandbox {
     pub leases: Leases,
     /// What it has said by asking for names.
     dns_budget: Mutex<Budget>,
+    /// The same as tiers in audit mode count it.
+    dns_audited: Mutex<Budget>,
     state: Mutex<State>,
     /// Ports that tunnels lead to, never the agent's. Locked while a connection to one is admitted, so that none
     /// slips in while its port is taken away.
@@ -129,6 +131,8 @@ pub struct NameLeave {
     pub decision: Decision,
     /// Which types of records, and how much.
     pub dns: DnsBudget,
+    /// Beyond what of it is recorded and answered all the same; `None` where no tier is in audit mode.
+    pub dns_audited: Option<DnsBudget>,
     /// For whom.
     pub org_id: OrgId,
 }
@@ -192,6 +196,7 @@ impl Sandbox {
             limits,
             leases: Leases::default(),
             dns_budget: Mutex::default(),
+            dns_audited: Mutex::default(),
             state: Mutex::new(State {
                 enforced: Enforced::new(rules, pins),
                 log: Some(log),
@@ -274,18 +279,31 @@ impl Sandbox {
         NameLeave {
             decision: rules.judge_name(name),
             dns: rules.dns(),
+            dns_audited: rules.dns_audited(),
             org_id: rules.org_id().clone(),
         }
     }
 
-    /// What it may ask of DNS.
-    pub fn dns_limits(&self) -> DnsBudget {
-        self.lock().enforced.rules().dns()
+    /// What it may ask of DNS, and beyond what of it is recorded.
+    pub fn dns_limits(&self) -> (DnsBudget, Option<DnsBudget>) {
+        let state = self.lock();
+        let rules = state.enforced.rules();
+        (rules.dns(), rules.dns_audited())
     }
 
     /// What it has said by asking for names.
     pub fn dns_budget(&self) -> MutexGuard<'_, Budget> {
         self.dns_budget.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The same as tiers in audit mode count it.
+    pub fn dns_audited(&self) -> MutexGuard<'_, Budget> {
+        self.dns_audited.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the tiers say about a question that breaks a budget as `breach` tells.
+    pub fn judge_dns(&self, breach: impl Fn(&DnsBudget) -> Option<Reason>) -> Decision {
+        self.lock().enforced.rules().judge_dns(breach)
     }
 
     /// What the rules say about a flow that hides its name in a form that is never sent for show.

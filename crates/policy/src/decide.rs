@@ -416,7 +416,7 @@ impl SandboxPolicy {
     }
 
     /// Decides by what tiers say of DNS beside names: `breach` says whether a query is too much for a budget, and why.
-    /// For [`SandboxPolicy::dns`] it need be asked only where tiers are in audit mode, or for the tier that denies.
+    /// The tier that enforces the limit comes first, then one that only records it.
     pub fn decide_dns(&self, breach: impl Fn(&DnsBudget) -> Option<Reason>) -> Verdict {
         self.decide_field("dns", |tier| breach(&tier.dns))
     }
@@ -476,6 +476,13 @@ impl SandboxPolicy {
     pub fn dns(&self) -> DnsBudget {
         let budgets = self.counted(Tiers::Enforcing).map(|tier| self.tiers[tier].dns);
         budgets.fold(DnsBudget::UNLIMITED, DnsBudget::strictest)
+    }
+
+    /// The same over all tiers, where any is in audit mode: what goes beyond it is recorded and not refused.
+    pub fn dns_audited(&self) -> Option<DnsBudget> {
+        let budgets = self.counted(Tiers::All).map(|tier| self.tiers[tier].dns);
+        let is_audited = self.tiers.iter().any(|tier| tier.is_audit);
+        is_audited.then(|| budgets.fold(DnsBudget::UNLIMITED, DnsBudget::strictest))
     }
 
     /// The strictest of the modes of tiers that enforce; open where none does.

@@ -102,6 +102,17 @@ impl Limit {
             Self::Memory => format!("more than {NAMES_MAX} names or {ZONES_MAX} zones in a minute"),
         }
     }
+
+    /// Whether a tier's budget is one that made the limit what it is.
+    pub fn is_of(self, limits: &DnsBudget, tier: &DnsBudget) -> bool {
+        match self {
+            Self::Label => tier.label_max == limits.label_max,
+            Self::Name => tier.name_max == limits.name_max,
+            Self::Names => tier.unique_names_per_minute == limits.unique_names_per_minute,
+            Self::Bytes => tier.query_bytes_per_minute == limits.query_bytes_per_minute,
+            Self::Memory => false,
+        }
+    }
 }
 
 impl Budget {

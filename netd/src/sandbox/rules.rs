@@ -239,6 +239,11 @@ impl Rules {
         self.compiled.policy.dns()
     }
 
+    /// Beyond what of it is recorded, where tiers are in audit mode.
+    pub fn dns_audited(&self) -> Option<DnsBudget> {
+        self.compiled.policy.dns_audited()
+    }
+
     /// Judges a flow.
     pub fn judge(&self, flow: &Flow<'_>) -> Judgement {
         self.judgement(self.compiled.policy.decide(flow))

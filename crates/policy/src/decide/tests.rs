@@ -200,6 +200,9 @@ fn what_is_no_rule_counts_in_the_strictest_of_the_tiers_that_enforce() {
         names(5, "audit", "deny"),
     ]);
     assert_eq!(policy.dns().unique_names_per_minute, 70);
+    let audited = policy.dns_audited().map(|budget| budget.unique_names_per_minute);
+    assert_eq!(audited, Some(5));
+    assert_eq!(compile(&[names(5, "enforce", "allow")]).dns_audited(), None);
     let breach = |count: u32| {
         move |budget: &DnsBudget| (budget.unique_names_per_minute < count).then_some(Reason::DnsBudget)
     };
