@@ -7,7 +7,7 @@ use sandgate_api::{
     id::{OrgId, SandboxId},
     rest::{OrganizationEgress, SandboxNetwork, TierPolicy},
 };
-use sandgate_policy::{Policy, PolicyError, SandboxPolicy};
+use sandgate_policy::{Action, Policy, PolicyError, Rule, RuleProtocol, SandboxPolicy};
 use serde_json::Value;
 
 use super::{
@@ -226,17 +226,10 @@ impl Service {
     }
 
     fn parse(&self, document: &Value) -> Result<Policy, ServiceError> {
-        let policy = Policy::parse(document).map_err(|error| invalid("", error))?;
-        self.shared
-            .config
-            .platform
-            .check(&policy)
-            .map_err(|error| invalid("", error))?;
-        self.check_node(&policy).map_err(|error| invalid("", error))?;
-        Ok(policy)
+        self.parse_policy("", document)
     }
 
-    /// Reads the policy that is the field `field` of a larger document.
+    /// Reads the policy that is the field `field` of a larger document, or the whole of it where that is empty.
     ///
     /// # Errors
     /// Names the field below `field`.
@@ -253,14 +246,8 @@ impl Service {
 
     /// Whether the node can enforce what the document asks for: datagrams leave by the kernel or not at all.
     fn check_node(&self, policy: &Policy) -> Result<(), PolicyError> {
-        let document = policy.to_value();
-        let rules = document["rules"]
-            .as_array()
-            .map(Vec::as_slice)
-            .unwrap_or_default();
-        let udp = rules
-            .iter()
-            .position(|rule| rule["protocol"] == "udp" && rule["action"] == "allow");
+        let is_udp = |rule: &Rule| rule.protocol() == RuleProtocol::Udp && rule.action() == Action::Allow;
+        let udp = policy.rules().iter().position(is_udp);
         match (udp, self.shared.node.state().kernel_pass) {
             (Some(rule), Err(reason)) => Err(PolicyError {
                 field: format!("rules[{rule}].protocol"),
