@@ -381,7 +381,11 @@ pub(crate) fn queries_to_other_resolvers_end_at_our_own(machine: &Machine) {
     machine.world.capture().assert_nothing_to(EVIL, mark);
     machine.world.capture().assert_nothing_to([10, 0, 0, 5], mark);
     assert!(machine.world.dns.queries_for("evil.test").is_empty());
+    // A name that no cache knows is asked upstream, wherever the question was sent.
+    let fresh = probe.try_one(&probe::dns(OTHER_RESOLVER, "asked-elsewhere.wild.test"));
+    assert_eq!(fresh.addresses, [IpAddr::from(WILD)], "{fresh:?}");
     machine.world.capture().assert_something_to(RESOLVER, mark);
+    machine.world.capture().assert_nothing_to(OTHER_RESOLVER, mark);
     sandbox.stop();
 }
 

@@ -6,7 +6,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
     os::fd::{AsRawFd as _, OwnedFd},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
     thread,
@@ -25,7 +25,7 @@ use nix::{
     },
 };
 
-use crate::{namespace::Namespace, wait};
+use crate::{lock, namespace::Namespace, wait};
 
 /// `PACKET_OUTGOING` of packet(7).
 const OUTGOING: u8 = 4;
@@ -199,10 +199,6 @@ impl Packet {
                 && self.destination_port == MARK_PORT
                 && self.payload.starts_with(b"mark ")
     }
-}
-
-fn lock(packets: &Mutex<Vec<Packet>>) -> MutexGuard<'_, Vec<Packet>> {
-    packets.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Reads until `keep` has enough. It is also asked when there was nothing for a while.

@@ -3,7 +3,7 @@
 
 use std::{
     net::SocketAddr,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -14,7 +14,7 @@ use tokio::{
     task::JoinHandle,
 };
 
-use crate::{namespace::Namespace, world::runtime};
+use crate::{lock, namespace::Namespace, world::runtime};
 
 /// Most bytes that are remembered of one arrival.
 const KEEP: usize = 64 * 1024;
@@ -115,10 +115,6 @@ impl Drop for Collector {
     fn drop(&mut self) {
         self.task.abort();
     }
-}
-
-fn lock(arrivals: &Mutex<Vec<Arrival>>) -> std::sync::MutexGuard<'_, Vec<Arrival>> {
-    arrivals.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 async fn echo(mut stream: TcpStream, banner: &'static str, seen: Arc<Mutex<Vec<Arrival>>>, index: usize) {

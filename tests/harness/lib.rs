@@ -39,3 +39,8 @@ pub mod tunnel;
 pub mod wait;
 pub mod web;
 pub mod world;
+
+/// What the mutex holds, also after a panic of another test's thread: what it says then is told, not trusted.
+fn lock<T>(value: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    value.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}

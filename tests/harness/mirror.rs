@@ -17,7 +17,7 @@ use std::{
     convert::Infallible,
     net::SocketAddr,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
@@ -44,7 +44,7 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 
-use crate::{namespace::Namespace, world::runtime};
+use crate::{lock, namespace::Namespace, world::runtime};
 
 mod git;
 mod socket;
@@ -378,8 +378,4 @@ fn events(authorization: String) -> Response<Body> {
     let kind = HeaderValue::from_static("text/event-stream");
     response.headers_mut().insert(header::CONTENT_TYPE, kind);
     response
-}
-
-fn lock<T>(value: &Mutex<T>) -> MutexGuard<'_, T> {
-    value.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
     thread,
@@ -27,6 +27,7 @@ use serde_json::json;
 
 use crate::{
     client::{Answer, Client, Heard},
+    lock,
     namespace::Namespace,
     sandbox::Organization,
     wait,
@@ -46,7 +47,7 @@ const REPLACED: Duration = Duration::from_secs(60);
 /// The programs that run on a node outside sandboxes.
 const PROGRAMS: [&str; 3] = ["controller", "netd", "tunnel-proxy"];
 /// Lines of the log that a failure shows.
-const SHOWN: usize = 150;
+const SHOWN: usize = 60;
 
 /// A node with Sandgate on it.
 pub struct Node {
@@ -490,10 +491,6 @@ impl Drop for Node {
             assert!(left.is_empty(), "`controller down` left behind: {left:#?}");
         }
     }
-}
-
-fn lock<T>(value: &Mutex<T>) -> MutexGuard<'_, T> {
-    value.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn pid(number: u32) -> Result<Pid> {

@@ -215,11 +215,17 @@ def dns_answer(message):
     return found
 
 
+def read_whole(stream, length):
+    """So many bytes, or fewer at the end. (A socket with a time limit does not heed MSG_WAITALL.)"""
+    data = b""
+    while len(data) < length and (part := stream.recv(length - len(data))):
+        data += part
+    return data
+
+
 def read_dns(stream):
-    header = stream.recv(2, socket.MSG_WAITALL)
-    if len(header) < 2:
-        return None
-    return stream.recv(struct.unpack(">H", header)[0], socket.MSG_WAITALL)
+    header = read_whole(stream, 2)
+    return read_whole(stream, struct.unpack(">H", header)[0]) if len(header) == 2 else None
 
 
 def dns(attempt, result):
@@ -383,7 +389,7 @@ def run(attempt):
     started = time.monotonic()
     try:
         KINDS[attempt["kind"]](attempt, result)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, struct.error) as error:
         result.update(outcome=name_of(error), error=repr(error))
     result["ms"] = (time.monotonic() - started) * 1000
     print(json.dumps(result), flush=True)

@@ -218,10 +218,19 @@ impl Snapshot {
             }
         }
         let rules = namespace.command("nft", &["list", "ruleset"])?;
-        let mut table = String::new();
+        let (mut table, mut is_counted) = (String::new(), false);
         for line in String::from_utf8_lossy(&rules.stdout).lines() {
             if line.starts_with("table ") {
                 line.trim_end_matches(" {").clone_into(&mut table);
+            }
+            // A set that packets fill: what is in it comes and goes by itself.
+            is_counted = match line.trim() {
+                "}" => false,
+                line => is_counted || (line.starts_with("flags ") && line.contains("dynamic")),
+            };
+            let is_content = is_counted && !line.trim_start().starts_with("flags ");
+            if is_content {
+                continue;
             }
             self.add(format!("{name}: nft: {table}: {}", line.trim_end()));
         }

@@ -5,12 +5,15 @@
 
 use std::{
     env,
-    panic::{AssertUnwindSafe, catch_unwind},
+    panic::{self, AssertUnwindSafe, catch_unwind},
     process::ExitCode,
+    sync::Mutex,
     time::Instant,
 };
 
 use anyhow::Result;
+
+use crate::lock;
 
 /// What the cases of a group share.
 pub trait Fixture: Sized {
@@ -43,8 +46,14 @@ pub struct Suite {
     passed: usize,
     ignored: usize,
     filtered: usize,
-    failed: Vec<String>,
+    /// Names, and why.
+    failed: Vec<(String, String)>,
 }
+
+/// What the last panics said, of any thread, since a case began.
+static PANICS: Mutex<Vec<String>> = Mutex::new(Vec::new());
+/// Panics of one case that are told of.
+const PANICS_TOLD: usize = 3;
 
 /// True when the tests may make namespaces. Panics when they may not although REQUIRE_ROOT is set: a test
 /// that was skipped looks just like one that passed.
@@ -59,6 +68,11 @@ impl Suite {
     /// A run as the command line asks for it.
     pub fn from_arguments() -> Self {
         let arguments = Arguments::parse(env::args().skip(1));
+        let usual = panic::take_hook();
+        panic::set_hook(Box::new(move |panic| {
+            lock(&PANICS).push(panic.to_string());
+            usual(panic);
+        }));
         Self {
             arguments,
             root: root(),
@@ -103,10 +117,11 @@ impl Suite {
         let fixture = match fixture {
             Ok(fixture) => fixture,
             Err(error) => {
-                say(&format!("the fixture of {name} did not start: {error}"));
+                let why = format!("the fixture of {name} did not start: {error}");
+                say(&why);
                 for (case, _) in wanted {
                     say(&format!("test {} ... FAILED", full(case)));
-                    self.failed.push(full(case));
+                    self.failed.push((full(case), why.clone()));
                 }
                 return self;
             }
@@ -117,24 +132,28 @@ impl Suite {
         ));
         for (case, run) in wanted {
             let started = Instant::now();
+            lock(&PANICS).clear();
             let result = catch_unwind(AssertUnwindSafe(|| run(&fixture)));
             let took = started.elapsed();
             if result.is_ok() {
                 say(&format!("test {} ... ok ({took:.1?})", full(case)));
                 self.passed += 1;
             } else {
+                // Why comes last: of a long output, the end is what is read.
+                let why = told();
                 say(&format!(
-                    "test {} ... FAILED ({took:.1?})\n{}",
+                    "test {} ... FAILED ({took:.1?})\n{}\n{why}",
                     full(case),
                     fixture.report()
                 ));
-                self.failed.push(full(case));
+                self.failed.push((full(case), why));
             }
         }
         let started = Instant::now();
+        lock(&PANICS).clear();
         if catch_unwind(AssertUnwindSafe(|| drop(fixture))).is_err() {
             say(&format!("test {name}::teardown ... FAILED"));
-            self.failed.push(format!("{name}::teardown"));
+            self.failed.push((format!("{name}::teardown"), told()));
         }
         say(&format!("fixture of {name} gone after {:.1?}", started.elapsed()));
         self
@@ -146,7 +165,11 @@ impl Suite {
             return ExitCode::SUCCESS;
         }
         if !self.failed.is_empty() {
-            say(&format!("\nfailures:\n    {}", self.failed.join("\n    ")));
+            let names: Vec<_> = self.failed.iter().map(|(name, _)| name.as_str()).collect();
+            for (name, why) in &self.failed {
+                say(&format!("\n---- {name} ----\n{why}"));
+            }
+            say(&format!("\nfailures:\n    {}", names.join("\n    ")));
         }
         let (word, code) = if self.failed.is_empty() {
             ("ok", ExitCode::SUCCESS)
@@ -162,6 +185,12 @@ impl Suite {
         ));
         code
     }
+}
+
+/// Why a case failed.
+fn told() -> String {
+    let panics = lock(&PANICS);
+    panics[..panics.len().min(PANICS_TOLD)].join("\n")
 }
 
 #[expect(clippy::print_stdout, reason = "a test runner's output is its result")]
