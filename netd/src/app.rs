@@ -25,7 +25,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    audit::{Audit, packets, passed},
+    audit::{
+        Audit, packets, passed,
+        spool::{Recovered, Spool},
+    },
     canary::{self, Greeting},
     config::{Config, KernelPass},
     control::{Control, ControlError, Inherited},
@@ -69,6 +72,7 @@ pub struct Ground {
     listeners: Listeners,
     uplink: Result<Place, String>,
     upstream: UpstreamTls,
+    spool: (Spool, Recovered),
     /// Released by the kernel when the process ends, however it ends.
     _lock: Flock<fs::File>,
 }
@@ -110,6 +114,13 @@ impl Ground {
                 config.run_dir.display()
             )
         })?;
+        let spool = Spool::open(&config.spool_dir, config.spool_bytes).with_context(|| {
+            format!(
+                "SANDGATE_DATA_DIR: the audit's spool {} cannot be used; it must belong to root, and every folder above \
+                 it be passable",
+                config.spool_dir.display()
+            )
+        })?;
         Ok(Self {
             inherited,
             directory,
@@ -118,6 +129,7 @@ impl Ground {
             listeners,
             uplink,
             upstream,
+            spool,
             _lock: lock,
         })
     }
@@ -156,6 +168,7 @@ pub async fn run(config: Config, ground: Ground, shown: Option<std::net::TcpList
         listeners,
         uplink,
         upstream,
+        spool,
         _lock,
     } = ground;
     let end = signal::shutdown().context("cannot listen for signals")?;
@@ -170,7 +183,7 @@ pub async fn run(config: Config, ground: Ground, shown: Option<std::net::TcpList
         .context("cannot learn the node's addresses")?;
     let sandboxes = Arc::new(Sandboxes::default());
     let metrics = Metrics::default();
-    let audit = Arc::new(Audit::new(metrics.clone()));
+    let audit = Arc::new(Audit::new(metrics.clone(), spool));
 
     let mut enforcer = Enforcer::new(
         Arc::clone(&datapath),
@@ -300,7 +313,7 @@ pub async fn run(config: Config, ground: Ground, shown: Option<std::net::TcpList
         tracing::error!("the thread that reads denials panicked");
     }
     if !audit.flush(LAST_RECORDS).await {
-        tracing::error!("the controller did not take the last audit records");
+        tracing::warn!("the controller did not take the last audit records; the next netd delivers them");
     }
     // They never end by themselves.
     let _stopped = late.drain(Duration::ZERO).await;

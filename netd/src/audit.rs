@@ -1,5 +1,5 @@
 //! The egress audit on its way from decision to controller. Owns: making records, putting equal denials
-//! together, the bounded queue, and what happens when it is full. Never decides about traffic beyond saying
+//! together, the bounded queue on disk, and what happens when it is full. Never decides about traffic beyond saying
 //! whether a new flow could still be recorded. Never sees payload, queries or bodies.
 
 pub mod delivery;
@@ -7,6 +7,7 @@ mod gather;
 pub mod packets;
 pub mod passed;
 mod queue;
+pub mod spool;
 
 use std::{
     net::IpAddr,
@@ -22,7 +23,11 @@ use sandgate_api::{
 use sandgate_policy::{FailureMode, Reason};
 use tokio::{sync::Notify, time::MissedTickBehavior};
 
-use self::{gather::Gatherer, queue::Queue};
+use self::{
+    gather::Gatherer,
+    queue::Queue,
+    spool::{Recovered, Spool},
+};
 use crate::{
     metrics::Metrics,
     sandbox::{Decision, Sandbox},
@@ -32,7 +37,6 @@ use crate::{
 pub const GATHER_TIME: Duration = Duration::from_secs(1);
 
 /// Where records wait for the controller.
-#[derive(Default)]
 pub struct Audit {
     metrics: Metrics,
     state: Mutex<State>,
@@ -40,7 +44,6 @@ pub struct Audit {
     filled: Notify,
 }
 
-#[derive(Default)]
 struct State {
     queue: Queue,
     gatherer: Gatherer,
@@ -103,12 +106,23 @@ pub struct Passed {
 }
 
 impl Audit {
-    /// Counts what it records in `metrics`.
-    pub fn new(metrics: Metrics) -> Self {
-        Self {
+    /// Counts what it records in `metrics`, keeps it in the spool, and goes on with what the spool held.
+    pub fn new(metrics: Metrics, (spool, left): (Spool, Recovered)) -> Self {
+        let audit = Self {
             metrics,
-            ..Self::default()
-        }
+            state: Mutex::new(State {
+                queue: Queue::new(spool, left),
+                gatherer: Gatherer::default(),
+            }),
+            filled: Notify::new(),
+        };
+        audit.filled.notify_one();
+        audit
+    }
+
+    /// Bytes in the spool of records that wait.
+    pub fn spooled(&self) -> u64 {
+        self.lock().queue.bytes()
     }
 
     /// Records that wait to be delivered.
@@ -166,6 +180,21 @@ impl Audit {
         loop {
             ticks.tick().await;
             self.settle();
+            self.sync().await;
+        }
+    }
+
+    /// Forces what was recorded so far to the disk.
+    pub async fn sync(&self) {
+        let files = self.lock().queue.unsynced();
+        if files.is_empty() {
+            return;
+        }
+        let syncing = move || files.iter().try_for_each(|file| file.sync_data());
+        match tokio::task::spawn_blocking(syncing).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::error!(%error, "the audit's spool cannot be forced to the disk"),
+            Err(_panic) => tracing::error!("forcing the audit's spool to the disk broke"),
         }
     }
 
@@ -194,6 +223,7 @@ impl Audit {
             any = true;
             true
         });
+        queue.settle();
         drop(state);
         if any {
             self.filled.notify_one();
@@ -249,7 +279,7 @@ fn event(owner: &Owner, decision: &Decision, attempt: Attempt, passed: Passed, r
     event
 }
 
-/// The record that stands for others which a full queue did not keep.
+/// The record that stands for others which found no room.
 fn gap(sandbox_id: &SandboxId, org_id: &OrgId, lost: u64) -> AuditEvent {
     let owner = Owner {
         sandbox_id: sandbox_id.clone(),
@@ -259,7 +289,7 @@ fn gap(sandbox_id: &SandboxId, org_id: &OrgId, lost: u64) -> AuditEvent {
     let attempt = Attempt {
         protocol: "ip",
         detail: Some(format!(
-            "{lost} records were dropped because the audit queue was full"
+            "{lost} attempts have no record: there was no room for more, and the oldest were given up"
         )),
         ..Attempt::default()
     };

@@ -11,7 +11,7 @@ use ipnet::{Ipv4Net, Ipv6Net};
 use sandgate_daemon::metrics::{InvalidPlace, Place};
 use sandgate_policy::{PrivateException, Range6};
 
-use crate::metrics::ADDRESS_VARIABLE;
+use crate::{audit::spool, metrics::ADDRESS_VARIABLE};
 
 /// Enforces the egress of every sandbox on this node. Started by `controller up`.
 #[derive(Debug, Parser)]
@@ -25,6 +25,22 @@ pub struct Arguments {
         value_name = "DIRECTORY"
     )]
     pub run_dir: PathBuf,
+    /// Database, keys, writable layers; netd keeps the audit's spool there
+    #[arg(
+        long,
+        env = "SANDGATE_DATA_DIR",
+        default_value = "/var/lib/sandgate",
+        value_name = "DIRECTORY"
+    )]
+    pub data_dir: PathBuf,
+    /// How many bytes of audit records may wait for the controller, for example `256Mi`
+    #[arg(
+        long,
+        env = "SANDGATE_AUDIT_SPOOL",
+        default_value = "256Mi",
+        value_name = "SIZE"
+    )]
+    pub audit_spool: String,
     /// Resolvers that netd asks, `ip:port[,ip:port]` [default: those of /etc/resolv.conf]
     #[arg(long, env = "SANDGATE_DNS_UPSTREAM", value_name = "SERVERS")]
     pub dns_upstream: Option<String>,
@@ -82,6 +98,10 @@ pub struct Arguments {
 pub struct Config {
     /// Sockets, namespaces and pins of this instance.
     pub run_dir: PathBuf,
+    /// Where the audit's spool is.
+    pub spool_dir: PathBuf,
+    /// How many bytes it may take.
+    pub spool_bytes: u64,
     /// Resolvers, in the order in which they are asked; at least one.
     pub dns_upstream: Vec<SocketAddr>,
     /// Exceptions to the private ranges.
@@ -119,6 +139,8 @@ pub struct ConfigError {
     pub problem: String,
 }
 
+/// Largest spool.
+const SPOOL_MAX: u64 = 64 << 30;
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 const DNS_PORT: u16 = 53;
 /// Also where an empty variable leaves it.
@@ -141,6 +163,9 @@ impl TryFrom<Arguments> for Config {
         };
         if !arguments.run_dir.is_absolute() {
             return Err(invalid("SANDGATE_RUN_DIR", "must be an absolute path"));
+        }
+        if !arguments.data_dir.is_absolute() {
+            return Err(invalid("SANDGATE_DATA_DIR", "must be an absolute path"));
         }
         let kernel_pass = match arguments.kernel_pass.as_str() {
             "auto" => KernelPass::Auto,
@@ -165,6 +190,8 @@ impl TryFrom<Arguments> for Config {
             .map_err(|error| invalid("SANDGATE_SANDBOX_CIDR6", error.to_string()))?;
         Ok(Self {
             run_dir: arguments.run_dir,
+            spool_dir: arguments.data_dir.join("spool"),
+            spool_bytes: size("SANDGATE_AUDIT_SPOOL", &arguments.audit_spool)?,
             dns_upstream,
             allow_private,
             sandbox_cidr: sandbox_cidr(&arguments.sandbox_cidr)?,
@@ -188,6 +215,34 @@ fn invalid(variable: &'static str, problem: impl Into<String>) -> ConfigError {
     ConfigError {
         variable,
         problem: problem.into(),
+    }
+}
+
+/// A size in bytes: a number with `Ki`, `Mi`, `Gi`, or nothing after it.
+fn size(variable: &'static str, text: &str) -> Result<u64, ConfigError> {
+    let text = text.trim();
+    let (number, unit) = text.split_at(
+        text.find(|letter: char| !letter.is_ascii_digit())
+            .unwrap_or(text.len()),
+    );
+    let shift = match unit {
+        "" => Some(0),
+        "Ki" => Some(10),
+        "Mi" => Some(20),
+        "Gi" => Some(30),
+        _ => None,
+    };
+    let bytes = number
+        .parse::<u64>()
+        .ok()
+        .zip(shift)
+        .and_then(|(number, shift)| number.checked_mul(1 << shift));
+    match bytes {
+        Some(bytes) if (spool::SMALLEST..=SPOOL_MAX).contains(&bytes) => Ok(bytes),
+        Some(_) | None => Err(invalid(
+            variable,
+            format!("`{text}` is not a size between 1Mi and 64Gi, for example `256Mi`"),
+        )),
     }
 }
 
@@ -282,6 +337,8 @@ mod tests {
     fn arguments() -> Arguments {
         Arguments {
             run_dir: "/run/sandgate".into(),
+            data_dir: "/var/lib/sandgate".into(),
+            audit_spool: "256Mi".into(),
             dns_upstream: Some("192.0.2.53:53, [2001:db8::1]:5353".into()),
             allow_private: Some("10.0.0.5/32:443".into()),
             sandbox_cidr: "10.213.0.0/16".into(),
@@ -300,14 +357,25 @@ mod tests {
         assert_eq!(config.dns_upstream.len(), 2);
         assert_eq!(config.allow_private.len(), 1);
         assert_eq!(config.kernel_pass, KernelPass::Auto);
+        assert_eq!(config.spool_bytes, 256 << 20);
         assert!(config.sandbox_cidr6.is_some());
     }
 
     #[test]
     fn what_is_wrong_is_named() {
         type Spoil = fn(&mut Arguments);
-        let cases: [(&str, Spoil); 12] = [
+        let cases: [(&str, Spoil); 16] = [
             ("SANDGATE_RUN_DIR", |arguments| arguments.run_dir = "run".into()),
+            ("SANDGATE_DATA_DIR", |arguments| arguments.data_dir = "lib".into()),
+            ("SANDGATE_AUDIT_SPOOL", |arguments| {
+                arguments.audit_spool = "256M".into()
+            }),
+            ("SANDGATE_AUDIT_SPOOL", |arguments| {
+                arguments.audit_spool = "1023Ki".into()
+            }),
+            ("SANDGATE_AUDIT_SPOOL", |arguments| {
+                arguments.audit_spool = "99999999999999999999Gi".into()
+            }),
             ("SANDGATE_DNS_UPSTREAM", |arguments| {
                 arguments.dns_upstream = Some("192.0.2.53".into())
             }),

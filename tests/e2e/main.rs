@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use harness::{cases, suite::Suite};
 
 mod attacks;
+mod audit;
 mod bad_input;
 mod dns;
 mod execution;
@@ -207,6 +208,14 @@ fn main() -> ExitCode {
                 observe::logs_name_the_request_and_the_sandbox,
                 observe::the_api_describes_itself,
                 observe::a_place_for_metrics_that_cannot_be_had_names_its_variable,
+            ],
+        )
+        .group(
+            "audit",
+            cases![
+                audit::a_killed_netd_loses_no_record,
+                audit::what_finds_no_room_is_refused_or_told_by_a_gap,
+                audit::a_full_disk_loses_no_record,
             ],
         )
         .group(

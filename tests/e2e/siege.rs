@@ -146,14 +146,14 @@ fn attack() -> Vec<Value> {
 }
 
 /// A process that does nothing until this is dropped.
-struct Held<'a> {
+pub(crate) struct Held<'a> {
     node: &'a Node,
     process: Process,
 }
 
 impl<'a> Held<'a> {
     #[track_caller]
-    fn new(node: &'a Node, process: Option<Process>) -> Self {
+    pub(crate) fn new(node: &'a Node, process: Option<Process>) -> Self {
         let process = process.expect("it runs");
         node.signal(&process, Signal::SIGSTOP).expect("it runs");
         let held = Self { node, process };

@@ -45,7 +45,9 @@ impl Audit {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         };
-        tokio::time::timeout(limit, empty).await.is_ok()
+        let delivered = tokio::time::timeout(limit, empty).await.is_ok();
+        self.sync().await;
+        delivered
     }
 
     fn next_batch(&self) -> Vec<AuditEvent> {

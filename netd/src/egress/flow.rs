@@ -121,7 +121,7 @@ impl Egress {
             return None;
         };
         if !self.audit.has_room(&owner) {
-            refused(Reason::Quota, "the audit queue is full");
+            refused(Reason::Quota, "the audit has no room for more records");
             return None;
         }
         let look = sandbox.first_look(to);

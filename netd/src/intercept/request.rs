@@ -99,7 +99,7 @@ async fn exchange(
         Refusal::denied(decision, message)
     })?;
     if !flow.world.has_room() && !flow.world.fails_open() {
-        let message = "the audit queue is full";
+        let message = "the audit has no room for more records";
         return Err(Refusal::of(
             StatusCode::SERVICE_UNAVAILABLE,
             Reason::Quota,

@@ -42,7 +42,7 @@ impl Collector for Present {
         let dropped = ConstCounter::new(self.audit.lost());
         dropped.encode(encoder.encode_descriptor(
             "sandgate_netd_audit_dropped_records",
-            "Audit records that a full queue gave up (fail_open).",
+            "Attempts whose audit records found no room (fail_open).",
             None,
             MetricType::Counter,
         )?)?;
@@ -90,6 +90,11 @@ impl Present {
                 "sandgate_netd_audit_queue_records",
                 "Audit records that wait for the controller.",
                 count(self.audit.waiting()),
+            ),
+            (
+                "sandgate_netd_audit_spool_bytes",
+                "Bytes of them in the spool.",
+                self.audit.spooled(),
             ),
             (
                 "sandgate_netd_feed_revision",

@@ -1,0 +1,255 @@
+//! The audit under what could make it lose something: a netd that is killed, a controller that is away, no room.
+
+use std::{collections::BTreeSet, fs, sync::Arc, time::Duration};
+
+use anyhow::Result;
+use harness::{
+    node::Node,
+    pressure::Tight,
+    probe::{self, Outcome, Probe},
+    sandbox::{Organization, Sandbox},
+    suite::Fixture,
+    wait,
+    world::{OK, World},
+};
+use serde_json::{Value, json};
+
+use crate::{machine::fixture_policy, siege::Held};
+
+/// How long what must happen may take.
+const SOON: Duration = Duration::from_secs(120);
+
+/// The smallest spool there is, so that it is soon full.
+const SETTINGS: [(&str, &str); 1] = [("SANDGATE_AUDIT_SPOOL", "1Mi")];
+
+/// More flows than one sandbox has room for in that spool.
+const MANY: usize = 320;
+
+/// A node whose audit has little room.
+pub(crate) struct Audited {
+    organization: Organization,
+    // Stopped before its world goes.
+    node: Node,
+    world: Arc<World>,
+}
+
+impl Fixture for Audited {
+    fn start() -> Result<Self> {
+        let world = World::fixture().build()?;
+        let node = Node::start_with(&world, &SETTINGS)?;
+        Ok(Self::on(world, node))
+    }
+
+    fn report(&self) -> String {
+        self.node.report()
+    }
+}
+
+impl Audited {
+    fn on(world: Arc<World>, node: Node) -> Self {
+        // Where programs that run as root in a sandbox's network look for it.
+        fs::write(world.directory().join("ca.pem"), world.ca.pem())
+            .expect("the world's directory is writable");
+        let organization = node.register("audited");
+        Self {
+            organization,
+            node,
+            world,
+        }
+    }
+
+    /// A sandbox that has asked for the name, and whose record of that flow is stored.
+    #[track_caller]
+    fn sandbox(&self, failure_mode: &str) -> Sandbox {
+        let mut policy = fixture_policy();
+        policy["failure_mode"] = json!(failure_mode);
+        let sandbox = self.organization.sandbox(&json!({ "network": policy }));
+        Probe::install(&sandbox, &self.world)
+            .try_one(&probe::https("ok.test", "ok.test"))
+            .assert_answered("hello from ok.test");
+        sandbox.audited(&json!({ "host": "ok.test", "verdict": "allow" }));
+        wait::until("the spool is empty", SOON, || {
+            (self.spooled(&sandbox) == 0).then_some(())
+        });
+        sandbox
+    }
+
+    /// Opens so many connections, one after the other, without the controller's help. Returns how many were answered.
+    #[track_caller]
+    fn flows(&self, sandbox: &Sandbox, count: usize) -> usize {
+        let attempts = vec![probe::https(OK, "ok.test"); count];
+        let outcomes = probe::as_root(&self.node, sandbox, &attempts);
+        let answered = |outcome: &&Outcome| outcome.outcome == "answered";
+        outcomes.iter().filter(answered).count()
+    }
+
+    /// Records of a sandbox that the spool holds.
+    fn spooled(&self, sandbox: &Sandbox) -> usize {
+        let mut count = 0;
+        for entry in fs::read_dir(self.node.data_dir().join("spool")).expect("a spool") {
+            let lines = fs::read_to_string(entry.expect("an entry").path()).unwrap_or_default();
+            let lines = lines
+                .lines()
+                .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+            count += lines
+                .filter(|line| line["record"]["event"]["sandbox_id"] == sandbox.id.as_str())
+                .count();
+        }
+        count
+    }
+
+    #[track_caller]
+    fn wait_until_told(&self, sandbox: &Sandbox, allowed: usize) -> Vec<Value> {
+        let events = wait::within(SOON, || {
+            let events = records(sandbox);
+            (attempts(&events, |event| event["verdict"] == "allow") >= allowed).then_some(events)
+        });
+        events.unwrap_or_else(|| {
+            let told = attempts(&records(sandbox), |event| event["verdict"] == "allow");
+            panic!("{told} flows of {allowed} are in the audit")
+        })
+    }
+}
+
+fn records(sandbox: &Sandbox) -> Vec<Value> {
+    sandbox
+        .audit("host=ok.test")
+        .into_iter()
+        .chain(gaps(sandbox))
+        .collect()
+}
+
+/// Records that tell of others.
+fn gaps(sandbox: &Sandbox) -> Vec<Value> {
+    let mut events = sandbox.audit("decision=deny");
+    events.retain(|event| {
+        let detail = event["detail"].as_str();
+        event["reason"] == "quota" && detail.is_some_and(|detail| detail.contains("have no record"))
+    });
+    events
+}
+
+/// Refusals for want of room.
+fn refusals(sandbox: &Sandbox) -> usize {
+    attempts(&sandbox.audit("decision=deny"), |event| {
+        let detail = event["detail"].as_str();
+        event["reason"] == "quota" && detail.is_some_and(|detail| detail.contains("no room for more records"))
+    })
+}
+
+fn attempts(events: &[Value], fits: impl Fn(&Value) -> bool) -> usize {
+    let repeated = events.iter().filter(|event| fits(event));
+    let sum: u64 = repeated.filter_map(|event| event["repeated"].as_u64()).sum();
+    usize::try_from(sum).expect("few")
+}
+
+#[track_caller]
+fn assert_each_once(events: &[Value]) {
+    let ids: BTreeSet<_> = events.iter().filter_map(|event| event["id"].as_str()).collect();
+    assert_eq!(ids.len(), events.len(), "a record is stored twice");
+}
+
+pub(crate) fn a_killed_netd_loses_no_record(audited: &Audited) {
+    const FLOWS: usize = 30;
+    audited.node.wait_ready();
+    let sandbox = audited.sandbox("fail_closed");
+    let held = Held::new(&audited.node, audited.node.controller());
+    assert_eq!(audited.flows(&sandbox, FLOWS), FLOWS);
+    wait::until("the records are in the spool", SOON, || {
+        (audited.spooled(&sandbox) == FLOWS).then_some(())
+    });
+    // Killed at once, twice, and nobody has taken anything yet.
+    audited.node.replace(Node::netd);
+    audited.node.replace(Node::netd);
+    assert_eq!(audited.spooled(&sandbox), FLOWS);
+    drop(held);
+    audited.node.wait_ready();
+    audited.wait_until_told(&sandbox, FLOWS + 1);
+    wait::until("the spool is empty", SOON, || {
+        (audited.spooled(&sandbox) == 0).then_some(())
+    });
+    // Another one finds nothing to tell again.
+    audited.node.replace(Node::netd);
+    audited.node.wait_ready();
+    assert_eq!(audited.flows(&sandbox, 1), 1);
+    let events = audited.wait_until_told(&sandbox, FLOWS + 2);
+    assert_each_once(&events);
+    assert_eq!(events.len(), FLOWS + 2);
+    sandbox.stop();
+}
+
+pub(crate) fn what_finds_no_room_is_refused_or_told_by_a_gap(audited: &Audited) {
+    audited.node.wait_ready();
+    let (open, closed) = (audited.sandbox("fail_open"), audited.sandbox("fail_closed"));
+    let held = Held::new(&audited.node, audited.node.controller());
+    assert_eq!(audited.flows(&open, MANY), MANY, "fail_open goes on");
+    // The other one's records have not taken its room.
+    let answered = audited.flows(&closed, MANY);
+    assert!((100..MANY).contains(&answered), "{answered} of {MANY}");
+    // Not even a netd that is killed forgets what was lost, or that there is no room.
+    audited.node.replace(Node::netd);
+    assert_eq!(audited.flows(&closed, 3), 0);
+    drop(held);
+    audited.node.wait_ready();
+
+    let events = audited.wait_until_told(&closed, answered + 1);
+    assert_each_once(&events);
+    assert_eq!(
+        attempts(&events, |_any| true),
+        answered + 1,
+        "nothing of it is lost"
+    );
+    assert_eq!(gaps(&closed), [] as [Value; 0]);
+    let told = || {
+        let events = records(&open);
+        (attempts(&events, |_any| true) > MANY).then_some(events)
+    };
+    let events = wait::within(SOON, told).unwrap_or_else(|| panic!("{:?}", gaps(&open)));
+    assert_each_once(&events);
+    assert_eq!(
+        attempts(&events, |_any| true),
+        MANY + 1,
+        "every flow has a record or is counted"
+    );
+    assert!(!gaps(&open).is_empty());
+    // There is room again.
+    assert_eq!(audited.flows(&closed, 3), 3);
+    open.stop();
+    closed.stop();
+}
+
+pub(crate) fn a_full_disk_loses_no_record(_shared: &Audited) {
+    const FLOWS: usize = 150;
+    let world = World::fixture().build().expect("a world");
+    let node = Node::new(&world, world.place(), "", &SETTINGS).expect("settings");
+    let tight = Tight::mount(&world, &node.data_dir().join("spool"), 512).expect("a small file system");
+    node.start_again().expect("it starts");
+    let audited = Audited::on(world, node);
+    let sandbox = audited.sandbox("fail_closed");
+    let held = Held::new(&audited.node, audited.node.controller());
+    tight.fill().expect("filled");
+    // The room that was taken in advance.
+    let mut answered = audited.flows(&sandbox, FLOWS);
+    assert!((10..FLOWS).contains(&answered), "{answered} of {FLOWS}");
+    let mut refused = FLOWS - answered;
+    tight.free().expect("freed");
+    wait::until("flows are admitted again", SOON, || {
+        let admitted = audited.flows(&sandbox, 1);
+        answered += admitted;
+        refused += 1 - admitted;
+        (admitted == 1).then_some(())
+    });
+    drop(held);
+    audited.node.wait_ready();
+    let events = audited.wait_until_told(&sandbox, answered + 1);
+    assert_each_once(&events);
+    assert_eq!(attempts(&events, |_any| true), answered + 1);
+    assert_eq!(gaps(&sandbox), [] as [Value; 0]);
+    wait::until("the refusals are told", SOON, || {
+        (refusals(&sandbox) >= refused).then_some(())
+    });
+    assert_eq!(refusals(&sandbox), refused);
+    sandbox.stop();
+    audited.node.stop().expect("it ends when asked");
+    drop(tight);
+}
