@@ -247,7 +247,7 @@ impl Service {
     /// Whether the node can enforce what the document asks for: datagrams leave by the kernel or not at all.
     fn check_node(&self, policy: &Policy) -> Result<(), PolicyError> {
         let is_udp = |rule: &Rule| rule.protocol() == RuleProtocol::Udp && rule.action() == Action::Allow;
-        let udp = policy.rules().iter().position(is_udp);
+        let udp = policy.rules().iter().position(|rule| is_udp(rule));
         match (udp, self.shared.node.state().kernel_pass) {
             (Some(rule), Err(reason)) => Err(PolicyError {
                 field: format!("rules[{rule}].protocol"),

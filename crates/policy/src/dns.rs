@@ -52,7 +52,7 @@ types! {
 }
 
 /// A set of [`DnsType`]s.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct DnsTypes(u16);
 
 impl DnsTypes {
@@ -84,7 +84,7 @@ impl FromIterator<DnsType> for DnsTypes {
 }
 
 /// What a sandbox may ask of DNS. Rates are per registrable zone ([`crate::DomainName::zone`]).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct DnsBudget {
     /// Types that are answered.
     pub types: DnsTypes,

@@ -8,6 +8,8 @@ mod parse;
 mod schema;
 mod table;
 
+use std::sync::{Arc, LazyLock};
+
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use serde_json::{Map, Value, json};
@@ -124,21 +126,22 @@ words! {
     }
 }
 
-/// One rule of `rules`. The first that matches decides.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// One rule of `rules`. The first that matches decides. Small, and what many rules have in common they share: a node
+/// holds hundreds of thousands.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Rule {
-    pub(crate) name: Option<String>,
+    pub(crate) name: Option<Box<str>>,
     pub(crate) action: Action,
     pub(crate) protocol: RuleProtocol,
-    pub(crate) domains: Vec<DomainPattern>,
-    pub(crate) cidrs: Vec<IpNet>,
+    pub(crate) domains: Arc<[DomainPattern]>,
+    pub(crate) cidrs: Box<[IpNet]>,
     /// Not given: every port for a deny rule, `allowed_ports` for an allow rule.
-    pub(crate) ports: Option<Vec<PortSpan>>,
-    pub(crate) inside: Inside,
+    pub(crate) ports: Option<Arc<[PortSpan]>>,
+    pub(crate) inside: Arc<Inside>,
 }
 
 /// What an allow rule asks of what is inside a flow.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Inside {
     pub(crate) tls: Tls,
     /// The requests that are allowed; empty: all of them.
@@ -149,11 +152,22 @@ pub(crate) struct Inside {
 
 impl Inside {
     /// Nothing: what is inside does not matter.
-    pub(crate) const UNSEEN: Self = Self {
-        tls: Tls::Auto,
-        http: Vec::new(),
-        credential: None,
-    };
+    pub(crate) fn unseen() -> Arc<Self> {
+        static UNSEEN: LazyLock<Arc<Inside>> = LazyLock::new(|| {
+            Arc::new(Inside {
+                tls: Tls::Auto,
+                http: Vec::new(),
+                credential: None,
+            })
+        });
+        Arc::clone(&UNSEEN)
+    }
+
+    /// The same as this, together with all others that ask for nothing.
+    pub(crate) fn shared(self) -> Arc<Self> {
+        let unseen = Self::unseen();
+        if self == *unseen { unseen } else { Arc::new(self) }
+    }
 
     /// Whether flows must be read to enforce it.
     pub(crate) fn is_read(&self) -> bool {
@@ -206,15 +220,16 @@ impl Rule {
 }
 
 /// A valid policy document of one tier.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Policy {
     pub(crate) mode: Mode,
-    pub(crate) allowed_domains: Vec<DomainPattern>,
-    pub(crate) denied_domains: Vec<DomainPattern>,
+    pub(crate) allowed_domains: Arc<[DomainPattern]>,
+    pub(crate) denied_domains: Arc<[DomainPattern]>,
     pub(crate) allowed_cidrs: Vec<IpNet>,
     pub(crate) denied_cidrs: Vec<IpNet>,
     pub(crate) allowed_ports: Vec<u16>,
-    pub(crate) rules: Vec<Rule>,
+    /// Shared with what they compile to.
+    pub(crate) rules: Vec<Arc<Rule>>,
     pub(crate) dns: DnsBudget,
     pub(crate) ech: Ech,
     pub(crate) enforcement: Enforcement,
@@ -226,8 +241,8 @@ impl Default for Policy {
     fn default() -> Self {
         Self {
             mode: Mode::AllowAll,
-            allowed_domains: Vec::new(),
-            denied_domains: Vec::new(),
+            allowed_domains: Arc::default(),
+            denied_domains: Arc::default(),
             allowed_cidrs: Vec::new(),
             denied_cidrs: Vec::new(),
             allowed_ports: vec![443],
@@ -263,7 +278,7 @@ impl Policy {
             "allowed_cidrs": texts(&self.allowed_cidrs),
             "denied_cidrs": texts(&self.denied_cidrs),
             "allowed_ports": self.allowed_ports,
-            "rules": self.rules.iter().map(Rule::to_value).collect::<Vec<_>>(),
+            "rules": self.rules.iter().map(|rule| rule.to_value()).collect::<Vec<_>>(),
             "dns": budget(&self.dns),
             "ech": self.ech.as_str(),
             "enforcement": self.enforcement.as_str(),
@@ -302,7 +317,7 @@ impl Policy {
     }
 
     /// The ordered rules.
-    pub fn rules(&self) -> &[Rule] {
+    pub fn rules(&self) -> &[Arc<Rule>] {
         &self.rules
     }
 }
@@ -311,7 +326,7 @@ impl Rule {
     fn to_value(&self) -> Value {
         let mut value = Map::new();
         if let Some(name) = &self.name {
-            value.insert("name".to_owned(), name.as_str().into());
+            value.insert("name".to_owned(), (&**name).into());
         }
         value.insert("action".to_owned(), self.action.as_str().into());
         value.insert("protocol".to_owned(), self.protocol.as_str().into());
@@ -324,7 +339,7 @@ impl Rule {
             tls,
             http,
             credential,
-        } = &self.inside;
+        } = &*self.inside;
         if *tls != Tls::Auto {
             value.insert("tls".to_owned(), tls.as_str().into());
         }

@@ -27,7 +27,7 @@ pub struct RequestHead<'a> {
 }
 
 /// Some requests: an entry of a rule's `http` list, or what a secret is bound to.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct RequestPattern {
     /// None: every method.
     methods: Vec<String>,

@@ -7,7 +7,11 @@
 
 mod index;
 
-use std::{collections::HashMap, net::IpAddr};
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    sync::{Arc, LazyLock},
+};
 
 use ipnet::IpNet;
 
@@ -63,39 +67,14 @@ struct First {
 #[derive(Debug, Clone)]
 pub(crate) struct TierRule {
     origin: Origin,
-    action: Action,
-    protocol: RuleProtocol,
-    domains: DomainSet,
-    networks: Networks,
+    /// The document's, or one that says what a list says.
+    rule: Arc<Rule>,
+    /// Its domains, to be searched; none where it has none.
+    domains: Option<Box<DomainSet>>,
+    /// Of a long list of ranges: positions in it.
+    index: Option<Box<AddressIndex>>,
     /// Which of the tier's sets of ports.
     ports: u32,
-    inside: Inside,
-}
-
-/// The ranges of one rule.
-#[derive(Debug, Clone)]
-struct Networks {
-    list: Vec<IpNet>,
-    /// Of a long list: positions in it.
-    index: Option<AddressIndex>,
-}
-
-impl Networks {
-    fn new(list: &[IpNet]) -> Self {
-        let is_long = list.len() > 16;
-        Self {
-            list: list.to_vec(),
-            index: is_long.then(|| AddressIndex::new((0u32..).zip(list))),
-        }
-    }
-
-    /// Of the first that holds the address.
-    fn position(&self, address: IpAddr) -> Option<usize> {
-        match &self.index {
-            Some(index) => index.containing(address).min().map(|position| position as usize),
-            None => self.list.iter().position(|network| network.contains(&address)),
-        }
-    }
 }
 
 /// A rule that lists an address, as far as the kernel's answer depends on it.
@@ -150,12 +129,10 @@ pub(crate) struct Place<'a> {
 }
 
 /// What a rule is called in the audit.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Copy)]
 enum Origin {
-    /// By its author.
-    Rule(String),
-    /// By its place among the rules.
-    Place(usize),
+    /// By its author, or by its place among the rules, which is the same here as in the document.
+    Rule,
     /// By the list and the entry that matched.
     List(&'static str),
 }
@@ -224,60 +201,48 @@ impl Tier {
         let listed_ports = PortSet::new(policy.allowed_ports.iter().copied().map(PortSpan::one));
         let mut sets = PortSets::default();
         let mut rules: Vec<TierRule> = Vec::with_capacity(policy.rules.len() + 4);
-        for (index, rule) in policy.rules.iter().enumerate() {
-            rules.push(TierRule {
-                origin: match &rule.name {
-                    Some(name) => Origin::Rule(name.clone()),
-                    None => Origin::Place(index),
-                },
-                action: rule.action,
-                protocol: rule.protocol,
-                domains: DomainSet::new(&rule.domains),
-                networks: Networks::new(&rule.cidrs),
-                ports: sets.add(rule_ports(rule, &listed_ports)),
-                inside: rule.inside.clone(),
-            });
+        for rule in &policy.rules {
+            let ports = sets.add(rule_ports(rule, &listed_ports));
+            rules.push(TierRule::new(Origin::Rule, Arc::clone(rule), ports));
         }
-        let mut list = |name, action, domains: &[DomainPattern], networks: &[IpNet]| {
+        let none = Arc::default();
+        let mut list = |name, action, domains: &Arc<[DomainPattern]>, networks: &[IpNet]| {
             if domains.is_empty() && networks.is_empty() {
                 return;
             }
-            rules.push(TierRule {
-                origin: Origin::List(name),
+            let rule = Rule {
+                name: None,
                 action,
                 protocol: RuleProtocol::Http,
-                domains: DomainSet::new(domains),
-                networks: Networks::new(networks),
-                ports: sets.add(match action {
-                    Action::Deny => PortSet::all(),
-                    Action::Allow => listed_ports.clone(),
-                }),
-                inside: Inside::UNSEEN,
-            });
+                domains: Arc::clone(domains),
+                cidrs: networks.into(),
+                ports: None,
+                inside: Inside::unseen(),
+            };
+            let ports = sets.add(rule_ports(&rule, &listed_ports));
+            rules.push(TierRule::new(Origin::List(name), Arc::new(rule), ports));
         };
         list("denied_domains", Action::Deny, &policy.denied_domains, &[]);
-        list("denied_cidrs", Action::Deny, &[], &policy.denied_cidrs);
+        list("denied_cidrs", Action::Deny, &none, &policy.denied_cidrs);
         list("allowed_domains", Action::Allow, &policy.allowed_domains, &[]);
-        list("allowed_cidrs", Action::Allow, &[], &policy.allowed_cidrs);
+        list("allowed_cidrs", Action::Allow, &none, &policy.allowed_cidrs);
 
         let port_sets = sets.sets;
         let ranges = numbered(&rules)
-            .flat_map(|(index, rule)| rule.networks.list.iter().map(move |network| (index, network)));
+            .flat_map(|(index, rule)| rule.rule.cidrs.iter().map(move |network| (index, network)));
         let covering = |families: fn(&IpNet) -> bool| {
             let all = |rule: &TierRule| {
-                rule.networks
-                    .list
-                    .iter()
-                    .any(|range| range.prefix_len() == 0 && families(range))
+                let mut ranges = rule.rule.cidrs.iter();
+                ranges.any(|range| range.prefix_len() == 0 && families(range))
             };
             let denying = numbered(&rules).filter(|(_, rule)| {
-                rule.action == Action::Deny && rule.protocol != RuleProtocol::Udp && all(rule)
+                rule.action() == Action::Deny && rule.protocol() != RuleProtocol::Udp && all(rule)
             });
             denying.map(|(index, _)| index).collect()
         };
         Self {
             addresses: AddressIndex::new(ranges),
-            hosts: DomainIndex::new(rules.iter().map(|rule| &rule.domains)),
+            hosts: DomainIndex::new(rules.iter().map(TierRule::domains)),
             everywhere: [
                 covering(|range| matches!(range, IpNet::V4(_))),
                 covering(|range| matches!(range, IpNet::V6(_))),
@@ -312,19 +277,22 @@ impl Tier {
         Listed {
             rule: index,
             ports: rule.ports,
-            action: rule.action,
-            is_udp: rule.protocol == RuleProtocol::Udp,
+            action: rule.action(),
+            is_udp: rule.protocol() == RuleProtocol::Udp,
         }
     }
 
     /// What decided, in the words of the document.
     pub(crate) fn label(&self, cause: Cause) -> String {
         match cause {
-            Cause::Rule { index, entry } => match &self.rules[index as usize].origin {
-                Origin::Rule(name) => name.clone(),
-                Origin::Place(index) => format!("rules[{index}]"),
-                Origin::List(name) => format!("{name}[{entry}]"),
-            },
+            Cause::Rule { index, entry } => {
+                let rule = &self.rules[index as usize];
+                match (rule.origin, &rule.rule.name) {
+                    (Origin::List(name), _) => format!("{name}[{entry}]"),
+                    (Origin::Rule, Some(name)) => name.to_string(),
+                    (Origin::Rule, None) => format!("rules[{index}]"),
+                }
+            }
             Cause::Field(name) => name.to_owned(),
             Cause::Ports => "allowed_ports".to_owned(),
             Cause::Mode => "mode".to_owned(),
@@ -334,7 +302,7 @@ impl Tier {
     /// What the rule that decided asks of what is inside the flow. `None`: no rule decided.
     pub(crate) fn inside(&self, cause: Cause) -> Option<&Inside> {
         match cause {
-            Cause::Rule { index, .. } => Some(&self.rules[index as usize].inside),
+            Cause::Rule { index, .. } => Some(&self.rules[index as usize].rule.inside),
             Cause::Field(_) | Cause::Ports | Cause::Mode => None,
         }
     }
@@ -349,11 +317,11 @@ impl Tier {
         let mut unbound = None;
         for &index in rules {
             let rule = &self.rules[index as usize];
-            if rule.protocol == RuleProtocol::Udp || !self.ports(rule).contains(flow.port) {
+            if rule.protocol() == RuleProtocol::Udp || !self.ports(rule).contains(flow.port) {
                 continue;
             }
             let cause = |entry| Cause::Rule { index, entry };
-            match rule.action {
+            match rule.action() {
                 Action::Deny => {
                     if let Some(entry) = rule.denies(flow) {
                         return Judgement::deny(Reason::DeniedByRule, cause(entry));
@@ -369,7 +337,7 @@ impl Tier {
                     }
                     Match::Full(entry) => return Judgement::allow(cause(entry)),
                     // What the rule asks of this name holds wherever the flow goes.
-                    Match::Unbound(entry) if rule.inside.is_read() => {
+                    Match::Unbound(entry) if rule.rule.inside.is_read() => {
                         return Judgement::deny(Reason::AddressNotBound, cause(entry));
                     }
                     Match::Unbound(entry) => {
@@ -393,7 +361,7 @@ impl Tier {
         };
         for name in flow.bound.iter().chain(shown) {
             self.hosts
-                .listing(name, |rule| &self.rules[rule as usize].domains, &mut found);
+                .listing(name, |rule| self.rules[rule as usize].domains(), &mut found);
         }
         found.sort_unstable();
         found.dedup();
@@ -450,9 +418,9 @@ impl Tier {
             let mut faces = address::faces(address);
             let entry = faces
                 .find_map(|face| rule.lists(face))
-                .or_else(|| rule.domains.any())?;
+                .or_else(|| rule.domains().any())?;
             let cause = Cause::Rule { index, entry };
-            Some(match rule.action {
+            Some(match rule.action() {
                 Action::Allow => Judgement::allow(cause),
                 Action::Deny => Judgement::deny(Reason::DeniedByRule, cause),
             })
@@ -557,18 +525,18 @@ impl Tier {
         let mut denied = None;
         let mut candidates = self.hosts.any().to_vec();
         self.hosts
-            .listing(name, |rule| &self.rules[rule as usize].domains, &mut candidates);
+            .listing(name, |rule| self.rules[rule as usize].domains(), &mut candidates);
         candidates.extend(self.everywhere.iter().flatten());
         candidates.sort_unstable();
         candidates.dedup();
         for index in candidates {
             let rule = &self.rules[index as usize];
-            if rule.protocol == RuleProtocol::Udp {
+            if rule.protocol() == RuleProtocol::Udp {
                 continue;
             }
-            let named = match rule.action {
-                Action::Deny => rule.domains.covering(name),
-                Action::Allow => rule.domains.opening(name),
+            let named = match rule.action() {
+                Action::Deny => rule.domains().covering(name),
+                Action::Allow => rule.domains().opening(name),
             };
             for (family, (undecided, open)) in undecided.iter_mut().zip(&mut open).enumerate() {
                 let everywhere = || {
@@ -584,7 +552,7 @@ impl Tier {
                 }
                 *undecided = undecided.without(&ports);
                 let cause = Cause::Rule { index, entry };
-                match rule.action {
+                match rule.action() {
                     Action::Deny => denied = Some(cause),
                     Action::Allow => {
                         allowed.get_or_insert(cause);
@@ -617,26 +585,22 @@ impl First {
     fn of(rules: &[TierRule], port_sets: &[PortSet]) -> Self {
         let by = |matter: &dyn Fn(&TierRule) -> bool| {
             let those =
-                numbered(rules).filter(|(_, rule)| rule.protocol != RuleProtocol::Udp && matter(rule));
+                numbered(rules).filter(|(_, rule)| rule.protocol() != RuleProtocol::Udp && matter(rule));
             FirstByPort::new(those.map(|(index, rule)| (index, rule.ports)), port_sets)
         };
         let denies_names = |rule: &TierRule, protocol| {
-            rule.action == Action::Deny && rule.protocol == protocol && !rule.domains.is_empty()
+            rule.action() == Action::Deny && rule.protocol() == protocol && !rule.domains().is_empty()
         };
         // It allows less than the name, so it denies the rest, like a rule that denies the name.
-        let reads = |rule: &TierRule| rule.action == Action::Allow && rule.inside.is_read();
+        let reads = |rule: &TierRule| rule.action() == Action::Allow && rule.rule.inside.is_read();
         Self {
-            denies_all: by(&|rule| rule.action == Action::Deny && rule.domains.any().is_some()),
+            denies_all: by(&|rule| rule.action() == Action::Deny && rule.domains().any().is_some()),
             reads_names: by(&|rule| denies_names(rule, RuleProtocol::Http) || reads(rule)),
             reads_pins: by(&|rule| denies_names(rule, RuleProtocol::Tcp)),
-            allows_names: by(&|rule| rule.action == Action::Allow && !rule.domains.is_empty()),
+            allows_names: by(&|rule| rule.action() == Action::Allow && !rule.domains().is_empty()),
             denies_ranges4: by(&|rule| {
-                let ranges4 = rule
-                    .networks
-                    .list
-                    .iter()
-                    .any(|range| matches!(range, IpNet::V4(_)));
-                rule.action == Action::Deny && ranges4
+                let mut ranges = rule.rule.cidrs.iter();
+                rule.action() == Action::Deny && ranges.any(|range| matches!(range, IpNet::V4(_)))
             }),
         }
     }
@@ -697,29 +661,57 @@ enum Match {
 }
 
 impl TierRule {
+    fn new(origin: Origin, rule: Arc<Rule>, ports: u32) -> Self {
+        let has_domains = !rule.domains.is_empty();
+        let is_long = rule.cidrs.len() > 16;
+        Self {
+            origin,
+            domains: has_domains.then(|| Box::new(DomainSet::new(&rule.domains))),
+            index: is_long.then(|| Box::new(AddressIndex::new((0u32..).zip(&rule.cidrs)))),
+            rule,
+            ports,
+        }
+    }
+
+    fn action(&self) -> Action {
+        self.rule.action
+    }
+
+    fn protocol(&self) -> RuleProtocol {
+        self.rule.protocol
+    }
+
+    fn domains(&self) -> &DomainSet {
+        static NONE: LazyLock<DomainSet> = LazyLock::new(DomainSet::default);
+        self.domains.as_deref().unwrap_or(&NONE)
+    }
+
     fn denies(&self, flow: &View<'_>) -> Option<usize> {
         let shown = match flow.claim {
-            Claim::Name(name) => self.domains.covering(name),
+            Claim::Name(name) => self.domains().covering(name),
             Claim::Nothing | Claim::Unlisted => None,
         };
-        let pinned = || match self.protocol {
+        let pinned = || match self.protocol() {
             RuleProtocol::Http | RuleProtocol::Udp => None,
-            RuleProtocol::Tcp => flow.bound.iter().find_map(|name| self.domains.covering(name)),
+            RuleProtocol::Tcp => flow.bound.iter().find_map(|name| self.domains().covering(name)),
         };
         let wrapped = || address::faces(flow.address).find_map(|face| self.lists(face));
-        wrapped().or_else(|| self.domains.any()).or(shown).or_else(pinned)
+        wrapped()
+            .or_else(|| self.domains().any())
+            .or(shown)
+            .or_else(pinned)
     }
 
     fn allows(&self, flow: &View<'_>) -> Match {
         if let Some(entry) = self.lists(address::canonical(flow.address)) {
             return Match::Full(entry);
         }
-        match (self.protocol, flow.claim) {
+        match (self.protocol(), flow.claim) {
             (RuleProtocol::Tcp, _) => {
-                let pinned = flow.bound.iter().find_map(|name| self.domains.opening(name));
+                let pinned = flow.bound.iter().find_map(|name| self.domains().opening(name));
                 pinned.map_or(Match::None, Match::Full)
             }
-            (RuleProtocol::Http, Claim::Name(name)) => match self.domains.opening(name) {
+            (RuleProtocol::Http, Claim::Name(name)) => match self.domains().opening(name) {
                 Some(entry) if flow.bound.contains(name) => Match::Full(entry),
                 Some(entry) => Match::Unbound(entry),
                 None => Match::None,
@@ -728,17 +720,23 @@ impl TierRule {
         }
     }
 
+    /// The first of its ranges that holds the address.
     fn lists(&self, address: IpAddr) -> Option<usize> {
-        self.networks.position(address)
+        match &self.index {
+            Some(index) => index.containing(address).min().map(|position| position as usize),
+            None => self
+                .rule
+                .cidrs
+                .iter()
+                .position(|network| network.contains(&address)),
+        }
     }
 
     /// The entry that makes the rule concern every address of a family.
     fn everywhere(&self, family: usize) -> Option<usize> {
         let of_family = |range: &IpNet| matches!((range, family), (IpNet::V4(_), 0) | (IpNet::V6(_), 1));
-        self.networks
-            .list
-            .iter()
-            .position(|range| of_family(range) && range.prefix_len() == 0)
+        let mut ranges = self.rule.cidrs.iter();
+        ranges.position(|range| of_family(range) && range.prefix_len() == 0)
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    hash::{BuildHasher as _, RandomState},
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
 
@@ -22,7 +23,9 @@ pub struct Library {
 
 #[derive(Default)]
 struct Shelves {
-    documents: Vec<Weak<Policy>>,
+    /// By what they say.
+    documents: HashMap<u64, Vec<Weak<Policy>>>,
+    hasher: RandomState,
     compiled: BTreeMap<Sources, Vec<Weak<Compiled>>>,
     /// How many of `compiled` there may be before dead ones are looked for.
     most: usize,
@@ -42,7 +45,10 @@ impl Library {
             FeedFrame::Heartbeat { .. } => return,
         };
         let mut shelves = self.shelves();
-        shelves.documents.retain(|document| document.strong_count() > 0);
+        shelves.documents.retain(|_, list| {
+            list.retain(|document| document.strong_count() > 0);
+            !list.is_empty()
+        });
         // The frame's own are held meanwhile, so that no place is used twice.
         let mut seen: HashMap<usize, (Arc<Policy>, Arc<Policy>)> = HashMap::new();
         for tier in sandboxes.iter_mut().flat_map(|sandbox| &mut sandbox.tiers) {
@@ -84,11 +90,12 @@ impl Library {
 
 impl Shelves {
     fn document(&mut self, wanted: &Arc<Policy>) -> Arc<Policy> {
-        let mut known = self.documents.iter().filter_map(Weak::upgrade);
+        let alike = self.documents.entry(self.hasher.hash_one(wanted)).or_default();
+        let mut known = alike.iter().filter_map(Weak::upgrade);
         if let Some(known) = known.find(|known| known == wanted) {
             return known;
         }
-        self.documents.push(Arc::downgrade(wanted));
+        alike.push(Arc::downgrade(wanted));
         Arc::clone(wanted)
     }
 

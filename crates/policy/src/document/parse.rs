@@ -3,7 +3,10 @@
 mod dns;
 mod inside;
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde_json::Value;
@@ -47,7 +50,7 @@ pub(super) fn policy(value: &Value) -> Result<Policy, PolicyError> {
         allowed_ports: fields
             .list("allowed_ports", MAX_PORTS, port)?
             .unwrap_or_else(|| vec![443]),
-        rules: fields.list("rules", MAX_RULES, rule)?.unwrap_or_default(),
+        rules: rules(&fields)?,
         dns: dns::dns(&fields)?,
         ech: fields.word("ech", Ech::ALL)?.unwrap_or(Ech::Deny),
         enforcement: fields
@@ -76,6 +79,21 @@ pub(super) fn policy(value: &Value) -> Result<Policy, PolicyError> {
     Ok(policy)
 }
 
+/// Rules that have the same ports share one list of them: there are few different ones.
+fn rules(fields: &Fields<'_>) -> Result<Vec<Arc<Rule>>, PolicyError> {
+    let mut rules = fields.list("rules", MAX_RULES, rule)?.unwrap_or_default();
+    let mut lists: HashSet<Arc<[PortSpan]>> = HashSet::new();
+    for ports in rules.iter_mut().filter_map(|rule| rule.ports.as_mut()) {
+        match lists.get(ports) {
+            Some(known) => *ports = Arc::clone(known),
+            None => {
+                lists.insert(Arc::clone(ports));
+            }
+        }
+    }
+    Ok(rules.into_iter().map(Arc::new).collect())
+}
+
 fn rule(path: String, value: &Value) -> Result<Rule, PolicyError> {
     let fields = Fields::of(value, path, table::RULE)?;
     let Some(action) = fields.word("action", Action::ALL)? else {
@@ -88,9 +106,9 @@ fn rule(path: String, value: &Value) -> Result<Rule, PolicyError> {
             .word("protocol", RuleProtocol::ALL)?
             .unwrap_or(RuleProtocol::Http),
         domains: domains(&fields, "domains")?,
-        cidrs: cidrs(&fields, "cidrs")?,
-        ports: fields.list("ports", MAX_PORTS, span)?,
-        inside: inside::inside(&fields)?,
+        cidrs: cidrs(&fields, "cidrs")?.into(),
+        ports: fields.list("ports", MAX_PORTS, span)?.map(Arc::from),
+        inside: inside::inside(&fields)?.shared(),
     };
     if rule.protocol == RuleProtocol::Udp {
         udp(&fields, &rule)?;
@@ -101,7 +119,7 @@ fn rule(path: String, value: &Value) -> Result<Rule, PolicyError> {
             "a rule needs at least one entry in `domains` or `cidrs`",
         );
     }
-    if rule.ports.as_ref().is_some_and(Vec::is_empty) {
+    if rule.ports.as_ref().is_some_and(|ports| ports.is_empty()) {
         return fields.refuse("ports", "must not be empty: a rule without ports matches nothing");
     }
     inside::check(&fields, &rule)?;
@@ -131,7 +149,7 @@ fn udp(fields: &Fields<'_>, rule: &Rule) -> Result<(), PolicyError> {
     Ok(())
 }
 
-fn rule_name(fields: &Fields<'_>) -> Result<Option<String>, PolicyError> {
+fn rule_name(fields: &Fields<'_>) -> Result<Option<Box<str>>, PolicyError> {
     let Some(value) = fields.get("name") else {
         return Ok(None);
     };
@@ -144,7 +162,7 @@ fn rule_name(fields: &Fields<'_>) -> Result<Option<String>, PolicyError> {
             && name.trim() == name
     };
     match value.as_str() {
-        Some(name) if plain(name) => Ok(Some(name.to_owned())),
+        Some(name) if plain(name) => Ok(Some(name.into())),
         Some(_) | None => {
             let expectation = "1 to 64 letters, digits, spaces and `-`, `_`, `.`";
             Err(expected(fields.path("name"), expectation, value))
@@ -153,7 +171,7 @@ fn rule_name(fields: &Fields<'_>) -> Result<Option<String>, PolicyError> {
 }
 
 /// The audit names rules: two of the same name could not be told apart.
-fn rule_names(rules: &[Rule]) -> Result<(), PolicyError> {
+fn rule_names(rules: &[Arc<Rule>]) -> Result<(), PolicyError> {
     let mut seen = HashMap::new();
     for (index, rule) in rules.iter().enumerate() {
         let Some(name) = &rule.name else { continue };
@@ -183,7 +201,7 @@ fn totals(policy: &Policy) -> Result<(), PolicyError> {
             MAX_ALL_PORTS,
             rules
                 .clone()
-                .map(|rule| rule.ports.as_ref().map_or(0, Vec::len))
+                .map(|rule| rule.ports.as_ref().map_or(0, |ports| ports.len()))
                 .sum(),
         ),
         (
@@ -205,7 +223,7 @@ fn totals(policy: &Policy) -> Result<(), PolicyError> {
     }
 }
 
-fn port_lists(rules: &[Rule]) -> Result<(), PolicyError> {
+fn port_lists(rules: &[Arc<Rule>]) -> Result<(), PolicyError> {
     let lists: HashSet<&[PortSpan]> = rules.iter().filter_map(|rule| rule.ports.as_deref()).collect();
     if lists.len() > MAX_PORT_LISTS {
         let message = format!(
@@ -217,8 +235,12 @@ fn port_lists(rules: &[Rule]) -> Result<(), PolicyError> {
     Ok(())
 }
 
-fn domains(fields: &Fields<'_>, name: &str) -> Result<Vec<DomainPattern>, PolicyError> {
-    Ok(fields.list(name, MAX_DOMAINS, domain)?.unwrap_or_default())
+fn domains(fields: &Fields<'_>, name: &str) -> Result<Arc<[DomainPattern]>, PolicyError> {
+    Ok(match fields.list(name, MAX_DOMAINS, domain)? {
+        Some(list) if !list.is_empty() => list.into(),
+        // All empty ones are one.
+        Some(_) | None => Arc::default(),
+    })
 }
 
 fn domain(path: String, value: &Value) -> Result<DomainPattern, PolicyError> {

@@ -1,16 +1,16 @@
 //! Many patterns, one look-up per label of the name instead of one per pattern.
 
-use std::cmp::Ordering;
+use std::{cmp::Ordering, sync::Arc};
 
 use super::{DomainName, DomainPattern};
 
 /// Patterns of one rule. Answers with the position of the first pattern that matches.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct DomainSet {
-    patterns: Vec<DomainPattern>,
+    patterns: Arc<[DomainPattern]>,
     any: Option<usize>,
     /// Positions of all patterns but `*`, in the order of their keys.
-    sorted: Vec<u32>,
+    sorted: Box<[u32]>,
 }
 
 /// A pattern other than `*`, as it is searched for: names and what is below them apart, each by text.
@@ -32,7 +32,7 @@ fn searched(name: &DomainName) -> impl Iterator<Item = Key<'_>> {
 }
 
 impl DomainSet {
-    pub(crate) fn new(patterns: &[DomainPattern]) -> Self {
+    pub(crate) fn new(patterns: &Arc<[DomainPattern]>) -> Self {
         let mut sorted: Vec<u32> = positions(patterns)
             .filter(|(_, pattern)| **pattern != DomainPattern::Any)
             .map(|(position, _)| position)
@@ -40,8 +40,8 @@ impl DomainSet {
         sorted.sort_by(|one, two| key(&patterns[*one as usize]).cmp(&key(&patterns[*two as usize])));
         Self {
             any: patterns.iter().position(|pattern| *pattern == DomainPattern::Any),
-            patterns: patterns.to_vec(),
-            sorted,
+            patterns: Arc::clone(patterns),
+            sorted: sorted.into(),
         }
     }
 

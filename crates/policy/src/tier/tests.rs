@@ -16,16 +16,16 @@ struct Passed {
 
 impl Passed {
     fn add(&mut self, rule: &TierRule) {
-        match rule.action {
-            Action::Deny if !rule.domains.is_empty() => match rule.protocol {
+        match rule.action() {
+            Action::Deny if !rule.domains().is_empty() => match rule.protocol() {
                 RuleProtocol::Http => self.nameless_are_refused = true,
                 RuleProtocol::Tcp => self.unpinned_are_refused = true,
                 RuleProtocol::Udp => {}
             },
             Action::Deny => {}
             Action::Allow => {
-                self.named_allow |= !rule.domains.is_empty();
-                self.nameless_are_refused |= rule.inside.is_read();
+                self.named_allow |= !rule.domains().is_empty();
+                self.nameless_are_refused |= rule.rule.inside.is_read();
             }
         }
     }
@@ -35,10 +35,10 @@ impl Passed {
 fn walk(tier: &Tier, flow: &View<'_>) -> Judgement {
     let mut passed = Passed::default();
     let rules = numbered(&tier.rules)
-        .filter(|(_, rule)| rule.protocol != RuleProtocol::Udp && tier.ports(rule).contains(flow.port));
+        .filter(|(_, rule)| rule.protocol() != RuleProtocol::Udp && tier.ports(rule).contains(flow.port));
     for (index, rule) in rules {
         let cause = |entry| Cause::Rule { index, entry };
-        match rule.action {
+        match rule.action() {
             Action::Deny => {
                 if let Some(entry) = rule.denies(flow) {
                     return Judgement::deny(Reason::DeniedByRule, cause(entry));
@@ -49,7 +49,7 @@ fn walk(tier: &Tier, flow: &View<'_>) -> Judgement {
                     return Judgement::deny(Reason::NoName, cause(entry));
                 }
                 Match::Full(entry) => return Judgement::allow(cause(entry)),
-                Match::Unbound(entry) if rule.inside.is_read() => {
+                Match::Unbound(entry) if rule.rule.inside.is_read() => {
                     return Judgement::deny(Reason::AddressNotBound, cause(entry));
                 }
                 Match::Unbound(entry) => {
@@ -97,16 +97,16 @@ fn walk_open(tier: &Tier, name: &DomainName) -> [PortSet; 2] {
         for rule in tier
             .rules
             .iter()
-            .filter(|rule| rule.protocol != RuleProtocol::Udp)
+            .filter(|rule| rule.protocol() != RuleProtocol::Udp)
         {
-            let concerns = match rule.action {
-                Action::Deny => rule.domains.covering(name).is_some() || rule.everywhere(family).is_some(),
-                Action::Allow => rule.domains.opening(name).is_some(),
+            let concerns = match rule.action() {
+                Action::Deny => rule.domains().covering(name).is_some() || rule.everywhere(family).is_some(),
+                Action::Allow => rule.domains().opening(name).is_some(),
             };
             if !concerns {
                 continue;
             }
-            if rule.action == Action::Allow {
+            if rule.action() == Action::Allow {
                 open = open.or(&tier.ports(rule).and(&undecided));
             }
             undecided = undecided.without(tier.ports(rule));
@@ -124,11 +124,11 @@ fn walk_open(tier: &Tier, name: &DomainName) -> [PortSet; 2] {
 fn walk_udp(tier: &Tier, address: IpAddr, port: u16) -> Option<Action> {
     let listing = |rule: &&TierRule| {
         let ranges =
-            address::faces(address).any(|face| rule.networks.list.iter().any(|range| range.contains(&face)));
-        let is_udp = rule.protocol == RuleProtocol::Udp || rule.action == Action::Deny;
-        is_udp && tier.ports(rule).contains(port) && (ranges || rule.domains.any().is_some())
+            address::faces(address).any(|face| rule.rule.cidrs.iter().any(|range| range.contains(&face)));
+        let is_udp = rule.protocol() == RuleProtocol::Udp || rule.action() == Action::Deny;
+        is_udp && tier.ports(rule).contains(port) && (ranges || rule.domains().any().is_some())
     };
-    tier.rules.iter().find(listing).map(|rule| rule.action)
+    tier.rules.iter().find(listing).map(|rule| rule.action())
 }
 
 proptest! {

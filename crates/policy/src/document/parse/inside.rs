@@ -62,7 +62,7 @@ pub(super) fn check(fields: &Fields<'_>, rule: &Rule) -> Result<(), PolicyError>
         tls,
         http,
         credential,
-    } = &rule.inside;
+    } = &*rule.inside;
     let asked = [
         ("http", !http.is_empty()),
         ("credential", credential.is_some()),
