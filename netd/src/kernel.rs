@@ -24,6 +24,7 @@ use sandgate_policy::{KernelTable, Platform, Protocol, Reason};
 use self::{
     address::in_one_space,
     events::SharedSweep,
+    flows::Flows,
     pins::Pins,
     platform::{Opening, Ranges},
     programs::{Means, Programs},
@@ -175,6 +176,8 @@ pub struct Datapath {
     ranges: Ranges,
     sweep: SharedSweep,
     state: Mutex<State>,
+    /// Apart: nothing else waits while they are looked through. Locked without `state`.
+    flows: Mutex<Flows>,
 }
 
 impl Datapath {
@@ -190,6 +193,7 @@ impl Datapath {
         let mut programs = Programs::load(&pins, means)?;
         let sweep = SharedSweep::open(&pins)?;
         let mut tables = Tables::open(&pins)?;
+        let flows = Flows::open(&pins)?;
         let ranges = Ranges {
             denied: always_denied(),
             openings: openings(platform),
@@ -215,6 +219,7 @@ impl Datapath {
             ranges,
             sweep,
             state: Mutex::new(State { programs, tables }),
+            flows: Mutex::new(flows),
         };
         datapath.tidy(&attached)?;
         datapath.state().tables.complete()?;
@@ -345,6 +350,15 @@ impl Datapath {
         self.state().tables.unbind(endpoint, address.to_canonical())
     }
 
+    /// The same for all that DNS answers gave to the endpoint, but for these.
+    pub fn unbind_others(
+        &self,
+        endpoint: EndpointHandle,
+        keep: &BTreeSet<IpAddr>,
+    ) -> Result<(), DatapathError> {
+        self.state().tables.unbind_others(endpoint, keep)
+    }
+
     /// Admits one connection that netd is about to open from `local` to `sandbox_port`, by the socket with this
     /// cookie (`SO_COOKIE` of `socket(7)`). Call before connecting.
     pub fn admit_inbound(
@@ -422,9 +436,11 @@ impl Datapath {
         self.state().tables.allow_new_flows(endpoint, allowed)
     }
 
-    /// Flows that the kernel forwarded and that have ended since the last call, each once. Call it every second.
+    /// Flows that the kernel forwarded and that have ended since the last calls, each once. Call it every second. Of
+    /// hundreds of thousands it looks at a part each time.
     pub fn ended_flows(&self) -> Result<Vec<EndedFlow>, DatapathError> {
-        self.state().tables.ended_flows()
+        let living = self.state().tables.living()?;
+        self.flows().ended(&living)
     }
 
     /// A reader of denials, also of those that happened while no netd ran.
@@ -481,7 +497,10 @@ impl Datapath {
                 self.forget(&mut state.tables, handle.ifindex)?;
             }
         }
-        state.tables.tidy()
+        state.tables.tidy()?;
+        let living = state.tables.living()?;
+        drop(state);
+        self.flows().recount(&living)
     }
 
     /// First the endpoint, so that everything is denied from here on; then what belongs to it.
@@ -496,6 +515,11 @@ impl Datapath {
         let ordinal = tables.remove_endpoint(ifindex)?;
         tables.purge(ordinal)?;
         self.sweep.lock().remove(ordinal)
+    }
+
+    fn flows(&self) -> MutexGuard<'_, Flows> {
+        // Its place is good anywhere.
+        self.flows.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -3,6 +3,7 @@
 //! the kernel's set of addresses in step with what the methods return, and write the log ([`log`]).
 
 pub mod log;
+pub mod room;
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -12,6 +13,8 @@ use std::{
 
 use lru::LruCache;
 use sandgate_policy::DomainName;
+
+use self::room::{Part, Room};
 
 /// How long a pair counts after it was last answered or used.
 pub const PIN_LIFETIME: Duration = Duration::from_secs(24 * 3600);
@@ -29,6 +32,8 @@ pub struct Pins {
     /// Least recently used last.
     pairs: LruCache<(DomainName, IpAddr), Ends>,
     names: HashMap<IpAddr, BTreeSet<DomainName>>,
+    /// Counts them.
+    part: Part,
     /// Addresses that flows use at this moment, with the number of these flows. They keep their last name.
     held: HashMap<IpAddr, usize>,
 }
@@ -48,21 +53,27 @@ pub struct Pinned {
     pub is_new_address: bool,
     /// The pair is new, or its end moved enough to be written down.
     pub must_be_logged: bool,
-    /// An address that lost its last name to make room: the kernel must forget it.
-    pub evicted: Option<IpAddr>,
+    /// Addresses that lost their last name to make room: the kernel must forget them, before it learns the new one.
+    pub evicted: Vec<IpAddr>,
 }
 
 impl Default for Pins {
     fn default() -> Self {
-        Self {
-            pairs: LruCache::unbounded(),
-            names: HashMap::new(),
-            held: HashMap::new(),
-        }
+        Self::within(&Room::default())
     }
 }
 
 impl Pins {
+    /// None, in a room that others use too.
+    pub fn within(room: &Room) -> Self {
+        Self {
+            pairs: LruCache::unbounded(),
+            names: HashMap::new(),
+            part: room.part(),
+            held: HashMap::new(),
+        }
+    }
+
     /// Remembers that `name` was answered with `address`, or was used with it.
     pub fn pin(&mut self, name: &DomainName, address: IpAddr, now: Seconds) -> Pinned {
         self.pin_until(name, address, now + PIN_LIFETIME.as_secs())
@@ -82,18 +93,23 @@ impl Pins {
                 ..Pinned::default()
             };
         }
+        let is_new_address = !self.names.contains_key(&address);
+        let mut evicted = Vec::new();
+        while is_new_address && !self.part.take() {
+            // Its assured ones are its own, so there is some.
+            evicted.extend(self.free_address());
+        }
         let both = Ends {
             at: ends,
             logged: ends,
         };
         self.pairs.put(key, both);
-        let names = self.names.entry(address).or_default();
-        let is_new_address = names.is_empty();
-        names.insert(name.clone());
+        self.names.entry(address).or_default().insert(name.clone());
+        evicted.extend(self.make_room());
         Pinned {
             is_new_address,
             must_be_logged: true,
-            evicted: self.make_room(),
+            evicted,
         }
     }
 
@@ -150,6 +166,10 @@ impl Pins {
             self.pairs.pop(&(name.clone(), address));
             unbound.extend(self.forget(&name, address));
         }
+        // Others find no room.
+        for _ in 0..self.part.excess() {
+            unbound.extend(self.free_address());
+        }
         unbound
     }
 
@@ -175,6 +195,24 @@ impl Pins {
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.pairs.is_empty()
+    }
+
+    /// Drops the pairs least recently used until an address has lost its last name; none that a flow uses, unless flows
+    /// use all: they go on, and only new ones need the pin.
+    fn free_address(&mut self) -> Option<IpAddr> {
+        loop {
+            let unused = self
+                .pairs
+                .iter()
+                .rev()
+                .find(|((_, address), _)| !self.held.contains_key(address));
+            let oldest = unused.or_else(|| self.pairs.iter().next_back())?;
+            let (name, address) = oldest.0.clone();
+            self.pairs.pop(&(name.clone(), address));
+            if let Some(freed) = self.forget(&name, address) {
+                return Some(freed);
+            }
+        }
     }
 
     /// Drops the pair least recently used that is not the last name of an address in use. The search passes at most
@@ -203,6 +241,7 @@ impl Pins {
             return None;
         }
         self.names.remove(&address);
+        self.part.give();
         Some(address)
     }
 }
@@ -275,6 +314,40 @@ mod tests {
     }
 
     #[test]
+    fn nobody_s_pins_fail_because_others_have_too_many() {
+        let room = Room::of(4, 100);
+        let mut all: Vec<Pins> = (0..40).map(|_| Pins::within(&room)).collect();
+        let count = |all: &[Pins]| all.iter().map(|pins| pins.addresses().count()).sum::<usize>();
+        let pin = |pins: &mut Pins, last: u8| {
+            let text = name(&format!("n{last}.test"));
+            let before: BTreeSet<IpAddr> = pins.addresses().collect();
+            let pinned = pins.pin(&text, address(last), 0);
+            assert!(pins.contains(&text, address(last), 1));
+            let after: BTreeSet<IpAddr> = pins.addresses().collect();
+            assert_eq!(pinned.is_new_address, !before.contains(&address(last)));
+            assert_eq!(
+                pinned.evicted,
+                before.difference(&after).copied().collect::<Vec<_>>()
+            );
+        };
+        for pins in &mut all[1..] {
+            (0..50).for_each(|last| pin(pins, last));
+        }
+        (0..8).for_each(|last| pin(&mut all[0], last));
+        assert_eq!(
+            all[0].addresses().collect::<BTreeSet<_>>(),
+            (4..8).map(address).collect()
+        );
+        assert_eq!(count(&all), 40 * 4 + 100);
+        // Those with too many give some back.
+        all.iter_mut()
+            .for_each(|pins| assert!(pins.sweep(1, |_| true).len() < 50));
+        (0..20).for_each(|last| pin(&mut all[0], last));
+        assert_eq!(all[0].addresses().count(), 20);
+        assert!(count(&all) <= 40 * 4 + 100);
+    }
+
+    #[test]
     fn what_a_flow_uses_is_neither_evicted_nor_too_old() {
         let mut pins = Pins::default();
         pins.pin(&name("used.test"), address(250), 0);
@@ -308,7 +381,7 @@ mod tests {
         pins.hold(address(1));
         for index in 0..=PINS_MAX {
             let pinned = pins.pin(&name(&format!("n{index}.test")), address(1), 0);
-            assert_eq!(pinned.evicted, None);
+            assert!(pinned.evicted.is_empty());
         }
         assert_eq!(pins.len(), PINS_MAX);
         assert!(!pins.contains(&name("n0.test"), address(1), 1));
@@ -332,7 +405,7 @@ mod tests {
                 } else {
                     let pinned = pins.pin(&name(&format!("n{label}.test")), address(last), now);
                     prop_assert_eq!(pinned.is_new_address, kernel.insert(address(last)));
-                    prop_assert_eq!(pinned.evicted, None);
+                    prop_assert!(pinned.evicted.is_empty());
                 }
                 prop_assert_eq!(&kernel, &pins.addresses().collect::<BTreeSet<_>>());
             }

@@ -35,7 +35,7 @@ use crate::{
     dns::budget::Budget,
     intercept::{bindings::Bindings, leases::Leases},
     kernel::{Datapath, DatapathError, EndpointHandle},
-    pins::{PIN_LIFETIME, Seconds, log::PinLog},
+    pins::{PIN_LIFETIME, Seconds, log::PinLog, room::Room},
 };
 
 /// Connections of one sandbox through netd at once.
@@ -159,8 +159,8 @@ impl Limits {
 }
 
 impl Sandbox {
-    /// A sandbox that is attached in the kernel. Its pins of an earlier netd are read back from `pin_file`;
-    /// the kernel is told of those whose names `rules` allow.
+    /// A sandbox that is attached in the kernel. Its pins of an earlier netd are read back from the file, as far as there
+    /// is room for them; the kernel is told of those whose names `rules` allow, and of no others.
     ///
     /// # Errors
     /// When the pins cannot be read or the kernel does not take them.
@@ -169,15 +169,14 @@ impl Sandbox {
         (endpoint, handle): (Endpoint, EndpointHandle),
         rules: Rules,
         datapath: Arc<Datapath>,
-        pin_file: &Path,
+        (pin_file, room): (&Path, &Room),
     ) -> Result<Self, PinError> {
         let now = seconds();
-        let (log, mut pins) = PinLog::open(pin_file, now).map_err(PinError::Log)?;
-        let forgotten = pins.sweep(now, |name| rules.judge_name(name).is_allowed());
-        for address in forgotten {
-            datapath.unbind_address(handle, address)?;
-        }
-        for address in pins.addresses() {
+        let (log, mut pins) = PinLog::open(pin_file, now, room).map_err(PinError::Log)?;
+        pins.sweep(now, |name| rules.judge_name(name).is_allowed());
+        let kept: BTreeSet<IpAddr> = pins.addresses().map(|address| address.to_canonical()).collect();
+        datapath.unbind_others(handle, &kept)?;
+        for address in kept {
             datapath.bind_address(handle, address)?;
         }
         let limits = Limits {
@@ -469,15 +468,15 @@ impl State {
         let mut told = Ok(());
         for address in addresses {
             let pinned = pins.pin(name, *address, now);
+            for evicted in pinned.evicted {
+                if let Err(error) = datapath.unbind_address(handle, evicted) {
+                    told = Err(error);
+                }
+            }
             if pinned.is_new_address
                 && let Err(error) = datapath.bind_address(handle, *address)
             {
                 pins.unpin(name, *address);
-                told = Err(error);
-            }
-            if let Some(evicted) = pinned.evicted
-                && let Err(error) = datapath.unbind_address(handle, evicted)
-            {
                 told = Err(error);
             }
             if told.is_err() {

@@ -4,6 +4,7 @@ use std::{io::Read as _, net::TcpStream, os::fd::OwnedFd, sync::Arc, time::Durat
 
 use netd::{
     dial::{Caller, Inward},
+    pins::room::Room,
     router::EPHEMERAL_PORTS,
     sandbox::{Rules, Sandbox, Sandboxes},
 };
@@ -88,7 +89,7 @@ fn a_sandbox_that_never_accepts_delays_no_dial_but_its_own() {
             (namespace.endpoint.clone(), *handle),
             Rules::nothing(&platform(), OrgId::nobody()).expect("rules"),
             Arc::clone(&datapath),
-            &run_dir.path().join(format!("{id}.pins")),
+            (&run_dir.path().join(format!("{id}.pins")), &Room::default()),
         )
         .expect("a sandbox");
         sandbox.set_tunnel_ports([TUNNEL]).expect("ports");

@@ -21,7 +21,7 @@ use super::StateFile;
 use crate::{
     kernel::{Datapath, DatapathError, EndpointHandle},
     node::{self, Change, Desired},
-    pins::log::PinLog,
+    pins::{log::PinLog, room::Room},
     sandbox::{CutReason, Library, PinError, Rules, RulesError, Sandbox, Sandboxes},
     sockets,
 };
@@ -36,6 +36,8 @@ pub struct Enforcer {
     sandboxes: Arc<Sandboxes>,
     library: Arc<Library>,
     pins: PathBuf,
+    /// For the pins of all sandboxes.
+    room: Room,
     file: StateFile,
     desired: Desired,
     /// What is enforced exactly as listed.
@@ -88,6 +90,7 @@ impl Enforcer {
             sandboxes,
             library: Arc::default(),
             pins,
+            room: Room::default(),
             file,
             desired,
             actual,
@@ -227,7 +230,7 @@ impl Enforcer {
         }
         let (datapath, platform) = (Arc::clone(&self.datapath), Arc::clone(&self.platform));
         let library = Arc::clone(&self.library);
-        let pin_file = self.pins.join(wanted.sandbox_id.as_str());
+        let (pin_file, room) = (self.pins.join(wanted.sandbox_id.as_str()), self.room.clone());
         let asked = wanted.clone();
         let attached = tokio::task::spawn_blocking(move || {
             let handle = datapath.attach(&asked.endpoint)?;
@@ -244,7 +247,7 @@ impl Enforcer {
                 (asked.endpoint, handle),
                 rules,
                 Arc::clone(&datapath),
-                &pin_file,
+                (&pin_file, &room),
             );
             let sandbox = match sandbox {
                 Ok(sandbox) => sandbox,

@@ -51,17 +51,29 @@ impl From<Stopped> for MapError {
 /// Entries of one call of [`each`]: more than any bucket of a hash map holds, as the kernel gives whole buckets.
 const CHUNK: usize = 4096;
 
+/// Where in a hash map [`some`] goes on, which the kernel says and reads. None: at its beginning.
+pub(super) type Place = Option<u32>;
+
 /// Shows every entry of a hash map. One that is added or removed meanwhile may be shown or not.
 pub(super) fn each<K: Pod + Default, V: Pod + Default>(
     map: &MapData,
+    seen: impl FnMut(&K, &V),
+) -> Result<(), Stopped> {
+    some(map, &mut None, usize::MAX, seen)
+}
+
+/// The same from a place on, until `most` entries were shown, or a chunk more; the place is then where to go on.
+pub(super) fn some<K: Pod + Default, V: Pod + Default>(
+    map: &MapData,
+    place: &mut Place,
+    most: usize,
     mut seen: impl FnMut(&K, &V),
 ) -> Result<(), Stopped> {
     let mut keys = vec![K::default(); CHUNK];
     let mut values = vec![V::default(); CHUNK];
     let refused = |source| Stopped { done: 0, source };
-    // Where the kernel stands, which it says and reads.
-    let mut place: Option<u32> = None;
-    loop {
+    let mut shown = 0;
+    while shown < most {
         let (from, mut to) = (place.unwrap_or(0), 0_u32);
         let mut attributes = Attributes {
             in_batch: place.map_or(0, |_| (&raw const from).addr() as u64),
@@ -95,15 +107,17 @@ pub(super) fn each<K: Pod + Default, V: Pod + Default>(
             return Err(refused(source));
         }
         let count = usize::try_from(attributes.count).unwrap_or(0);
+        shown += count;
         keys.iter()
             .zip(&values)
             .take(count)
             .for_each(|(key, value)| seen(key, value));
+        *place = (!last).then_some(to);
         if last {
-            return Ok(());
+            break;
         }
-        place = Some(to);
     }
+    Ok(())
 }
 
 /// Writes all entries, replacing those that are there.

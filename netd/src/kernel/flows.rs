@@ -1,7 +1,12 @@
 //! Flows that the kernel forwards: finds those that have ended, gives them back and removes them. The programs make and
-//! count them; nothing here lets a packet through.
+//! count them; nothing here lets a packet through. Looking through hundreds of thousands takes a while, and holds up nothing
+//! else.
 
-use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    time::Duration,
+};
 
 use aya::maps::{HashMap, Map, MapData};
 use netd_common::{Flow, FlowKey};
@@ -9,9 +14,15 @@ use nix::time::{ClockId, clock_gettime};
 use sandgate_policy::Protocol;
 
 use super::{
-    DatapathError, EndedFlow, EndpointHandle, FlowEnd, address::from_wire, batch, error::on_map, pins::Pins,
-    tables::missing_is_fine,
+    DatapathError, EndedFlow, EndpointHandle, FlowEnd, address::from_wire, batch, error::on_map,
+    events::is_missing, pins::Pins, tables::missing_is_fine,
 };
+
+/// `BPF_EXIST` of linux/bpf.h: only what is there is written.
+const PRESENT: u64 = 2;
+/// Entries that one call of [`Flows::ended`] looks at, so that it takes tens of milliseconds at most. All there can be are
+/// looked at in eight calls.
+const LOOKED_AT: usize = netd_common::limit::FLOWS / 8;
 
 /// Place of all endpoints together among the counts.
 const TOGETHER: u32 = 0;
@@ -32,19 +43,38 @@ const UDP_IDLE: Duration = Duration::from_secs(60);
 /// The same before the other end has answered.
 const UDP_UNANSWERED: Duration = Duration::from_secs(30);
 
-/// The maps of flows.
-pub(super) struct Flows {
-    entries: MapData,
-    counts: HashMap<MapData, u32, u64>,
+/// How many flows each endpoint has made, and how many of them are gone.
+pub(super) struct Counts {
+    made: HashMap<MapData, u32, u64>,
     freed: HashMap<MapData, u32, u64>,
 }
 
-impl Flows {
+/// The flows themselves.
+pub(super) struct Flows {
+    entries: MapData,
+    counts: Counts,
+    /// Where to look next.
+    place: batch::Place,
+}
+
+/// The endpoints in force at some moment.
+pub(super) struct Living {
+    pub(super) ordinals: BTreeSet<u32>,
+    /// The last ordinal given out by then: what is beyond has come since, and lives.
+    pub(super) newest: u32,
+}
+
+impl Living {
+    fn has(&self, ordinal: u32) -> bool {
+        ordinal > self.newest || self.ordinals.contains(&ordinal)
+    }
+}
+
+impl Counts {
     pub(super) fn open(pins: &Pins) -> Result<Self, DatapathError> {
         let open = |name| HashMap::try_from(Map::HashMap(pins.map(name)?)).map_err(on_map("open", name));
         Ok(Self {
-            entries: pins.map("FLOWS")?,
-            counts: open("FLOW_COUNTS")?,
+            made: open("FLOW_COUNTS")?,
             freed: open("FLOWS_FREED")?,
         })
     }
@@ -54,41 +84,71 @@ impl Flows {
         self.freed
             .insert(ordinal, 0, 0)
             .map_err(on_map("write", "FLOWS_FREED"))?;
-        self.counts
+        self.made
             .insert(ordinal, 0, 0)
             .map_err(on_map("write", "FLOW_COUNTS"))
     }
 
-    /// Forgets an endpoint. Its entries are no use to any other, and go with the next [`Self::ended`].
+    /// Forgets an endpoint. Its entries are no use to any other, and go with the next [`Flows::ended`].
     pub(super) fn remove(&mut self, ordinal: u32) -> Result<(), DatapathError> {
-        missing_is_fine("FLOW_COUNTS", self.counts.remove(&ordinal))?;
+        missing_is_fine("FLOW_COUNTS", self.made.remove(&ordinal))?;
         missing_is_fine("FLOWS_FREED", self.freed.remove(&ordinal))
+    }
+
+    fn made(&self, ordinals: &[u32]) -> Result<BTreeMap<u32, u64>, DatapathError> {
+        let read = |ordinal: &u32| {
+            self.made
+                .get(ordinal, 0)
+                .map(|made| (*ordinal, made))
+                .map_err(on_map("read", "FLOW_COUNTS"))
+        };
+        ordinals.iter().map(read).collect()
+    }
+
+    /// Counts some as freed; those of an endpoint that has gone meanwhile count no more.
+    fn free(&mut self, ordinal: u32, count: u64) -> Result<(), DatapathError> {
+        let Ok(before) = self.freed.get(&ordinal, 0) else {
+            return Ok(());
+        };
+        match self.freed.insert(ordinal, before.wrapping_add(count), PRESENT) {
+            Err(error) if !is_missing(&error) => Err(on_map("write", "FLOWS_FREED")(error)),
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+}
+
+impl Flows {
+    pub(super) fn open(pins: &Pins) -> Result<Self, DatapathError> {
+        Ok(Self {
+            entries: pins.map("FLOWS")?,
+            counts: Counts::open(pins)?,
+            place: None,
+        })
     }
 
     /// After a start: makes the counts of all endpoints those of the entries, which an earlier netd may have removed
     /// without counting.
-    pub(super) fn recount(&mut self, known: &BTreeMap<u32, u32>) -> Result<(), DatapathError> {
-        if self.counts.get(&TOGETHER, 0).is_err() {
-            self.add(TOGETHER)?;
-        }
-        let ordinals: Vec<u32> = known.keys().copied().chain([TOGETHER]).collect();
+    pub(super) fn recount(&mut self, living: &Living) -> Result<(), DatapathError> {
+        let ordinals: Vec<u32> = living.ordinals.iter().copied().chain([TOGETHER]).collect();
         for ordinal in &ordinals {
-            if self.counts.get(ordinal, 0).is_err() {
-                self.add(*ordinal)?;
+            if self.counts.made.get(ordinal, 0).is_err() {
+                self.counts.add(*ordinal)?;
             }
         }
         // The programs go on making some: the counts of a moment without are taken.
         for _ in 0..8 {
-            let made = self.made(&ordinals)?;
+            let made = self.counts.made(&ordinals)?;
             let mut live: BTreeMap<u32, u64> = BTreeMap::new();
-            self.each(|key, _| {
+            batch::each(&self.entries, |key: &FlowKey, _: &Flow| {
                 *live.entry(key.ordinal).or_default() += 1;
                 *live.entry(TOGETHER).or_default() += 1;
-            })?;
-            if self.made(&ordinals)? == made {
+            })
+            .map_err(on_map("list", "FLOWS"))?;
+            if self.counts.made(&ordinals)? == made {
                 for (ordinal, made) in made {
                     let freed = made.wrapping_sub(live.get(&ordinal).copied().unwrap_or(0));
-                    self.freed
+                    self.counts
+                        .freed
                         .insert(ordinal, freed, 0)
                         .map_err(on_map("write", "FLOWS_FREED"))?;
                 }
@@ -98,27 +158,16 @@ impl Flows {
         Ok(())
     }
 
-    fn made(&self, ordinals: &[u32]) -> Result<BTreeMap<u32, u64>, DatapathError> {
-        let read = |ordinal: &u32| {
-            self.counts
-                .get(ordinal, 0)
-                .map(|made| (*ordinal, made))
-                .map_err(on_map("read", "FLOW_COUNTS"))
-        };
-        ordinals.iter().map(read).collect()
-    }
-
-    fn each(&self, mut seen: impl FnMut(&FlowKey, &Flow)) -> Result<(), DatapathError> {
-        batch::each(&self.entries, &mut seen).map_err(on_map("list", "FLOWS"))
-    }
-
-    /// Removes those that have ended and gives them. `known`: ordinals and interfaces of the endpoints in force.
-    pub(super) fn ended(&mut self, known: &BTreeMap<u32, u32>) -> Result<Vec<EndedFlow>, DatapathError> {
+    /// Removes those that have ended and gives them. Of very many it looks at a part, and at the next when it is called
+    /// again.
+    pub(super) fn ended(&mut self, living: &Living) -> Result<Vec<EndedFlow>, DatapathError> {
         let made = self
             .counts
+            .made
             .get(&TOGETHER, 0)
             .map_err(on_map("read", "FLOW_COUNTS"))?;
         let freed = self
+            .counts
             .freed
             .get(&TOGETHER, 0)
             .map_err(on_map("read", "FLOWS_FREED"))?;
@@ -128,27 +177,27 @@ impl Flows {
         let now = monotonic()?;
         let mut gone = Vec::new();
         let mut ended = Vec::new();
-        self.each(|key, flow| {
-            let of_living = known.contains_key(&key.ordinal);
-            if let Some(why) = end_of(key, flow, of_living, now) {
-                gone.push(*key);
-                ended.push(told(key, flow, why));
-            }
-        })?;
+        batch::some(
+            &self.entries,
+            &mut self.place,
+            LOOKED_AT,
+            |key: &FlowKey, flow: &Flow| {
+                if let Some(why) = end_of(key, flow, living.has(key.ordinal), now) {
+                    gone.push(*key);
+                    ended.push(told(key, flow, why));
+                }
+            },
+        )
+        .map_err(on_map("list", "FLOWS"))?;
         let mut counts: BTreeMap<u32, u64> = BTreeMap::new();
         for key in &gone {
             *counts.entry(TOGETHER).or_default() += 1;
-            if known.contains_key(&key.ordinal) {
-                *counts.entry(key.ordinal).or_default() += 1;
-            }
+            *counts.entry(key.ordinal).or_default() += 1;
         }
         // First the entries: until they are counted as freed too, there is room for fewer, not for more.
         batch::remove(&self.entries, &gone).map_err(on_map("remove from", "FLOWS"))?;
         for (ordinal, count) in counts {
-            let before = self.freed.get(&ordinal, 0).unwrap_or(0);
-            self.freed
-                .insert(ordinal, before.wrapping_add(count), 0)
-                .map_err(on_map("write", "FLOWS_FREED"))?;
+            self.counts.free(ordinal, count)?;
         }
         Ok(ended)
     }

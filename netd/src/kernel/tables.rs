@@ -15,11 +15,11 @@ use netd_common::{
 use sandgate_policy::KernelTable;
 
 use super::{
-    Counters, DatapathError, EndedFlow, EndpointHandle,
+    Counters, DatapathError, EndpointHandle,
     address::{from_wire, ipv4_from_wire, to_wire},
     error::on_map,
     events::is_missing,
-    flows::Flows,
+    flows::{Counts, Living},
     pins::Pins,
     policies::{Policies, PolicyContent},
 };
@@ -46,7 +46,7 @@ pub(super) struct Tables {
     platform: LpmTrie<MapData, Address, PlatformEntry>,
     bound: HashMap<MapData, BoundKey, u32>,
     inbound: HashMap<MapData, InboundKey, u64>,
-    flows: Flows,
+    flow_counts: Counts,
     uplink: Array<MapData, Uplink>,
     listeners: SockMap<MapData>,
     throttles: HashMap<MapData, u32, Throttle>,
@@ -68,7 +68,7 @@ impl Tables {
             platform: open!(pins, LpmTrie, LpmTrie, "PLATFORM"),
             bound: open!(pins, HashMap, HashMap, "BOUND"),
             inbound: open!(pins, HashMap, HashMap, "INBOUND"),
-            flows: Flows::open(pins)?,
+            flow_counts: Counts::open(pins)?,
             uplink: open!(pins, Array, Array, "UPLINK"),
             listeners: open!(pins, SockMap, SockMap, "LISTENERS"),
             throttles: open!(pins, HashMap, HashMap, "THROTTLES"),
@@ -116,8 +116,6 @@ impl Tables {
                 missing_is_fine("ADDRESSES", self.addresses.remove(&address))?;
             }
         }
-        let living = self.living();
-        self.flows.recount(&living)?;
         // The sockets of these connections ended with the netd that opened them, or were passed on and are closed by
         // whoever holds them; those that live on keep their admission until the endpoint goes.
         let inbound: Vec<InboundKey> = self
@@ -179,23 +177,18 @@ impl Tables {
             .map(|(ifindex, _)| *ifindex)
     }
 
-    /// Ordinals of the endpoints in force, and their interfaces.
-    fn living(&self) -> BTreeMap<u32, u32> {
-        self.known
-            .iter()
-            .map(|(&ifindex, known)| (known.ordinal, ifindex))
-            .collect()
+    /// The endpoints in force.
+    pub(super) fn living(&self) -> Result<Living, DatapathError> {
+        let meta = self.meta.get(&0, 0).map_err(on_map("read", "META"))?;
+        Ok(Living {
+            ordinals: self.known.values().map(|known| known.ordinal).collect(),
+            newest: meta.last_ordinal,
+        })
     }
 
     /// Says where packets leave that the programs may forward.
     pub(super) fn set_uplink(&mut self, uplink: Uplink) -> Result<(), DatapathError> {
         self.uplink.set(0, uplink, 0).map_err(on_map("write", "UPLINK"))
-    }
-
-    /// Flows that have ended, which are removed.
-    pub(super) fn ended_flows(&mut self) -> Result<Vec<EndedFlow>, DatapathError> {
-        let living = self.living();
-        self.flows.ended(&living)
     }
 
     pub(super) fn known(&self) -> Vec<(EndpointHandle, Ipv4Addr)> {
@@ -227,7 +220,7 @@ impl Tables {
             mac,
             no_new_flows: 0,
         };
-        self.flows.add(ordinal)?;
+        self.flow_counts.add(ordinal)?;
         for address in [address, address6] {
             if address != NO_ADDRESS {
                 self.addresses
@@ -271,7 +264,7 @@ impl Tables {
             };
             missing_is_fine("BOUND", self.bound.remove(&key))?;
         }
-        self.flows.remove(ordinal)?;
+        self.flow_counts.remove(ordinal)?;
         missing_is_fine("THROTTLES", self.throttles.remove(&ordinal))
     }
 
@@ -382,6 +375,22 @@ impl Tables {
         missing_is_fine("BOUND", self.bound.remove(&key))?;
         self.belongings(endpoint)?.bound.remove(&address);
         Ok(())
+    }
+
+    pub(super) fn unbind_others(
+        &mut self,
+        endpoint: EndpointHandle,
+        keep: &BTreeSet<IpAddr>,
+    ) -> Result<(), DatapathError> {
+        let others: Vec<IpAddr> = self
+            .belongings(endpoint)?
+            .bound
+            .difference(keep)
+            .copied()
+            .collect();
+        others
+            .into_iter()
+            .try_for_each(|address| self.unbind(endpoint, address))
     }
 
     pub(super) fn admit(

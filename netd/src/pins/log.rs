@@ -10,7 +10,7 @@ use std::{
 
 use sandgate_policy::DomainName;
 
-use super::{PINS_MAX, Pins, Seconds};
+use super::{PINS_MAX, Pins, Seconds, room::Room};
 
 /// Lines after which the log is written anew.
 const LINES_MAX: usize = 4 * PINS_MAX;
@@ -26,17 +26,17 @@ pub struct PinLog {
 }
 
 impl PinLog {
-    /// Opens the log at `path`, or begins it, and returns the pairs that have not ended.
+    /// Opens the log at `path`, or begins it, and returns the pairs that have not ended, as far as there is room for them.
     ///
     /// # Errors
     /// When there is one that cannot be read.
-    pub fn open(path: &Path, now: Seconds) -> io::Result<(Self, Pins)> {
+    pub fn open(path: &Path, now: Seconds, room: &Room) -> io::Result<(Self, Pins)> {
         let text = match fs::read(path) {
             Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
             Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
             Err(error) => return Err(error),
         };
-        let mut pins = Pins::default();
+        let mut pins = Pins::within(room);
         for (name, address, ends) in text.lines().filter_map(read_line) {
             if ends > now {
                 pins.pin_until(&name, address, ends);
@@ -155,12 +155,12 @@ mod tests {
     fn what_was_pinned_is_there_after_a_restart_and_what_ended_is_not() {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("sandbox-1");
-        let (mut log, mut pins) = PinLog::open(&path, 0).expect("opened");
+        let (mut log, mut pins) = PinLog::open(&path, 0, &Room::default()).expect("opened");
         pin(&mut log, &mut pins, "a.test", 1, 100);
         pin(&mut log, &mut pins, "b.test", 2, 10);
         pin(&mut log, &mut pins, "b.test", 2, 200);
         pin(&mut log, &mut pins, "c.test", 3, 20);
-        let (_, pins) = PinLog::open(&path, 50).expect("opened");
+        let (_, pins) = PinLog::open(&path, 50, &Room::default()).expect("opened");
         let kept: Vec<_> = pins
             .iter()
             .map(|(name, _, ends)| (name.as_str().to_owned(), ends))
@@ -172,14 +172,14 @@ mod tests {
     fn addresses_of_both_families_come_back() {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("sandbox-1");
-        let (mut log, mut pins) = PinLog::open(&path, 0).expect("opened");
+        let (mut log, mut pins) = PinLog::open(&path, 0, &Room::default()).expect("opened");
         let name = DomainName::parse("a.test").expect("a name");
         let both: [IpAddr; 2] = [[203, 0, 113, 1].into(), [0x2001, 0xdb8, 0, 0, 0, 0, 0, 1].into()];
         for address in both {
             pins.pin_until(&name, address, 100);
         }
         log.append(&name, &both, 100, &pins);
-        let (_, pins) = PinLog::open(&path, 50).expect("opened");
+        let (_, pins) = PinLog::open(&path, 50, &Room::default()).expect("opened");
         assert!(both.iter().all(|address| pins.contains(&name, *address, 50)));
     }
 
@@ -187,13 +187,16 @@ mod tests {
     fn what_could_not_be_written_is_made_up_for() {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("gone").join("sandbox-1");
-        let (mut log, mut pins) = PinLog::open(&path, 0).expect("opened");
+        let (mut log, mut pins) = PinLog::open(&path, 0, &Room::default()).expect("opened");
         pin(&mut log, &mut pins, "a.test", 1, 100);
         log.settle(&pins);
         fs::create_dir(path.parent().expect("a folder")).expect("made");
         log.settle(&pins);
         pin(&mut log, &mut pins, "b.test", 2, 100);
-        assert_eq!(PinLog::open(&path, 50).expect("opened").1.len(), 2);
+        assert_eq!(
+            PinLog::open(&path, 50, &Room::default()).expect("opened").1.len(),
+            2
+        );
     }
 
     #[test]
@@ -205,23 +208,30 @@ mod tests {
             b"100 203.0.113.1 a.test\n\xff\xfe\n100 x b.test\n100 203.0.113.2 c.te",
         )
         .expect("written");
-        let (_, pins) = PinLog::open(&path, 0).expect("opened");
+        let (_, pins) = PinLog::open(&path, 0, &Room::default()).expect("opened");
         assert_eq!(pins.len(), 2);
-        assert_eq!(PinLog::open(&path, 0).expect("opened").1.len(), 2);
+        assert_eq!(
+            PinLog::open(&path, 0, &Room::default()).expect("opened").1.len(),
+            2
+        );
     }
 
     #[test]
     fn what_follows_a_line_that_found_no_room_is_whole() {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("sandbox-1");
-        let (mut log, mut pins) = PinLog::open(&path, 0).expect("opened");
+        let (mut log, mut pins) = PinLog::open(&path, 0, &Room::default()).expect("opened");
         pin(&mut log, &mut pins, "a.test", 1, 100);
         log.file = Some(OpenOptions::new().append(true).open("/dev/full").expect("opened"));
         pin(&mut log, &mut pins, "b.test", 2, 100);
-        assert_eq!(PinLog::open(&path, 0).expect("opened").1.len(), 1, "full");
+        assert_eq!(
+            PinLog::open(&path, 0, &Room::default()).expect("opened").1.len(),
+            1,
+            "full"
+        );
         log.settle(&pins);
         pin(&mut log, &mut pins, "c.test", 3, 100);
-        let (_, pins) = PinLog::open(&path, 0).expect("opened");
+        let (_, pins) = PinLog::open(&path, 0, &Room::default()).expect("opened");
         let names: Vec<_> = pins.iter().map(|(name, _, _)| name.as_str().to_owned()).collect();
         assert_eq!(names, ["a.test", "b.test", "c.test"]);
     }
@@ -230,7 +240,7 @@ mod tests {
     fn the_log_stays_bounded() {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("sandbox-1");
-        let (mut log, mut pins) = PinLog::open(&path, 0).expect("opened");
+        let (mut log, mut pins) = PinLog::open(&path, 0, &Room::default()).expect("opened");
         for step in 0..(3 * LINES_MAX) {
             pin(&mut log, &mut pins, "a.test", 1, step as u64 + 1);
         }
