@@ -1,7 +1,7 @@
 # Sandgate's verbs. Each is a few lines: the work is in deploy/setup.sh, deploy/build.sh and cargo.
 #
 # Variables: CARGO_TARGET_DIR (default target), CARGO_FLAGS (default --locked when CI is set),
-# SOAK_CYCLES (see soak), SANDGATE_TOOLCHAIN_DIR and SANDGATE_IMAGE_DIR (see deploy/setup.sh), ARGS (passed on by run, test and bench).
+# SOAK_CYCLES (see soak), REDTEAM_ADAPTER (see redteam), SANDGATE_TOOLCHAIN_DIR and SANDGATE_IMAGE_DIR (see deploy/setup.sh), ARGS (passed on by run, test and bench).
 
 TARGET_DIR  := $(abspath $(or $(CARGO_TARGET_DIR),target))
 BIN_DIR     := $(TARGET_DIR)/release
@@ -19,7 +19,7 @@ WORKSPACE := --workspace --exclude netd-ebpf
 
 # One verb after the other, also under `make -j`: build needs what setup installs.
 .NOTPARALLEL:
-.PHONY: help setup build run test soak bench lint fmt openapi clean
+.PHONY: help setup build run test soak redteam bench lint fmt openapi clean
 
 help: ## list these verbs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,7 +27,7 @@ help: ## list these verbs
 setup: ## install what is missing: packages, eBPF toolchain, default image (quick when nothing is)
 	@deploy/setup.sh
 
-build: ## release programs in target/release: controller, netd, tunnel-proxy, sandboxd (static)
+build: ## release programs in target/release: controller, netd, tunnel-proxy; static: sandboxd, redteam
 	@deploy/build.sh
 
 run: setup build ## set up, build and start everything; prints the API address and `ready`
@@ -43,6 +43,12 @@ soak: ## make, attack and end SOAK_CYCLES sandboxes (10000) while programs are k
 	@deploy/build.sh
 	SOAK_CYCLES=$(SOAK_CYCLES) REQUIRE_ROOT=1 SANDGATE_BIN_DIR=$(BIN_DIR) \
 	  cargo test $(CARGO_FLAGS) -p sandgate-tests --test soak -- $(ARGS)
+
+redteam: ## attack a sandbox from inside and print the scorecard (REDTEAM_ADAPTER=file: another system's, see tests/redteam)
+	@deploy/setup.sh --tests
+	@deploy/build.sh
+	REDTEAM_OUT=$(TARGET_DIR)/redteam REDTEAM_ADAPTER=$(REDTEAM_ADAPTER) REQUIRE_ROOT=1 SANDGATE_BIN_DIR=$(BIN_DIR) \
+	  cargo test $(CARGO_FLAGS) -p sandgate-tests --test redteam -- redteam:: $(ARGS)
 
 bench: ## measure, beside peers, and write tests/bench/RESULTS.md (ARGS="exec splice": only these)
 	@deploy/setup.sh --bench
