@@ -163,8 +163,10 @@ impl Spool {
             let path = spool.path(number);
             let file = OpenOptions::new().read(true).write(true).open(&path)?;
             let length = replay(&file, number, &mut left)?;
-            // Half a line, of a netd that was killed while it wrote it: it was promised to nobody.
-            file.set_len(length)?;
+            if length < file.metadata()?.len() {
+                // Half a line, of a netd that was killed while it wrote it: it was promised to nobody.
+                file.set_len(length)?;
+            }
             spool.segments.insert(
                 number,
                 Segment {
@@ -185,12 +187,13 @@ impl Spool {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             Ok(()) | Err(_) => {}
         }
-        spool.failing = true;
+        spool.failing = !spool.open;
         if let Err(error) = spool.try_again()
             && error.kind() == io::ErrorKind::PermissionDenied
         {
             return Err(error);
         }
+        spool.prepare();
         Ok((spool, Recovered(left)))
     }
 
@@ -304,9 +307,11 @@ impl Spool {
         if !self.failing {
             return Ok(());
         }
-        if self.open {
-            self.prepare();
-        } else {
+        // Not by a line that may just fit: there must be room for more than the next one.
+        if self.spare.is_none() {
+            self.spare = Some(self.reserve()?);
+        }
+        if !self.open {
             self.begin()?;
         }
         self.failing = false;
