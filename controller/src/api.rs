@@ -84,6 +84,8 @@ fn described() -> Routes {
         ))
         .add(routes!(settings::schema))
         .add(routes!(audit::list))
+        .add(routes!(audit::stream))
+        .add(routes!(audit::verify))
         .add(routes!(pool::stats));
     Routes::new()
         .below("/api/v1", v1)

@@ -10,6 +10,7 @@ use sandgate_api::{
 
 use crate::{
     authority::{Authority, AuthorityError},
+    chain::ChainKey,
     installation::InstallationKey,
     store::{Store, StoreError},
     vault::{Vault, VaultError},
@@ -21,6 +22,7 @@ pub struct Broker {
     store: Store,
     vault: Arc<Vault>,
     installation: InstallationKey,
+    chain: ChainKey,
 }
 
 /// No lease can be given at the moment. Holds nothing of any value.
@@ -43,8 +45,14 @@ impl Broker {
         Self {
             store,
             vault,
+            chain: ChainKey::new(&installation),
             installation,
         }
+    }
+
+    /// What binds the node's audit records to each other.
+    pub fn chain(&self) -> &ChainKey {
+        &self.chain
     }
 
     /// A lease on the value of a secret that is bound and given to the sandbox; none otherwise.

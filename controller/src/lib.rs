@@ -14,8 +14,9 @@
 //! | [`spec`] | what a sandbox may use |
 //! | [`binding`], [`presets`], [`placeholder`] | what secrets and their bindings look like, pure |
 //! | [`vault`], [`authority`], [`installation`] | keys: sealing secrets, sandboxes' certificate authorities |
+//! | [`chain`], [`ledger`] | what makes the audit tamper-evident |
 //! | [`broker`] | what a node gets on demand |
-//! | [`up`], [`down`], [`app`] | the three commands |
+//! | [`up`], [`down`], [`app`], [`verify`] | the commands |
 //!
 //! A request goes down this list and never up: `api` knows no SQL, `service` no HTTP, `store` and `backend`
 //! not each other.
@@ -27,12 +28,14 @@ pub mod authority;
 pub mod backend;
 pub mod binding;
 pub mod broker;
+pub mod chain;
 pub mod config;
 pub mod down;
 mod feedsocket;
 pub mod ingress;
 pub mod installation;
 pub mod keyfile;
+pub mod ledger;
 pub mod lifecycle;
 pub mod metrics;
 pub mod node;
@@ -44,3 +47,4 @@ pub mod spec;
 pub mod store;
 pub mod up;
 pub mod vault;
+pub mod verify;

@@ -8,7 +8,7 @@ use controller::{
     config::{Config, ConfigError, EXIT_USAGE, Settings},
     down,
     metrics::ADDRESS_VARIABLE,
-    up,
+    up, verify,
 };
 use sandgate_daemon::{metrics, telemetry};
 
@@ -30,6 +30,8 @@ enum Command {
     Serve,
     /// Takes every sandbox of this instance away, and what the kernel holds for it.
     Down,
+    /// Looks at every record of the audit, and names what was changed since it was recorded.
+    VerifyAudit,
     /// Becomes another program that dies with its parent; used by `up`.
     #[command(hide = true)]
     Become(up::Become),
@@ -63,6 +65,7 @@ fn main() -> ExitCode {
             })
         }
         Command::Down => down::run(config).map(|()| ExitCode::SUCCESS),
+        Command::VerifyAudit => verify::run(&config),
         Command::Become(program) => return failed(program.run()),
     };
     ended.unwrap_or_else(failed)

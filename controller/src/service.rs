@@ -32,6 +32,7 @@ use sandgate_daemon::tasks::Tasks;
 use tokio::sync::watch;
 
 pub use accounts::Registration;
+pub use audit::Trail;
 pub use commands::{Command, Output, Running};
 pub use files::MAX_FILE;
 pub use keys::{Caller, IssuedKey, KeyRequest, Scope};
@@ -46,6 +47,7 @@ use crate::{
     config::Config,
     ingress::ProxyLink,
     installation::InstallationKey,
+    ledger::Ledger,
     lifecycle::Cause,
     metrics::{Metrics, Present, StatusLabels},
     node::{DialFailure, LOCAL_NODE, NodeLink},
@@ -66,6 +68,7 @@ struct Shared {
     proxy: ProxyLink,
     installation: InstallationKey,
     vault: Arc<Vault>,
+    ledger: Ledger,
     tasks: Tasks,
     backend: watch::Sender<BackendState>,
     keepers: Mutex<HashMap<SandboxId, keeper::Keeper>>,
@@ -215,6 +218,7 @@ impl Service {
         let backend = watch::channel(BackendState::Starting).0;
         let shared = Shared {
             pool: pool::Pool::new(config.pool),
+            ledger: Ledger::new(store.clone(), &installation, &config.data_dir),
             config,
             store,
             node,

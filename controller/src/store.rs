@@ -50,6 +50,8 @@ pub struct Store {
     writer: SqlitePool,
     readers: SqlitePool,
     revision: watch::Sender<Revision>,
+    /// The newest audit record that was stored since the start.
+    recorded: watch::Sender<i64>,
 }
 
 /// The store did not do what it was asked.
@@ -172,10 +174,32 @@ impl Store {
             writer,
             readers,
             revision,
+            recorded: watch::channel(0).0,
         };
         let current = store.open_feed().await?;
         store.revision.send_replace(current);
         Ok(store)
+    }
+
+    /// Opens the database to look at it, while a controller may be using it.
+    ///
+    /// # Errors
+    /// When the file is not there or cannot be read.
+    pub async fn look_at(path: &Path) -> Result<Self, StoreError> {
+        let options = SqliteConnectOptions::new()
+            .filename(path)
+            .read_only(true)
+            .busy_timeout(BUSY_TIMEOUT);
+        let readers = SqlitePoolOptions::new()
+            .max_connections(READERS)
+            .connect_with(options)
+            .await?;
+        Ok(Self {
+            writer: readers.clone(),
+            readers,
+            revision: watch::channel(0).0,
+            recorded: watch::channel(0).0,
+        })
     }
 
     /// The feed's revision, as of the last commit; changes when a commit changes it.

@@ -1,4 +1,5 @@
-//! The audit under what could make it lose something: a netd that is killed, a controller that is away, no room.
+//! The audit under what could make it lose something, or say something else than what was recorded: a netd that is
+//! killed, a controller that is away, no room, somebody who edits the database.
 
 use std::{collections::BTreeSet, fs, sync::Arc, time::Duration};
 
@@ -8,10 +9,12 @@ use harness::{
     pressure::Tight,
     probe::{self, Outcome, Probe},
     sandbox::{Organization, Sandbox},
+    snapshot,
     suite::Fixture,
     wait,
     world::{OK, World},
 };
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::{machine::fixture_policy, siege::Held};
@@ -61,9 +64,14 @@ impl Audited {
     /// A sandbox that has asked for the name, and whose record of that flow is stored.
     #[track_caller]
     fn sandbox(&self, failure_mode: &str) -> Sandbox {
+        self.sandbox_of(&self.organization, failure_mode)
+    }
+
+    #[track_caller]
+    fn sandbox_of(&self, organization: &Organization, failure_mode: &str) -> Sandbox {
         let mut policy = fixture_policy();
         policy["failure_mode"] = json!(failure_mode);
-        let sandbox = self.organization.sandbox(&json!({ "network": policy }));
+        let sandbox = organization.sandbox(&json!({ "network": policy }));
         Probe::install(&sandbox, &self.world)
             .try_one(&probe::https("ok.test", "ok.test"))
             .assert_answered("hello from ok.test");
@@ -252,4 +260,153 @@ pub(crate) fn a_full_disk_loses_no_record(_shared: &Audited) {
     sandbox.stop();
     audited.node.stop().expect("it ends when asked");
     drop(tight);
+}
+
+/// What `GET /egress/audit/verify` answers.
+#[track_caller]
+fn verify(organization: &Organization) -> Value {
+    organization.client.get("/egress/audit/verify").send().ok()
+}
+
+/// What is wrong first: what happened, and to which record.
+#[track_caller]
+fn problem(organization: &Organization) -> (String, Option<String>) {
+    let found = verify(organization);
+    assert_eq!(found["verified"], false, "{found}");
+    let text = |field: &str| found["problem"][field].as_str().map(str::to_owned);
+    (
+        text("kind").unwrap_or_else(|| panic!("{found}")),
+        text("event_id"),
+    )
+}
+
+pub(crate) fn whoever_edits_the_database_is_found_out(audited: &Audited) {
+    const FLOWS: usize = 6;
+    audited.node.wait_ready();
+    let organization = audited.node.register("edited");
+    let sandbox = audited.sandbox_of(&organization, "fail_closed");
+    assert_eq!(audited.flows(&sandbox, FLOWS), FLOWS);
+    let mut events = audited.wait_until_told(&sandbox, FLOWS + 1);
+    // Stored later is listed first.
+    events.reverse();
+    let id = |index: usize| events[index]["id"].as_str().expect("an id").to_owned();
+    let database = audited.node.data_dir().join("sandgate.db");
+    let tamper = |statement: &str| {
+        let rows = snapshot::tamper(&database, statement).expect("the database");
+        assert_eq!(rows, 1, "{statement}");
+    };
+    let command = || {
+        let (status, said) = audited
+            .node
+            .run("controller", &["verify-audit"])
+            .expect("it runs");
+        let own = said
+            .lines()
+            .find(|line| line.starts_with(&organization.id))
+            .map(str::to_owned);
+        (status.code(), own.unwrap_or_else(|| panic!("{said}")))
+    };
+    let verified = || {
+        let found = verify(&organization);
+        assert_eq!(found["verified"], true, "{found}");
+        found
+    };
+    let records = verified()["records"].as_u64();
+    assert!(
+        records.is_some_and(|records| records > FLOWS as u64),
+        "{records:?}"
+    );
+    assert!(command().1.contains("verified"), "{:?}", command());
+
+    // An edit, and back.
+    let replaced = |from: &str, to: &str| {
+        let edited = id(2);
+        tamper(&format!(
+            "UPDATE egress_audit SET document = replace(document, '{from}', '{to}') WHERE id = '{edited}'"
+        ));
+    };
+    replaced("203.0.113.10", "203.0.113.11");
+    assert_eq!(problem(&organization), ("edited".to_owned(), Some(id(2))));
+    let (status, line) = command();
+    assert_eq!(status, Some(1), "{line}");
+    assert!(line.contains("CHANGED") && line.contains(&id(2)), "{line}");
+    replaced("203.0.113.11", "203.0.113.10");
+    verified();
+
+    // Two records in each other's place, and back.
+    let swap = || {
+        let (one, other) = (id(1), id(4));
+        for (from, to) in [
+            (&one, "a"),
+            (&other, one.as_str()),
+            (&"a".to_owned(), other.as_str()),
+        ] {
+            tamper(&format!(
+                "UPDATE egress_audit SET id = '{to}' WHERE id = '{from}'"
+            ));
+        }
+    };
+    swap();
+    assert_eq!(problem(&organization).0, "edited");
+    swap();
+    verified();
+
+    // The end is signed when the controller ends, and what is cut from then on contradicts it, with everything in the
+    // database made to fit.
+    audited.node.replace_by(Node::controller, Signal::SIGTERM);
+    audited.node.wait_ready();
+    assert!(verified()["signed_at"].is_string());
+    let newest = organization.audit("");
+    let (last, before) = (&newest[0]["id"], &newest[1]["id"]);
+    let (last, before) = (last.as_str().expect("an id"), before.as_str().expect("an id"));
+    tamper(&format!("DELETE FROM egress_audit WHERE id = '{last}'"));
+    assert_eq!(problem(&organization).0, "cut");
+    tamper(&format!(
+        "UPDATE egress_audit_chains SET position = position - 1, \
+         mac = (SELECT mac FROM egress_audit WHERE id = '{before}') WHERE org_id = '{}'",
+        organization.id
+    ));
+    assert_eq!(problem(&organization).0, "cut");
+    // A hole is named by what comes after it, and new records do not hide it.
+    tamper(&format!("DELETE FROM egress_audit WHERE id = '{}'", id(3)));
+    assert_eq!(audited.flows(&sandbox, 3), 3);
+    audited.wait_until_told(&sandbox, FLOWS + 2);
+    let (kind, event) = problem(&organization);
+    assert_eq!((kind.as_str(), event), ("removed", Some(id(4))));
+    sandbox.stop();
+}
+
+pub(crate) fn a_stream_goes_on_where_it_was_left(audited: &Audited) {
+    audited.node.wait_ready();
+    let organization = audited.node.register("streamed");
+    let sandbox = audited.sandbox_of(&organization, "fail_closed");
+    let of = format!("/egress/audit/stream?sandbox_id={}&host=ok.test", sandbox.id);
+    let mut live = sandbox.client().get(&of).events().expect("a stream");
+    assert_eq!(audited.flows(&sandbox, 1), 1);
+    let event = live.next(SOON).expect("an event");
+    assert_eq!(
+        (&event["host"], &event["decision"]),
+        (&json!("ok.test"), &json!("allow"))
+    );
+    let newest = organization.client.get("/egress/audit?limit=1").send().ok();
+    let cursor = newest["next_cursor"].as_str().expect("a cursor").to_owned();
+    // The stream ends with the controller that sent it; what happens meanwhile is not missed.
+    audited.node.replace(Node::controller);
+    assert_eq!(audited.flows(&sandbox, 4), 4);
+    audited.node.wait_ready();
+    let resumed = sandbox
+        .client()
+        .get(&of)
+        .header("last-event-id", &cursor)
+        .events();
+    let mut resumed = resumed.expect("a stream");
+    let mut ids = BTreeSet::new();
+    for _ in 0..4 {
+        let event = resumed.next(SOON).expect("an event");
+        assert_eq!(event["sandbox_id"], sandbox.id.as_str());
+        ids.insert(event["id"].as_str().expect("an id").to_owned());
+    }
+    assert_eq!(ids.len(), 4);
+    assert!(!ids.contains(event["id"].as_str().expect("an id")));
+    sandbox.stop();
 }

@@ -216,6 +216,8 @@ fn main() -> ExitCode {
                 audit::a_killed_netd_loses_no_record,
                 audit::what_finds_no_room_is_refused_or_told_by_a_gap,
                 audit::a_full_disk_loses_no_record,
+                audit::whoever_edits_the_database_is_found_out,
+                audit::a_stream_goes_on_where_it_was_left,
             ],
         )
         .group(

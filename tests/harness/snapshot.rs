@@ -376,6 +376,23 @@ database.commit()
     .map(drop)
 }
 
+/// Changes the database as somebody would who has nothing but its file. Returns how many rows it concerned.
+///
+/// # Errors
+/// When it cannot be done.
+pub fn tamper(database: &Path, statement: &str) -> Result<u64> {
+    let changed = python(
+        "import sqlite3, sys
+database = sqlite3.connect(sys.argv[1], timeout=20)
+print(database.execute(sys.argv[2]).rowcount)
+database.commit()
+",
+        database,
+        statement,
+    )?;
+    Ok(serde_json::from_slice(&changed)?)
+}
+
 /// What the program writes.
 fn python(program: &str, database: &Path, argument: &str) -> Result<Vec<u8>> {
     let output = std::process::Command::new("python3")

@@ -1,9 +1,14 @@
 //! The egress audit.
 
-use axum::{Json, extract::State};
-use sandgate_api::{audit::AuditVerdict, id::SandboxId, rest::AuditPage};
+use axum::{Json, extract::State, response::Response};
+use http::{HeaderMap, HeaderValue};
+use sandgate_api::{
+    audit::AuditVerdict,
+    id::SandboxId,
+    rest::{AuditPage, AuditRecord, AuditVerification},
+};
 
-use super::{auth::Authenticated, error::ApiError, query::Parameters};
+use super::{auth::Authenticated, error::ApiError, query::Parameters, sse};
 use crate::{
     service::{Scope, Service},
     store::AuditFilter,
@@ -32,6 +37,59 @@ pub(super) async fn list(
 ) -> Result<Json<AuditPage>, ApiError> {
     caller.may(Scope::NetworkRead)?;
     Ok(Json(service.audit(caller.org_id(), &filter(&parameters)?).await?))
+}
+
+/// Sends records as they are stored, as server-sent events. Each event's id is its position: give the last one back as
+/// `cursor`, or as the header `Last-Event-ID`, and nothing is missed. Without either, records follow from now on, or, with
+/// `since`, from then.
+#[utoipa::path(
+    get, path = "/egress/audit/stream", operation_id = "stream_egress_audit", tag = "network",
+    params(
+        ("sandbox_id" = Option<String>, Query, description = "Of one sandbox"),
+        ("host" = Option<String>, Query, description = "For one name"),
+        ("decision" = Option<String>, Query, description = "`allow` or `deny`"),
+        ("enforced" = Option<bool>, Query, description = "`false`: what went through although a tier in audit mode denies it"),
+        ("since" = Option<String>, Query, description = "Not before: RFC 3339, or seconds since 1970"),
+        ("cursor" = Option<String>, Query, description = "The id of the last event that was seen"),
+        ("Last-Event-ID" = Option<String>, Header, description = "The same; it wins")
+    ),
+    responses((status = 200, description = "Records, one an event", body = AuditRecord, content_type = "text/event-stream"))
+)]
+pub(super) async fn stream(
+    State(service): State<Service>,
+    Authenticated(caller): Authenticated,
+    headers: HeaderMap,
+    parameters: Parameters,
+) -> Result<Response, ApiError> {
+    caller.may(Scope::NetworkRead)?;
+    let filter = filter(&parameters)?;
+    let after =
+        match headers.get("last-event-id") {
+            None => filter.before,
+            Some(id) => Some(position(id).ok_or_else(|| {
+                ApiError::field("last-event-id", "expected the id of an event of this stream")
+            })?),
+        };
+    let trail = service.follow_audit(caller.org_id(), filter, after).await?;
+    Ok(sse::records(trail))
+}
+
+fn position(id: &HeaderValue) -> Option<i64> {
+    let position = id.to_str().ok()?.parse().ok()?;
+    (position >= 0).then_some(position)
+}
+
+/// Verifies that no record was edited, removed, inserted or put elsewhere since it was stored.
+#[utoipa::path(
+    get, path = "/egress/audit/verify", operation_id = "verify_egress_audit", tag = "network",
+    responses((status = 200, description = "What was found, also when records were changed", body = AuditVerification))
+)]
+pub(super) async fn verify(
+    State(service): State<Service>,
+    Authenticated(caller): Authenticated,
+) -> Result<Json<AuditVerification>, ApiError> {
+    caller.may(Scope::NetworkRead)?;
+    Ok(Json(service.verify_audit(caller.org_id()).await?))
 }
 
 fn filter(parameters: &Parameters) -> Result<AuditFilter, ApiError> {

@@ -14,8 +14,12 @@ use bytes::Bytes;
 use futures_util::stream;
 use http::{HeaderName, header};
 use sandgate_api::rest::StreamEvent;
+use serde::Serialize;
 
-use crate::{agent::ExecEvent, service::Running};
+use crate::{
+    agent::ExecEvent,
+    service::{Running, Trail},
+};
 
 const KEEP_ALIVE: Duration = Duration::from_secs(8);
 
@@ -31,13 +35,34 @@ pub(super) fn commands(running: Running) -> Response {
         let bytes = state.next().await?;
         Some((Ok::<Bytes, Infallible>(bytes), state))
     });
+    answer(Body::from_stream(events))
+}
+
+/// Audit records as they are stored, each with its position as the event's id.
+pub(super) fn records(trail: Trail) -> Response {
+    let events = stream::unfold(trail, |mut trail| async move {
+        let bytes = match tokio::time::timeout(KEEP_ALIVE, trail.next()).await {
+            Err(_elapsed) => Bytes::from_static(b": ping\n\n"),
+            Ok(next) => {
+                let (position, record) = next?;
+                [format!("id: {position}\n").as_bytes(), &line(&record)]
+                    .concat()
+                    .into()
+            }
+        };
+        Some((Ok::<Bytes, Infallible>(bytes), trail))
+    });
+    answer(Body::from_stream(events))
+}
+
+fn answer(body: Body) -> Response {
     let headers = [
         (header::CONTENT_TYPE, "text/event-stream"),
         (header::CACHE_CONTROL, "no-cache"),
         // Asks proxies on the way not to hold events back.
         (HeaderName::from_static("x-accel-buffering"), "no"),
     ];
-    (headers, Body::from_stream(events)).into_response()
+    (headers, body).into_response()
 }
 
 struct Streaming {
@@ -117,7 +142,7 @@ impl Streaming {
 }
 
 /// One event.
-fn line(event: &StreamEvent) -> Bytes {
+fn line<T: Serialize>(event: &T) -> Bytes {
     // These types hold nothing that JSON cannot say.
     let json = serde_json::to_string(event).unwrap_or_default();
     let mut line = String::with_capacity(json.len() + 8);

@@ -27,6 +27,7 @@ use crate::{
     vault::Vault,
 };
 
+mod audit;
 mod openapi;
 mod policies;
 mod requests;

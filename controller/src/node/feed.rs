@@ -160,7 +160,11 @@ async fn audit(State(context): State<Context>, body: Bytes) -> Response {
         Ok(batch) => batch,
         Err(error) => return refused(&error),
     };
-    match context.store.insert_audit(&batch.events).await {
+    match context
+        .store
+        .insert_audit(context.broker.chain(), &batch.events)
+        .await
+    {
         Ok(()) => {
             let count = u64::try_from(batch.events.len()).unwrap_or(u64::MAX);
             context.link.shared.records.fetch_add(count, Ordering::Relaxed);

@@ -1,13 +1,27 @@
 //! The egress audit, as it is asked for.
 
+use std::{collections::VecDeque, time::Duration};
+
 use sandgate_api::{
     audit::AuditVerdict,
     id::OrgId,
-    rest::{AuditDecision, AuditPage, AuditRecord},
+    rest::{AuditDecision, AuditPage, AuditRecord, AuditVerification},
 };
 
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
 use super::{Service, ServiceError};
-use crate::store::{AuditFilter, AuditRow};
+use crate::{
+    ledger::LedgerError,
+    store::{AuditFilter, AuditRow, Store},
+};
+
+/// Records that a stream reads at once.
+const READ: u32 = 200;
+
+/// How often the ends of the audit's chains are signed.
+const SIGNING: Duration = Duration::from_secs(60);
 
 impl Service {
     /// A page of the organisation's records, newest first.
@@ -22,6 +36,127 @@ impl Service {
             events: rows.into_iter().map(record).collect(),
             next_cursor,
         })
+    }
+
+    /// Follows the organisation's records: from behind a position, else from now on or, if the filter says since when,
+    /// from the oldest.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn follow_audit(
+        &self,
+        org_id: &OrgId,
+        filter: AuditFilter,
+        after: Option<i64>,
+    ) -> Result<Trail, ServiceError> {
+        let store = self.shared.store.clone();
+        let recorded = store.watch_audit();
+        let at = match (after, filter.since) {
+            (Some(after), _) => after,
+            (None, Some(_)) => 0,
+            (None, None) => store.newest_audit().await?,
+        };
+        Ok(Trail {
+            recorded,
+            at,
+            org_id: org_id.clone(),
+            filter: AuditFilter {
+                limit: READ,
+                ..filter
+            },
+            read: VecDeque::new(),
+            end: self.shared.tasks.shutdown(),
+            store,
+        })
+    }
+
+    /// Looks at every record of the organisation that is still kept.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub async fn verify_audit(&self, org_id: &OrgId) -> Result<AuditVerification, ServiceError> {
+        let verification = self.shared.ledger.verify(org_id).await?;
+        if let Some(problem) = &verification.problem {
+            tracing::error!(target: "audit", %org_id, position = problem.position, event_id = problem.event_id, problem.message, "the audit was changed");
+        }
+        Ok(verification)
+    }
+
+    /// Signs the ends of the audit's chains now and then, and once more when the tasks drain.
+    pub async fn sign_audit(self) {
+        let shutdown = self.shared.tasks.shutdown();
+        loop {
+            let ended = tokio::select! {
+                () = shutdown.cancelled() => true,
+                () = tokio::time::sleep(SIGNING) => false,
+            };
+            if let Err(error) = self.shared.ledger.sign(super::now()).await {
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "the audit cannot be signed"
+                );
+            }
+            if ended {
+                return;
+            }
+        }
+    }
+}
+
+/// Records as they are stored, none left out and none twice.
+pub struct Trail {
+    store: Store,
+    recorded: watch::Receiver<i64>,
+    /// The last one that was read.
+    at: i64,
+    org_id: OrgId,
+    filter: AuditFilter,
+    read: VecDeque<AuditRow>,
+    end: CancellationToken,
+}
+
+impl Trail {
+    /// The next record and its position; none when the controller ends, or the store fails.
+    pub async fn next(&mut self) -> Option<(i64, AuditRecord)> {
+        loop {
+            if let Some(row) = self.read.pop_front() {
+                return Some((row.sequence, record(row)));
+            }
+            self.recorded.mark_unchanged();
+            match self.store.audit_after(&self.org_id, &self.filter, self.at).await {
+                Ok(rows) => self.read = rows.into(),
+                Err(error) => {
+                    tracing::error!(
+                        error = &error as &dyn std::error::Error,
+                        "the audit cannot be read"
+                    );
+                    return None;
+                }
+            }
+            if let Some(last) = self.read.back() {
+                self.at = last.sequence;
+                continue;
+            }
+            tokio::select! {
+                changed = self.recorded.changed() => changed.ok()?,
+                () = self.end.cancelled() => return None,
+            }
+        }
+    }
+}
+
+impl From<LedgerError> for ServiceError {
+    fn from(error: LedgerError) -> Self {
+        match error {
+            LedgerError::Store(error) => Self::from(error),
+            LedgerError::File { .. } => {
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "the signed heads of the audit"
+                );
+                Self::Internal("the signed ends of the audit cannot be read".to_owned())
+            }
+        }
     }
 }
 

@@ -94,7 +94,12 @@ impl Service {
     async fn forget_old(&self, now: Timestamp) -> Result<(), StoreError> {
         let store = &self.shared.store;
         let oldest = now.saturating_sub(AUDIT_AGE).unwrap_or(Timestamp::MIN);
-        while store.prune_audit(oldest, AUDIT_RECORDS, RETENTION_STEP).await? >= u64::from(RETENTION_STEP) {}
+        let key = self.shared.ledger.key();
+        while store
+            .prune_audit(key, oldest, AUDIT_RECORDS, RETENTION_STEP)
+            .await?
+            >= u64::from(RETENTION_STEP)
+        {}
         let ended = now.saturating_sub(ENDED_AGE).unwrap_or(Timestamp::MIN);
         while store.prune_sandboxes(ended, RETENTION_STEP).await? >= u64::from(RETENTION_STEP) {}
         store.prune_removals().await

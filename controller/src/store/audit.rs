@@ -1,13 +1,18 @@
 //! The egress audit: a bounded log of what netd reported.
 
+use futures_util::TryStreamExt as _;
 use jiff::Timestamp;
 use sandgate_api::{
     audit::{AuditEvent, AuditVerdict},
     id::{OrgId, SandboxId},
+    rest::{AuditProblemKind, AuditVerification},
 };
-use sqlx::{QueryBuilder, Row as _, Sqlite};
+use sqlx::{QueryBuilder, Row as _, Sqlite, Transaction, sqlite::SqliteRow};
+use std::collections::{BTreeMap, btree_map::Entry};
+use tokio::sync::watch;
 
 use super::{Store, StoreError, document, millis, to_document, to_stored};
+use crate::chain::{Anchor, Chain, ChainKey, Columns, Head, Link, Mac, Place, Verifier};
 
 /// Which records a caller wants.
 #[derive(Debug, Clone, Default)]
@@ -40,16 +45,28 @@ pub struct AuditRow {
 }
 
 impl Store {
-    /// Stores records; those that are stored already are left as they are.
+    /// Stores records, each bound to the one before it of the same organisation; those that are stored already are left
+    /// as they are.
     ///
     /// # Errors
     /// When the database fails; then none is stored.
-    pub async fn insert_audit(&self, events: &[AuditEvent]) -> Result<(), StoreError> {
+    pub async fn insert_audit(&self, key: &ChainKey, events: &[AuditEvent]) -> Result<(), StoreError> {
         let mut transaction = self.write().await?;
+        let mut ends: BTreeMap<&OrgId, Place> = BTreeMap::new();
+        let mut newest = None;
         for event in events {
-            sqlx::query(
-                "INSERT INTO egress_audit (id, org_id, sandbox_id, time, verdict, host, document) \
-                 VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
+            let mut end = match ends.entry(&event.org_id) {
+                Entry::Occupied(end) => end,
+                Entry::Vacant(vacant) => {
+                    let end = continue_chain(&mut transaction, key, &event.org_id).await?;
+                    vacant.insert_entry(end)
+                }
+            };
+            let text = to_document("audit record", event)?;
+            let place = key.next(&event.org_id, end.get(), &text);
+            let done = sqlx::query(
+                "INSERT INTO egress_audit (id, org_id, sandbox_id, time, verdict, host, document, epoch, position, mac) \
+                 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
             )
             .bind(&event.id)
             .bind(event.org_id.as_str())
@@ -57,11 +74,30 @@ impl Store {
             .bind(millis(event.time))
             .bind(event.verdict.as_str())
             .bind(&event.host)
-            .bind(to_document("audit record", event)?)
+            .bind(text)
+            .bind(place.epoch)
+            .bind(place.position)
+            .bind(place.mac.as_slice())
             .execute(&mut *transaction)
             .await?;
+            if done.rows_affected() > 0 {
+                end.insert(place);
+                newest = Some(done.last_insert_rowid());
+            }
+        }
+        for (org_id, end) in ends {
+            sqlx::query("UPDATE egress_audit_chains SET position = ?, mac = ? WHERE org_id = ?")
+                .bind(end.position)
+                .bind(end.mac.as_slice())
+                .bind(org_id.as_str())
+                .execute(&mut *transaction)
+                .await?;
         }
         transaction.commit().await?;
+        if let Some(newest) = newest {
+            self.recorded
+                .send_modify(|recorded| *recorded = newest.max(*recorded));
+        }
         Ok(())
     }
 
@@ -70,29 +106,7 @@ impl Store {
     /// # Errors
     /// When the database fails.
     pub async fn audit(&self, org_id: &OrgId, filter: &AuditFilter) -> Result<Vec<AuditRow>, StoreError> {
-        let mut query =
-            QueryBuilder::<Sqlite>::new("SELECT sequence, document FROM egress_audit WHERE org_id = ");
-        query.push_bind(org_id.as_str().to_owned());
-        if let Some(id) = &filter.sandbox_id {
-            query.push(" AND sandbox_id = ").push_bind(id.as_str().to_owned());
-        }
-        if let Some(host) = &filter.host {
-            query.push(" AND host = ").push_bind(host.clone());
-        }
-        if !filter.verdicts.is_empty() {
-            query.push(" AND verdict IN (");
-            let mut wanted = query.separated(", ");
-            for verdict in filter.verdicts {
-                wanted.push_bind(verdict.as_str());
-            }
-            query.push(")");
-        }
-        if let Some(since) = filter.since {
-            query.push(" AND time >= ").push_bind(millis(since));
-        }
-        if let Some(until) = filter.until {
-            query.push(" AND time < ").push_bind(millis(until));
-        }
+        let mut query = selection(org_id, filter);
         if let Some(before) = filter.before {
             query.push(" AND sequence < ").push_bind(before);
         }
@@ -101,34 +115,362 @@ impl Store {
             .push_bind(filter.limit);
         query.push(" OFFSET ").push_bind(filter.offset);
         let rows = query.build().fetch_all(&self.readers).await?;
-        rows.iter()
-            .map(|row| {
-                Ok(AuditRow {
-                    sequence: row.try_get("sequence")?,
-                    event: document("audit record", row.try_get("document")?)?,
-                })
-            })
-            .collect()
+        rows.iter().map(to_row).collect()
     }
 
-    /// Forgets the oldest records: those from before `before`, and those beyond the newest `keep`. At most
-    /// `limit` at a time; returns how many.
+    /// The organisation's records behind a position, in the order in which they were stored.
     ///
     /// # Errors
     /// When the database fails.
-    pub async fn prune_audit(&self, before: Timestamp, keep: u64, limit: u32) -> Result<u64, StoreError> {
-        // Records arrive in the order of time, give or take a queue: a record older than `before` behind a
-        // younger one waits until that one is old enough too. That keeps the pruning at the table's end.
-        let done = sqlx::query(
-            "DELETE FROM egress_audit WHERE sequence IN ( \
-               SELECT sequence FROM (SELECT sequence, time FROM egress_audit ORDER BY sequence LIMIT ?) \
-               WHERE time < ? OR sequence <= (SELECT max(sequence) FROM egress_audit) - ?)",
+    pub async fn audit_after(
+        &self,
+        org_id: &OrgId,
+        filter: &AuditFilter,
+        after: i64,
+    ) -> Result<Vec<AuditRow>, StoreError> {
+        let mut query = selection(org_id, filter);
+        query.push(" AND sequence > ").push_bind(after);
+        query.push(" ORDER BY sequence LIMIT ").push_bind(filter.limit);
+        let rows = query.build().fetch_all(&self.readers).await?;
+        rows.iter().map(to_row).collect()
+    }
+
+    /// The position of the newest record of all.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn newest_audit(&self) -> Result<i64, StoreError> {
+        let newest: Option<i64> = sqlx::query_scalar("SELECT max(sequence) FROM egress_audit")
+            .fetch_one(&self.readers)
+            .await?;
+        Ok(newest.unwrap_or(0))
+    }
+
+    /// Forgets the oldest records: those from before `before`, and those beyond the newest `keep`. At most
+    /// `limit` at a time; returns how many. Each chain then begins behind the last of its records that is forgotten.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn prune_audit(
+        &self,
+        key: &ChainKey,
+        before: Timestamp,
+        keep: u64,
+        limit: u32,
+    ) -> Result<u64, StoreError> {
+        let mut transaction = self.write().await?;
+        // Up to the first that stays: a chain has no holes. Records arrive in the order of time, give or take a queue: a
+        // record older than `before` behind a younger one waits until that one is old enough too.
+        let last: Option<i64> = sqlx::query_scalar(
+            "WITH oldest AS (SELECT sequence, time FROM egress_audit ORDER BY sequence LIMIT ?1), \
+               kept AS (SELECT min(sequence) AS first FROM oldest \
+                 WHERE time >= ?2 AND sequence > (SELECT max(sequence) FROM egress_audit) - ?3) \
+             SELECT max(oldest.sequence) FROM oldest, kept WHERE kept.first IS NULL OR oldest.sequence < kept.first",
         )
         .bind(limit)
         .bind(millis(before))
         .bind(to_stored(keep))
-        .execute(&self.writer)
+        .fetch_one(&mut *transaction)
         .await?;
+        let Some(last) = last else {
+            return Ok(0);
+        };
+        let ends = sqlx::query(
+            "SELECT a.org_id, a.sequence, a.epoch, a.position, a.mac FROM egress_audit AS a \
+             JOIN (SELECT max(sequence) AS sequence FROM egress_audit WHERE sequence <= ? GROUP BY org_id) AS ends \
+               ON a.sequence = ends.sequence \
+             JOIN egress_audit_chains AS c ON c.org_id = a.org_id AND c.epoch = a.epoch \
+             WHERE a.position > c.anchor_position",
+        )
+        .bind(last)
+        .fetch_all(&mut *transaction)
+        .await?;
+        for row in &ends {
+            let Some(place) = place(row)? else { continue };
+            let org_id: OrgId = super::parse("organization", row.try_get("org_id")?)?;
+            let anchor = Anchor {
+                place,
+                sequence: row.try_get("sequence")?,
+            };
+            sqlx::query(
+                "UPDATE egress_audit_chains SET anchor_sequence = ?, anchor_position = ?, anchor_mac = ?, anchor_seal = ? \
+                 WHERE org_id = ?",
+            )
+            .bind(anchor.sequence)
+            .bind(anchor.place.position)
+            .bind(anchor.place.mac.as_slice())
+            .bind(key.seal(&org_id, &anchor).as_slice())
+            .bind(org_id.as_str())
+            .execute(&mut *transaction)
+            .await?;
+        }
+        let done = sqlx::query("DELETE FROM egress_audit WHERE sequence <= ?")
+            .bind(last)
+            .execute(&mut *transaction)
+            .await?;
+        transaction.commit().await?;
         Ok(done.rows_affected())
     }
+
+    /// Changes when records are stored: the position of the newest.
+    pub fn watch_audit(&self) -> watch::Receiver<i64> {
+        self.recorded.subscribe()
+    }
+
+    /// Organisations that have records.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn audited_organizations(&self) -> Result<Vec<OrgId>, StoreError> {
+        let ids: Vec<String> = sqlx::query_scalar(
+            "SELECT org_id FROM egress_audit_chains UNION SELECT DISTINCT org_id FROM egress_audit ORDER BY org_id",
+        )
+        .fetch_all(&self.readers)
+        .await?;
+        ids.iter().map(|id| super::parse("organization", id)).collect()
+    }
+
+    /// What is known of the chains.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn audit_chains(&self) -> Result<Vec<(OrgId, Chain)>, StoreError> {
+        let rows = sqlx::query("SELECT * FROM egress_audit_chains")
+            .fetch_all(&self.readers)
+            .await?;
+        rows.iter()
+            .map(|row| {
+                let org_id = super::parse("organization", row.try_get("org_id")?)?;
+                Ok((org_id, to_chain(row)?))
+            })
+            .collect()
+    }
+
+    /// The link of the record at a position, if there is one.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn audit_mac(&self, org_id: &OrgId, at: &Place) -> Result<Option<Mac>, StoreError> {
+        let row = sqlx::query(
+            "SELECT epoch, position, mac FROM egress_audit WHERE org_id = ? AND epoch = ? AND position = ?",
+        )
+        .bind(org_id.as_str())
+        .bind(at.epoch)
+        .bind(at.position)
+        .fetch_optional(&self.readers)
+        .await?;
+        Ok(row
+            .as_ref()
+            .map(place)
+            .transpose()?
+            .flatten()
+            .map(|place| place.mac))
+    }
+
+    /// Looks at every record of an organisation, as they all were at one moment. What is wrong is in the answer, and
+    /// ends the search.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn verify_audit(
+        &self,
+        key: &ChainKey,
+        org_id: &OrgId,
+        head: Option<&Head>,
+    ) -> Result<AuditVerification, StoreError> {
+        // A transaction that reads sees one state of the database, whatever is stored or forgotten meanwhile.
+        let mut transaction = self.readers.begin().await?;
+        let chain = chain(&mut transaction, org_id).await?;
+        let mut answer = AuditVerification {
+            verified: false,
+            records: 0,
+            unchained: 0,
+            epoch: chain.as_ref().map(|chain| chain.anchor.place.epoch),
+            anchor: chain.as_ref().map(|chain| chain.anchor.place.position),
+            position: None,
+            mac: None,
+            signed_at: head.map(|head| head.time),
+            problem: None,
+        };
+        let mut verifier = match Verifier::new(key, org_id, chain, head) {
+            Ok(verifier) => verifier,
+            Err(problem) => {
+                answer.problem = Some(problem);
+                return Ok(answer);
+            }
+        };
+        let mut rows = sqlx::query(
+            "SELECT sequence, id, sandbox_id, time, verdict, host, document, epoch, position, mac FROM egress_audit \
+             WHERE org_id = ? ORDER BY sequence",
+        )
+        .bind(org_id.as_str())
+        .fetch(&mut *transaction);
+        let mut found = Ok(());
+        while let Some(row) = rows.try_next().await? {
+            found = verifier.look(&link(&row)?);
+            if found.is_err() {
+                break;
+            }
+        }
+        drop(rows);
+        answer.problem = found.and_then(|()| verifier.end()).err();
+        answer.verified = answer.problem.is_none();
+        (answer.records, answer.unchained) = (verifier.records, verifier.unchained);
+        if let Some((_, at)) = verifier.range() {
+            answer.position = Some(at.position);
+            answer.mac = Some(hex::encode(at.mac));
+        }
+        if let (Some(problem), Some(epoch)) = (&mut answer.problem, answer.epoch)
+            && problem.kind == AuditProblemKind::Removed
+        {
+            let elsewhere: i64 = sqlx::query_scalar(
+                "SELECT count(*) FROM egress_audit WHERE org_id = ? AND epoch = ? AND position = ?",
+            )
+            .bind(org_id.as_str())
+            .bind(epoch)
+            .bind(problem.position)
+            .fetch_one(&mut *transaction)
+            .await?;
+            if elsewhere > 0 {
+                problem.kind = AuditProblemKind::Reordered;
+                problem.message =
+                    "the record at this position stands further down; this one comes after it".to_owned();
+            }
+        }
+        Ok(answer)
+    }
+}
+
+/// Records that a filter wants, without their order and number.
+fn selection(org_id: &OrgId, filter: &AuditFilter) -> QueryBuilder<Sqlite> {
+    let mut query =
+        QueryBuilder::<Sqlite>::new("SELECT sequence, document FROM egress_audit WHERE org_id = ");
+    query.push_bind(org_id.as_str().to_owned());
+    if let Some(id) = &filter.sandbox_id {
+        query.push(" AND sandbox_id = ").push_bind(id.as_str().to_owned());
+    }
+    if let Some(host) = &filter.host {
+        query.push(" AND host = ").push_bind(host.clone());
+    }
+    if !filter.verdicts.is_empty() {
+        query.push(" AND verdict IN (");
+        let mut wanted = query.separated(", ");
+        for verdict in filter.verdicts {
+            wanted.push_bind(verdict.as_str());
+        }
+        query.push(")");
+    }
+    if let Some(since) = filter.since {
+        query.push(" AND time >= ").push_bind(millis(since));
+    }
+    if let Some(until) = filter.until {
+        query.push(" AND time < ").push_bind(millis(until));
+    }
+    query
+}
+
+fn to_row(row: &SqliteRow) -> Result<AuditRow, StoreError> {
+    Ok(AuditRow {
+        sequence: row.try_get("sequence")?,
+        event: document("audit record", row.try_get("document")?)?,
+    })
+}
+
+/// Where the organisation's chain ends; begun, if there is none for this key.
+async fn continue_chain(
+    transaction: &mut Transaction<'static, Sqlite>,
+    key: &ChainKey,
+    org_id: &OrgId,
+) -> Result<Place, StoreError> {
+    let known = chain(transaction, org_id).await?;
+    if let Some(chain) = known.as_ref().filter(|chain| chain.key_id == key.id()) {
+        return Ok(chain.end);
+    }
+    let epoch = known.map_or(1, |chain| chain.end.epoch + 1);
+    let newest: Option<i64> = sqlx::query_scalar("SELECT max(sequence) FROM egress_audit")
+        .fetch_one(&mut **transaction)
+        .await?;
+    let chain = key.begin(org_id, epoch, newest.unwrap_or(0));
+    let (anchor, end) = (&chain.anchor, chain.end);
+    sqlx::query(
+        "INSERT OR REPLACE INTO egress_audit_chains (org_id, epoch, key_id, anchor_sequence, anchor_position, \
+         anchor_mac, anchor_seal, position, mac) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    )
+    .bind(org_id.as_str())
+    .bind(epoch)
+    .bind(chain.key_id.as_slice())
+    .bind(anchor.sequence)
+    .bind(anchor.place.position)
+    .bind(anchor.place.mac.as_slice())
+    .bind(chain.seal.as_slice())
+    .bind(end.position)
+    .bind(end.mac.as_slice())
+    .execute(&mut **transaction)
+    .await?;
+    Ok(end)
+}
+
+async fn chain(
+    transaction: &mut Transaction<'static, Sqlite>,
+    org_id: &OrgId,
+) -> Result<Option<Chain>, StoreError> {
+    let row = sqlx::query("SELECT * FROM egress_audit_chains WHERE org_id = ?")
+        .bind(org_id.as_str())
+        .fetch_optional(&mut **transaction)
+        .await?;
+    row.as_ref().map(to_chain).transpose()
+}
+
+fn to_chain(row: &SqliteRow) -> Result<Chain, StoreError> {
+    let epoch = row.try_get("epoch")?;
+    Ok(Chain {
+        key_id: bytes(row, "key_id")?,
+        anchor: Anchor {
+            place: Place {
+                epoch,
+                position: row.try_get("anchor_position")?,
+                mac: bytes(row, "anchor_mac")?,
+            },
+            sequence: row.try_get("anchor_sequence")?,
+        },
+        seal: bytes(row, "anchor_seal")?,
+        end: Place {
+            epoch,
+            position: row.try_get("position")?,
+            mac: bytes(row, "mac")?,
+        },
+    })
+}
+
+fn link(row: &SqliteRow) -> Result<Link, StoreError> {
+    Ok(Link {
+        sequence: row.try_get("sequence")?,
+        columns: Columns {
+            id: row.try_get("id")?,
+            sandbox_id: row.try_get("sandbox_id")?,
+            time: row.try_get("time")?,
+            verdict: row.try_get("verdict")?,
+            host: row.try_get("host")?,
+        },
+        document: row.try_get("document")?,
+        place: place(row)?,
+    })
+}
+
+/// Where a row says that it stands in its chain.
+fn place(row: &SqliteRow) -> Result<Option<Place>, StoreError> {
+    let (epoch, position): (Option<i64>, Option<i64>) = (row.try_get("epoch")?, row.try_get("position")?);
+    let mac: Option<Vec<u8>> = row.try_get("mac")?;
+    Ok(epoch.zip(position).map(|(epoch, position)| Place {
+        epoch,
+        position,
+        // One of another length is a wrong one, and nothing else.
+        mac: mac.and_then(|mac| Mac::try_from(mac).ok()).unwrap_or_default(),
+    }))
+}
+
+/// As for links: bytes of another length are wrong ones.
+fn bytes<const N: usize>(row: &SqliteRow, column: &str) -> Result<[u8; N], StoreError> {
+    let bytes: Vec<u8> = row.try_get(column)?;
+    Ok(<[u8; N]>::try_from(bytes).unwrap_or([0; N]))
 }

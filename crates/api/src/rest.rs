@@ -18,7 +18,10 @@ mod tunnel;
 
 pub use account::{ApiKey, ApiKeyCreated, ApiKeyList, FirstKey, Organization, RegisterResponse, User};
 pub use doctor::{DOCTOR, DOCTOR_HOST, DoctorClient, DoctorFinding, NetworkDoctor, SelfTest};
-pub use egress::{AuditDecision, AuditPage, AuditRecord, OrganizationEgress, SandboxNetwork, TierPolicy};
+pub use egress::{
+    AuditDecision, AuditPage, AuditProblem, AuditProblemKind, AuditRecord, AuditVerification,
+    OrganizationEgress, SandboxNetwork, TierPolicy,
+};
 pub use execute::{ExecuteResponse, StreamEvent};
 pub use file::{FileEntry, FileKind, FileList, FileRead, FilesWritten, WrittenFile};
 pub use pool::PoolStats;

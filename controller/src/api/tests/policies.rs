@@ -337,7 +337,11 @@ async fn what_a_tier_in_audit_mode_lets_through_is_a_denial_that_is_not_enforced
         event(&tenant, "2", "evil.test", "deny"),
         event(&tenant, "3", "other.test", "audit"),
     ];
-    world.store.insert_audit(&events).await.expect("stored");
+    world
+        .store
+        .insert_audit(world.broker.chain(), &events)
+        .await
+        .expect("stored");
     for (query, hosts) in [
         ("decision=deny", &["other.test", "evil.test"][..]),
         ("decision=deny&enforced=false", &["other.test"]),
@@ -382,7 +386,11 @@ async fn the_audit_has_the_names_that_published_clients_expect() {
         event(&tenant, "2", "evil.test", "deny"),
         event(&stranger, "3", "x.test", "deny"),
     ];
-    world.store.insert_audit(&events).await.expect("stored");
+    world
+        .store
+        .insert_audit(world.broker.chain(), &events)
+        .await
+        .expect("stored");
     let page = world
         .call(&tenant, "GET", "/egress/audit?decision=deny", &Value::Null)
         .await

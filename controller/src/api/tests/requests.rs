@@ -147,6 +147,8 @@ async fn every_route_but_registration_and_health_wants_a_key() {
         ("GET", "/settings/egress"),
         ("PUT", "/settings/egress"),
         ("GET", "/egress/audit"),
+        ("GET", "/egress/audit/stream"),
+        ("GET", "/egress/audit/verify"),
     ] {
         // The body is not even looked at before the key.
         let request = Request::builder()
@@ -339,6 +341,8 @@ async fn keys_are_made_listed_and_revoked() {
         ("GET", "/api-keys"),
         ("GET", "/settings/egress"),
         ("GET", "/egress/audit"),
+        ("GET", "/egress/audit/stream"),
+        ("GET", "/egress/audit/verify"),
     ] {
         assert_eq!(
             world.call(&ci, method, path, &Value::Null).await.refusal(),

@@ -96,3 +96,71 @@ pub struct AuditRecord {
     /// Bytes in both directions.
     pub bytes: u64,
 }
+
+/// `GET /egress/audit/verify`.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditVerification {
+    /// Every record since the retention anchor is there as it was recorded, in its place.
+    pub verified: bool,
+    /// Records that were found right, up to the first that is not.
+    pub records: u64,
+    /// Records from before the chain began, of which nothing can be said.
+    pub unchained: u64,
+    /// Which chain: another one begins when the installation's key is another one. Absent before the first record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub epoch: Option<i64>,
+    /// The position behind which the records begin that are still kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub anchor: Option<i64>,
+    /// The last position that is right.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub position: Option<i64>,
+    /// The link of the record there, hexadecimal. Keep it, and you can tell later that nothing before it was changed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<String>,
+    /// When the end of the chain was last signed and kept apart from the database; what was recorded since then could
+    /// be cut off unnoticed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signed_at: Option<Timestamp>,
+    /// The first that is wrong.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<AuditProblem>,
+}
+
+/// The first thing that is wrong with the audit.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditProblem {
+    /// What happened to it.
+    pub kind: AuditProblemKind,
+    /// The position in the chain.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub position: Option<i64>,
+    /// The record that was found there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub event_id: Option<String>,
+    /// In words.
+    pub message: String,
+}
+
+/// What happened to the audit.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AuditProblemKind {
+    /// A record says something else.
+    Edited,
+    /// A record is missing.
+    Removed,
+    /// A record was never recorded.
+    Inserted,
+    /// Records are in another order.
+    Reordered,
+    /// The newest records are missing.
+    Cut,
+    /// What is said about the beginning or the end of the chain is wrong.
+    Anchor,
+    /// The signed head does not fit.
+    Head,
+}
