@@ -22,6 +22,7 @@ mod pool;
 mod query;
 mod reference;
 mod request;
+mod review;
 mod sandboxes;
 mod secrets;
 mod serve;
@@ -86,6 +87,10 @@ fn described() -> Routes {
         .add(routes!(audit::list))
         .add(routes!(audit::stream))
         .add(routes!(audit::verify))
+        .add(routes!(review::explain))
+        .add(routes!(review::allow))
+        .add(routes!(review::simulate))
+        .add(routes!(review::suggest))
         .add(routes!(pool::stats));
     Routes::new()
         .below("/api/v1", v1)

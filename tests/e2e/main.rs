@@ -25,6 +25,7 @@ mod policies;
 mod pool;
 mod promise;
 mod restart;
+mod review;
 mod siege;
 mod tour;
 mod tunnels;
@@ -116,6 +117,9 @@ fn main() -> ExitCode {
                 policies::what_began_in_audit_mode_is_held_to_what_is_enforced_since,
                 policies::read_modify_write_works,
                 policies::a_policy_given_at_create_holds_from_the_first_packet,
+                review::a_record_is_explained_and_allowed_by_one_call,
+                review::a_candidate_is_tried_on_what_happened,
+                review::what_was_done_in_audit_mode_becomes_a_policy,
             ],
         )
         .group(

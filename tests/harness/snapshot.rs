@@ -122,9 +122,16 @@ impl Snapshot {
     /// With what is different when that takes longer than `limit`.
     #[track_caller]
     pub fn assert_returns(&self, node: &Node, limit: Duration) {
+        self.assert_returns_but(node, &[], limit);
+    }
+
+    /// The same but for lines that begin with one of these.
+    #[track_caller]
+    pub fn assert_returns_but(&self, node: &Node, prefixes: &[&str], limit: Duration) {
         let mut last = None;
         let same = wait::within(limit, || {
-            let difference = Self::take(node).expect("a look at the node").since(self);
+            let now = Self::take(node).expect("a look at the node");
+            let difference = now.since(self).without(prefixes);
             let same = difference.is_empty();
             last = Some(difference);
             same.then_some(())
@@ -133,6 +140,11 @@ impl Snapshot {
             let last = last.expect("looked at least once");
             panic!("not as it was within {limit:?}:\n{last}");
         }
+    }
+
+    /// Whether a line holds the word.
+    pub fn tells_of(&self, word: &str) -> bool {
+        self.0.keys().any(|line| line.contains(word))
     }
 
     /// How many things there are of each kind, whatever they are called and numbered, but for open descriptors: what

@@ -278,3 +278,32 @@ pub(super) struct TunnelBody {
     #[schema(required = false)]
     org_id: String,
 }
+
+/// Which records are looked at.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({ "since": "2026-01-30T10:00:00Z", "until": 1_769_800_000 }))]
+pub(super) struct SpanBody {
+    /// Not before: RFC 3339, or seconds since 1970.
+    #[schema(required = false)]
+    since: String,
+    /// Before.
+    #[schema(required = false)]
+    until: String,
+}
+
+/// The policy to try on records.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({
+    "network": {"mode": "allowlist", "allowed_domains": ["api.example.org"]},
+    "since": "2026-01-30T10:00:00Z", "until": "2026-01-30T12:00:00Z"
+}))]
+pub(super) struct SimulateBody {
+    /// Instead of the sandbox's own policy.
+    network: PolicyDocument,
+    /// Not before: RFC 3339, or seconds since 1970.
+    #[schema(required = false)]
+    since: String,
+    /// Before.
+    #[schema(required = false)]
+    until: String,
+}

@@ -12,6 +12,7 @@ use axum::{
 use bytes::Bytes;
 use http::header;
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
+use jiff::Timestamp;
 use sandgate_api::error::ErrorCode;
 use serde_json::{Map, Value};
 
@@ -206,6 +207,23 @@ impl Document {
                     range.end()
                 ),
             )),
+        }
+    }
+
+    /// Takes a time, as RFC 3339 or in seconds since 1970.
+    pub(super) fn time(&mut self, field: &str) -> Result<Option<Timestamp>, ApiError> {
+        let parsed = match self.value(field) {
+            None => return Ok(None),
+            Some(Value::String(text)) => text.parse().ok(),
+            Some(Value::Number(seconds)) => seconds
+                .as_i64()
+                .and_then(|seconds| Timestamp::from_second(seconds).ok()),
+            Some(other) => return Err(self.wrong(field, "a time", &other)),
+        };
+        let expected = "expected a time, for example 2026-01-30T10:00:00Z";
+        match parsed {
+            Some(time) => Ok(Some(time)),
+            None => Err(ApiError::field(self.path(field), expected)),
         }
     }
 

@@ -28,6 +28,17 @@ pub(super) struct SandboxTunnelPath(pub(super) SandboxId, pub(super) TunnelId);
 /// `{name}` of a secret's routes. What cannot be a name is a secret that does not exist.
 pub(super) struct SecretPath(pub(super) String);
 
+/// `{id}` of an audit record's routes. What cannot be an id is a record that does not exist.
+pub(super) struct EventPath(pub(super) String);
+
+impl<S: Send + Sync> FromRequestParts<S> for EventPath {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        id(parts, state).await.map(Self)
+    }
+}
+
 impl<S: Send + Sync> FromRequestParts<S> for SecretPath {
     type Rejection = ApiError;
 

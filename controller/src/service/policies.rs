@@ -24,7 +24,7 @@ use crate::{
 const APPLY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How often a merge is tried again when the policy changes under it.
-const MERGE_ATTEMPTS: u32 = 5;
+pub(super) const MERGE_ATTEMPTS: u32 = 5;
 
 /// The organisation's policy as it is shown.
 pub type OrganizationView = OrganizationEgress;
@@ -308,7 +308,7 @@ pub(super) fn invalid(field: &str, error: PolicyError) -> ServiceError {
     }
 }
 
-fn always_changing() -> ServiceError {
+pub(super) fn always_changing() -> ServiceError {
     ServiceError::Conflict("the policy is being changed by others all the time".to_owned())
 }
 
@@ -357,7 +357,7 @@ fn view(
 }
 
 /// RFC 7396: objects are merged, everything else is replaced whole.
-fn merged(present: &Value, changes: &Value) -> Value {
+pub(super) fn merged(present: &Value, changes: &Value) -> Value {
     let (Value::Object(present), Value::Object(changes)) = (present, changes) else {
         return changes.clone();
     };

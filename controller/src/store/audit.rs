@@ -119,6 +119,22 @@ impl Store {
     }
 
     /// The organisation's records behind a position, in the order in which they were stored.
+    /// One of the organisation's records.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn audit_event(&self, org_id: &OrgId, id: &str) -> Result<Option<AuditEvent>, StoreError> {
+        let row = sqlx::query("SELECT document FROM egress_audit WHERE id = ? AND org_id = ?")
+            .bind(id)
+            .bind(org_id.as_str())
+            .fetch_optional(&self.readers)
+            .await?;
+        row.map(|row| document("audit record", row.try_get("document")?))
+            .transpose()
+    }
+
+    /// Forgets the oldest records: those from before `before`, and those beyond the newest `keep`. At most
+    /// `limit` at a time; returns how many.
     ///
     /// # Errors
     /// When the database fails.

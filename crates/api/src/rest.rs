@@ -12,6 +12,7 @@ mod egress;
 mod execute;
 mod file;
 mod pool;
+mod review;
 mod sandbox;
 mod secret;
 mod tunnel;
@@ -25,6 +26,7 @@ pub use egress::{
 pub use execute::{ExecuteResponse, StreamEvent};
 pub use file::{FileEntry, FileKind, FileList, FileRead, FilesWritten, WrittenFile};
 pub use pool::PoolStats;
+pub use review::{ApiCall, Explanation, ReplayedAttempt, Simulation, Suggestion};
 pub use sandbox::{
     Isolation, Sandbox, SandboxLifetime, SandboxList, SandboxStatus, StartupBreakdown, StartupMetrics,
 };
