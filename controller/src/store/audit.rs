@@ -118,7 +118,6 @@ impl Store {
         rows.iter().map(to_row).collect()
     }
 
-    /// The organisation's records behind a position, in the order in which they were stored.
     /// One of the organisation's records.
     ///
     /// # Errors
@@ -133,8 +132,7 @@ impl Store {
             .transpose()
     }
 
-    /// Forgets the oldest records: those from before `before`, and those beyond the newest `keep`. At most
-    /// `limit` at a time; returns how many.
+    /// The organisation's records behind a position, in the order in which they were stored.
     ///
     /// # Errors
     /// When the database fails.
