@@ -266,6 +266,8 @@ fn main() -> ExitCode {
                 passes::datagrams_pass_by_a_rule_and_only_by_one,
                 passes::a_killed_netd_does_not_touch_what_passes,
                 passes::a_firewall_that_drops_is_named_and_left_alone,
+                passes::a_firewall_that_is_flushed_gets_its_table_back,
+                passes::one_that_goes_leaves_its_guard_to_one_that_stays,
                 passes::switched_off_it_leaves_the_node_alone,
                 passes::the_node_is_as_it_was_when_all_is_taken_down,
             ],

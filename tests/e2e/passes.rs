@@ -319,6 +319,75 @@ pub(crate) fn a_firewall_that_drops_is_named_and_left_alone(machine: &Passing) {
     sandbox.stop();
 }
 
+pub(crate) fn a_firewall_that_is_flushed_gets_its_table_back(machine: &Passing) {
+    let node = machine.world.node();
+    let sandbox = machine.sandbox(&open(&[ECHO]));
+    let probe = Probe::install(&sandbox, &machine.world);
+    // A canary's come and go.
+    let uplink = || {
+        let links = node.ip("-o link").expect("the links");
+        let line = links.lines().find(|line| line.contains(UPLINK));
+        line.expect("the uplink").to_owned()
+    };
+    let before = uplink();
+    let collector = machine.world.tcp_collector((OK, ECHO));
+    node.command("nft", &["flush", "ruleset"]).expect("flushed");
+    wait::until("the table stands again", SOON, || {
+        let listed = node.command("nft", &["list", "ruleset"]).expect("the rules");
+        let text = String::from_utf8_lossy(&listed.stdout).into_owned();
+        text.contains("masquerade").then_some(())
+    });
+    // What is opened from then on leaves under the node's address.
+    let arrived = collector.arrivals().len();
+    probe.try_one(&probe::tcp(OK, ECHO, "canary"));
+    let arrivals = collector.arrivals();
+    assert_eq!(arrivals.len(), arrived + 1);
+    assert_eq!(arrivals[arrived].from.ip(), NODE);
+    // Mended, and not taken down and raised again.
+    assert_eq!(uplink(), before);
+    assert_eq!(passes(&machine.node), Ok(()));
+    sandbox.stop();
+}
+
+pub(crate) fn one_that_goes_leaves_its_guard_to_one_that_stays(machine: &Passing) {
+    let annex = wait::within(SOON, || machine.world.annex().ok()).expect("a namespace of its own");
+    let own = [
+        ("SANDGATE_API_ADDR", "127.0.0.1:18080"),
+        ("SANDGATE_TUNNEL_ADDR", "127.0.0.1:18081"),
+        ("SANDGATE_METRICS_ADDR", "off"),
+        ("SANDGATE_NETD_METRICS_ADDR", "off"),
+        ("SANDGATE_TUNNEL_METRICS_ADDR", "off"),
+        ("SANDGATE_SANDBOX_CIDR", "10.214.0.0/16"),
+    ];
+    let forwards = || {
+        let switch = "/proc/sys/net/ipv4/conf/uplink/forwarding";
+        let text = annex.run(move || std::fs::read_to_string(switch).expect("a switch"));
+        text.trim() == "1"
+    };
+    let rules = || {
+        let listed = annex.command("nft", &["list", "ruleset"]).expect("the rules");
+        String::from_utf8_lossy(&listed.stdout).into_owned()
+    };
+    let guard = "iifname \"uplink\" oifname != \"sgup*\" drop";
+    assert!(!forwards());
+    let start = |name, settings| Node::start_in(&machine.world, &annex, name, settings).expect("it starts");
+    // The one that turns the switch on.
+    let first = start("-first", &[]);
+    let second = start("-second", &own);
+    assert_eq!((passes(&first), passes(&second)), (Ok(()), Ok(())));
+    assert_eq!(rules().matches(guard).count(), 1);
+    // The one that stays hears of nothing: what its uplink needs stays, and with it what guards it.
+    second.stop().expect("it ends");
+    first.stop().expect("it ends");
+    first.down().expect("it is taken down");
+    assert!(forwards());
+    assert_eq!(rules().matches(guard).count(), 1, "{}", rules());
+    // What was left to it goes with it.
+    second.down().expect("it is taken down");
+    assert!(!forwards());
+    assert_eq!(rules(), "");
+}
+
 pub(crate) fn switched_off_it_leaves_the_node_alone(machine: &Passing) {
     let annex = machine.world.annex().expect("a namespace of its own");
     let look = || {

@@ -15,6 +15,7 @@ use std::{
     path::Path,
     process::{Child, Command, Stdio},
     sync::{Arc, OnceLock},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -29,6 +30,7 @@ use crate::{
     dns::{Answer, Dns},
     mirror::Mirror,
     namespace::Namespace,
+    wait,
     web::Web,
 };
 
@@ -62,6 +64,9 @@ pub const API: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 20);
 pub const WILD: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 30);
 /// The attacker, `evil.test`.
 pub const EVIL: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 66);
+
+/// Longest wait for a link to be at rest.
+const SETTLED: Duration = Duration::from_secs(60);
 
 /// A runtime for every server and client of the harness. Sockets are made in a namespace and then served
 /// here: it does not matter where they are polled.
@@ -272,6 +277,14 @@ impl World {
         ] {
             annex.ip(line)?;
         }
+        // Only then does it look the same each time.
+        let up = || {
+            annex
+                .ip("-o link show uplink")
+                .ok()
+                .filter(|line| line.contains("state UP"))
+        };
+        wait::within(SETTLED, up).context("the annex's link does not come up")?;
         Ok(Arc::new(annex))
     }
 

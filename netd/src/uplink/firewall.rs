@@ -25,6 +25,9 @@ const SHARE: u64 = 64;
 /// Entries of a node that does not say how many it has: the least of the kernel's defaults.
 const UNSAID: u64 = 65_536;
 
+/// Where the chain of forwarded packets stands.
+const FORWARD: &str = "type filter hook forward priority filter; policy accept;";
+
 /// How many connections of one sandbox may be tracked at the same time.
 pub(super) fn held() -> u64 {
     let most = fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_max")
@@ -77,14 +80,7 @@ pub(super) fn ruleset(
     }
     let guarded: String = opened
         .iter()
-        .map(|switch| {
-            let family = match switch.family {
-                Family::V4 => "ipv4",
-                Family::V6 => "ipv6",
-            };
-            let interface = &switch.interface;
-            format!("    meta nfproto {family} iifname \"{interface}\" oifname != \"{PREFIX}*\" drop\n")
-        })
+        .map(|switch| format!("    {}\n", guard(switch)))
         .collect();
     let held: String = ranges
         .iter()
@@ -129,7 +125,7 @@ table inet {table} {{
     iifname \"{uplink}\" goto refuse
   }}
   chain forward {{
-    type filter hook forward priority filter; policy accept;
+    {FORWARD}
     iifname \"{uplink}\" ct state invalid,untracked drop
     iifname \"{uplink}\" ct status dnat goto refuse
 {held}{leave}    iifname \"{uplink}\" goto refuse
@@ -148,6 +144,28 @@ table inet {table} {{
 }}
 "
     )
+}
+
+/// What else comes in by an interface that forwards only because we turned that on goes nowhere.
+fn guard(switch: &Switch) -> String {
+    let family = match switch.family {
+        Family::V4 => "ipv4",
+        Family::V6 => "ipv6",
+    };
+    let interface = &switch.interface;
+    format!("meta nfproto {family} iifname \"{interface}\" oifname != \"{PREFIX}*\" drop")
+}
+
+/// Has another instance's table guard switches that are left to it, until that instance loads its table anew with them;
+/// also when its netd does not run, or its table is gone.
+pub(super) fn entrust(heir: &str, switches: &BTreeSet<Switch>) -> Result<(), UplinkError> {
+    let rules: String = switches
+        .iter()
+        .map(|switch| format!("add rule inet {heir} forward {}\n", guard(switch)))
+        .collect();
+    load(&format!(
+        "add table inet {heir}\nadd chain inet {heir} forward {{ {FORWARD} }}\n{rules}"
+    ))
 }
 
 pub(super) fn load(text: &str) -> Result<(), UplinkError> {

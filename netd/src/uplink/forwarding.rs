@@ -7,7 +7,8 @@
 //! takes router advertisements.
 //!
 //! What was turned on is in a file of the run directory. Instances in one namespace share the switches: the one that
-//! goes leaves those that it turned on to one that stays, by a note in the alias of that one's interface.
+//! goes leaves those that it turned on to one that stays, by a note in the alias of that one's interface and by the rules
+//! that guard them in that one's table.
 
 use std::{
     collections::BTreeSet,
@@ -19,9 +20,9 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    UplinkError,
+    UplinkError, firewall,
     link::{self, Ways},
-    names::Names,
+    names::{Names, table_of},
     on_file,
 };
 
@@ -189,6 +190,8 @@ pub(super) fn restore(run_dir: &Path, names: &Names) -> Result<(), UplinkError> 
                 .map(|switch| format!(" {switch}"))
                 .collect();
             link::set_alias(&heir.ifname, &format!("{}{more}", heir.ifalias))?;
+            // Before our own table goes: the heir hears of it only afterwards, if its netd runs at all.
+            firewall::entrust(&table_of(&heir.ifname), &switches)?;
         }
         None => {
             for switch in &switches {

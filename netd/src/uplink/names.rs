@@ -31,14 +31,20 @@ impl Names {
     /// Those of the instance with this run directory.
     pub fn of(run_dir: &Path) -> Self {
         let number = fnv1a(run_dir.as_os_str().as_bytes());
+        let interface = format!("{PREFIX}{number:08x}");
         Self {
-            interface: format!("{PREFIX}{number:08x}"),
-            table: format!("sandgate_{number:08x}"),
+            table: table_of(&interface),
+            interface,
             canary: format!("{CANARY_PREFIX}{number:08x}"),
             number,
             owner: format!("sandgate {}", run_dir.display()),
         }
     }
+}
+
+/// The nftables table of the instance whose end is called so.
+pub(super) fn table_of(interface: &str) -> String {
+    format!("sandgate_{}", interface.trim_start_matches(PREFIX))
 }
 
 impl Names {
@@ -75,5 +81,7 @@ mod tests {
             assert!(name.len() < libc::IFNAMSIZ, "{name}");
         }
         assert_eq!(fnv1a(b"a"), 0xe40c_292c);
+        let number = one.number;
+        assert_eq!(one.table, format!("sandgate_{number:08x}"));
     }
 }
