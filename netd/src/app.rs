@@ -274,14 +274,15 @@ pub async fn run(config: Config, ground: Ground, shown: Option<std::net::TcpList
         };
         show_metrics(listener, &metrics, present, &tasks)?;
     }
+    let keeper = Arc::new(Keeper::new(uplink, Arc::clone(&datapath)));
     let guarding = guard::watch(
         Arc::clone(&datapath),
         Arc::clone(&guarded),
+        Arc::clone(&keeper),
         Arc::clone(&told),
         end.clone(),
     );
     tasks.spawn("guard", guarding);
-    let keeper = Arc::new(Keeper::new(uplink, Arc::clone(&datapath)));
     fly_canaries(&tasks, &late, &config, (datapath, keeper), greeting, told);
     let feed = Feed {
         controller: Arc::clone(&controller),

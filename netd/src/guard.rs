@@ -1,6 +1,7 @@
-//! Watches that nobody comes before our programs. Owns: looking every few seconds, and telling the controller of
-//! sandboxes that are not enforced because somebody did. Putting ours first again, or setting the interface down, is the
-//! datapath's ([`crate::kernel::Datapath::guard`]).
+//! Watches that nobody comes before our programs, or takes them away. Owns: looking every few seconds, telling the
+//! controller of sandboxes that are not enforced because somebody did, and the keeper of the uplink. Putting ours first
+//! again, setting the interface down, or using the uplink no more, is the datapath's
+//! ([`crate::kernel::Datapath::guard`]).
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -12,6 +13,7 @@ use crate::{
     feed::Standing,
     kernel::{Datapath, Guarded},
     sandbox::Sandboxes,
+    uplink::Keeper,
 };
 
 /// How often every interface is looked at.
@@ -21,6 +23,7 @@ const PAUSE: Duration = Duration::from_secs(3);
 pub async fn watch(
     datapath: Arc<Datapath>,
     sandboxes: Arc<Sandboxes>,
+    keeper: Arc<Keeper>,
     told: Arc<watch::Sender<Standing>>,
     end: CancellationToken,
 ) {
@@ -41,7 +44,20 @@ pub async fn watch(
                 continue;
             }
         };
-        let lost = lost(&sandboxes, &found);
+        let (of_uplink, of_sandboxes): (Vec<_>, Vec<_>) =
+            found.into_iter().partition(|guarded| guarded.uplink);
+        for guarded in &of_uplink {
+            match &guarded.outcome {
+                Ok(()) => tracing::warn!(
+                    "the program on the uplink was gone or another had come before it; ours comes first again"
+                ),
+                Err(error) => {
+                    tracing::error!(%error, "nothing leaves by the uplink any more");
+                    keeper.doubt();
+                }
+            }
+        }
+        let lost = lost(&sandboxes, &of_sandboxes);
         told.send_if_modified(|standing| {
             let is_new = standing.lost != lost;
             standing.lost = lost;

@@ -448,9 +448,9 @@ impl Datapath {
         EventReader::open(&self.pins, self.sweep.clone())
     }
 
-    /// Looks whether our programs still come first on the endpoints' interfaces, as only they may end a packet's way
-    /// past them. Where they do not they are put first again, and where that fails the interface is set down. Gives the
-    /// interfaces on which they were not. Call it every few seconds.
+    /// Looks whether our programs still come first on the endpoints' interfaces and the uplink's, as only they may end a
+    /// packet's way past them. Where they do not they are put first again. Where that fails an endpoint's interface is set
+    /// down, and there is no uplink from here on. Gives the interfaces on which they were not. Call it every few seconds.
     ///
     /// # Errors
     /// When it could not be looked at.
@@ -462,7 +462,15 @@ impl Datapath {
             .into_iter()
             .map(|(handle, _)| handle.ifindex)
             .collect();
-        programs.guard(&self.router, &self.pins, &interfaces)
+        let uplink = tables.uplink()?;
+        let found = programs.guard(&self.router, &self.pins, &interfaces, uplink)?;
+        if found
+            .iter()
+            .any(|guarded| guarded.uplink && guarded.outcome.is_err())
+        {
+            tables.set_uplink(netd_common::Uplink::default())?;
+        }
+        Ok(found)
     }
 
     /// Frees what was replaced a while ago. Call it every few seconds.

@@ -61,6 +61,8 @@ pub struct Uplink {
 struct Table {
     text: String,
     shown: String,
+    /// Of the node's rules, when it was last seen to stand: what has changed since is seen by it.
+    generation: Option<u32>,
 }
 
 /// Why there is no uplink.
@@ -146,18 +148,29 @@ impl Uplink {
         let plan = forwarding::plan(&self.place.run_dir, &self.names, &mut ways, self.ipv6)?;
         let text = firewall::ruleset(&self.names, &self.place, &ways, &plan.opened, firewall::held());
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let generation = generation::generation().ok();
         let stands =
             table.text == text && firewall::shown(&self.names).is_ok_and(|shown| shown == table.shown);
-        if !stands {
+        if stands {
+            table.generation = generation;
+        } else {
             firewall::load(&text)?;
+            let generation = generation::generation().ok();
             *table = Table {
                 text,
                 shown: firewall::shown(&self.names)?,
+                generation,
             };
         }
         // The table first: nothing is forwarded before it refuses what must not be.
         forwarding::turn_on(&plan)?;
         Ok(!stands)
+    }
+
+    /// The generation of the node's firewall when [`Self::settle`] last saw that all is in line.
+    pub(crate) fn generation(&self) -> Option<u32> {
+        let table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        table.generation
     }
 
     /// For the programs.

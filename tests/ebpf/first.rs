@@ -1,17 +1,25 @@
 //! Ours come first: who comes before them is noticed and put behind, on kernels with TCX and by clsact filters.
 
-use std::io::ErrorKind;
+use std::{io::ErrorKind, path::Path, time::Duration};
 
-use harness::bpf::pin_open_door;
+use aya::{
+    maps::{Array, Map, MapData},
+    programs::{LinkOrder, SchedClassifier, TcAttachType, tc::TcAttachOptions},
+};
+use harness::{bpf::pin_open_door, wait};
 use netd::{
-    kernel::{Datapath, DatapathConfig},
-    router::RouterNamespace,
+    kernel::{Datapath, DatapathConfig, Uplink},
+    router::{RouterNamespace, pass},
 };
 
 use crate::{
+    lab::PEER_MAC,
     sockets::{Listeners, at, connect},
     world::{RunDir, Sandbox, allow_443, config, platform, privileged},
 };
+
+/// `bpf_mprog_max()` of linux/bpf_mprog.h: so many programs are in an interface's list at most.
+const LIST_MAX: usize = 63;
 
 fn clsact(run_dir: &RunDir) -> DatapathConfig {
     DatapathConfig {
@@ -96,6 +104,18 @@ fn clsact_filters_are_the_same_wall_and_are_adopted() {
     );
 }
 
+/// Puts a pinned program before all others, until what is returned is dropped.
+fn come_first(datapath: &Datapath, interface: &str, pinned: &Path) -> SchedClassifier {
+    let mut program = SchedClassifier::from_pin(pinned).expect("the intruder");
+    let order = TcAttachOptions::TcxOrder(LinkOrder::first());
+    let attached = datapath
+        .router()
+        .run(|| program.attach_with_options(interface, TcAttachType::Ingress, order))
+        .expect("the router");
+    attached.expect("before ours");
+    program
+}
+
 #[test]
 fn a_filter_that_comes_before_ours_is_put_behind() {
     if !privileged() {
@@ -141,19 +161,127 @@ fn a_program_that_comes_before_ours_is_put_behind() {
     assert!(datapath.guard().expect("a look").is_empty());
     let pinned = run_dir.path().join("bpf/intruder");
     pin_open_door(&pinned).expect("a program");
-    let program = aya::programs::SchedClassifier::from_pin(&pinned);
-    let mut program = program.expect("the intruder");
-    let order = aya::programs::tc::TcAttachOptions::TcxOrder(aya::programs::LinkOrder::first());
-    let interface = sandbox.endpoint.interface.clone();
-    let side = aya::programs::TcAttachType::Ingress;
-    let attached = datapath
-        .router()
-        .run(|| program.attach_with_options(&interface, side, order))
-        .expect("the router");
-    attached.expect("before ours");
+    let _intruder = come_first(&datapath, &sandbox.endpoint.interface, &pinned);
     let found = datapath.guard().expect("a look");
     assert_eq!(found.len(), 1, "{found:?}");
     assert!(found[0].outcome.is_ok(), "{found:?}");
     assert!(datapath.guard().expect("a look").is_empty());
     assert_wall(&sandbox);
+}
+
+/// An uplink in use whose other end is nowhere.
+fn uplink(datapath: &Datapath) -> Uplink {
+    let router = datapath.router();
+    let ifindex = router.run(|| {
+        let line = [
+            "link",
+            "add",
+            pass::INTERFACE,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "nowhere",
+        ];
+        let made = std::process::Command::new("ip").args(line).status();
+        assert!(made.expect("ip").success());
+        nix::net::if_::if_nametoindex(pass::INTERFACE).expect("the uplink")
+    });
+    let uplink = Uplink {
+        ifindex: ifindex.expect("the router"),
+        peer_mac: PEER_MAC,
+        ipv6: true,
+    };
+    datapath.attach_uplink(&uplink).expect("attached");
+    datapath.set_uplink(Some(uplink)).expect("used");
+    assert!(datapath.guard().expect("a look").is_empty());
+    uplink
+}
+
+/// The programs on the uplink, in their order.
+fn listed(datapath: &Datapath) -> Vec<String> {
+    let asked = || SchedClassifier::query_tcx(pass::INTERFACE, TcAttachType::Ingress);
+    let (_, programs) = datapath.router().run(asked).expect("the router").expect("a list");
+    // Intruders have none.
+    let name = |program: &aya::programs::ProgramInfo| program.name_as_str().unwrap_or_default().to_owned();
+    programs.iter().map(name).collect()
+}
+
+/// Waits until so many programs are there: the kernel lets go of links a moment later.
+#[track_caller]
+fn hangs(datapath: &Datapath, count: usize) {
+    wait::until("the kernel lets go", Duration::from_secs(20), || {
+        (listed(datapath).len() == count).then_some(())
+    });
+}
+
+/// Which interface the programs send to, by the map itself.
+fn used(run_dir: &RunDir) -> u32 {
+    let map = MapData::from_pin(run_dir.path().join("bpf/maps/UPLINK")).expect("the pinned map");
+    let map: Array<_, netd_common::Uplink> = Array::try_from(Map::Array(map)).expect("an array");
+    map.get(&0, 0).expect("its entry").ifindex
+}
+
+#[test]
+fn the_uplinks_program_is_put_back_when_it_is_taken_away_or_displaced() {
+    if !privileged() {
+        return;
+    }
+    let run_dir = RunDir::new();
+    let datapath = Datapath::open(&config(run_dir.path()), &platform()).expect("a datapath");
+    let uplink = uplink(&datapath);
+    let restored = |what: &str| {
+        let found = datapath.guard().expect("a look");
+        let [guarded] = &found[..] else {
+            panic!("{what}: {found:?}");
+        };
+        assert!(guarded.uplink && guarded.outcome.is_ok(), "{what}: {found:?}");
+        assert_eq!(guarded.ifindex, uplink.ifindex, "{what}");
+        assert_eq!(
+            listed(&datapath).first().map(String::as_str),
+            Some("from_uplink"),
+            "{what}"
+        );
+        assert!(datapath.guard().expect("a look").is_empty(), "{what}");
+        assert_eq!(used(&run_dir), uplink.ifindex, "{what}");
+    };
+    let link = format!("bpf/links/{}-from_uplink", uplink.ifindex);
+    std::fs::remove_file(run_dir.path().join(link)).expect("the pinned link");
+    hangs(&datapath, 0);
+    restored("taken away");
+    let pinned = run_dir.path().join("bpf/intruder");
+    pin_open_door(&pinned).expect("a program");
+    let _intruder = come_first(&datapath, pass::INTERFACE, &pinned);
+    restored("displaced");
+}
+
+#[test]
+fn an_uplink_whose_program_cannot_be_put_first_is_used_no_more() {
+    if !privileged() {
+        return;
+    }
+    let run_dir = RunDir::new();
+    let datapath = Datapath::open(&config(run_dir.path()), &platform()).expect("a datapath");
+    let uplink = uplink(&datapath);
+    assert_eq!(used(&run_dir), uplink.ifindex);
+    let intruders: Vec<_> = (1..LIST_MAX)
+        .map(|number| {
+            let pinned = run_dir.path().join(format!("bpf/intruder{number}"));
+            pin_open_door(&pinned).expect("a program");
+            come_first(&datapath, pass::INTERFACE, &pinned)
+        })
+        .collect();
+    let found = datapath.guard().expect("a look");
+    let [guarded] = &found[..] else {
+        panic!("{found:?}");
+    };
+    assert!(guarded.uplink && guarded.outcome.is_err(), "{found:?}");
+    assert_eq!(used(&run_dir), 0);
+    // No longer in use, no longer looked at.
+    assert!(datapath.guard().expect("a look").is_empty());
+    drop(intruders);
+    hangs(&datapath, 1);
+    datapath.attach_uplink(&uplink).expect("attached again");
+    datapath.set_uplink(Some(uplink)).expect("used again");
+    assert!(datapath.guard().expect("a look").is_empty());
 }

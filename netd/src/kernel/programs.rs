@@ -41,6 +41,9 @@ const PROGRAMS: [(&str, TcAttachType); 2] = [
 /// The program at the router's end of the uplink.
 const UPLINK: (&str, TcAttachType) = ("from_uplink", TcAttachType::Ingress);
 
+/// The same, where a list is wanted.
+const AT_UPLINK: [(&str, TcAttachType); 1] = [UPLINK];
+
 /// How programs hang on an interface.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Means {
@@ -60,12 +63,14 @@ pub(super) struct Programs {
     down: BTreeSet<u32>,
 }
 
-/// An interface on which another program had come before one of ours.
+/// An interface on which one of our programs was gone, or another one had come before it.
 #[derive(Debug)]
 pub struct Guarded {
     /// Index of the interface.
     pub ifindex: u32,
-    /// Why ours do not stand first again; the interface was set down then.
+    /// It is the uplink's, and no endpoint's.
+    pub uplink: bool,
+    /// Why ours do not stand first again; an endpoint's interface was set down then, and the uplink is not used.
     pub outcome: Result<(), DatapathError>,
 }
 
@@ -152,7 +157,7 @@ impl Programs {
         pins: &Pins,
         ifindex: u32,
     ) -> Result<(), DatapathError> {
-        self.attach_each(router, pins, (pass::INTERFACE, ifindex), &[UPLINK])
+        self.attach_each(router, pins, (pass::INTERFACE, ifindex), &AT_UPLINK)
     }
 
     fn attach_each(
@@ -213,8 +218,9 @@ impl Programs {
         })?
     }
 
-    /// Looks whether our programs still come first on these interfaces. Where another one has come before, ours is put
-    /// before it again; where that fails, the interface is set down, so that nothing passes.
+    /// Looks whether our programs still come first on the interfaces of endpoints, and on that of the uplink in use.
+    /// Where another one has come before, ours is put before it again; where that fails, an endpoint's interface is set
+    /// down, so that nothing passes. The uplink is the caller's to take out of use.
     ///
     /// # Errors
     /// When the namespace cannot be entered.
@@ -222,17 +228,20 @@ impl Programs {
         &mut self,
         router: &RouterNamespace,
         pins: &Pins,
-        interfaces: &[u32],
+        endpoints: &[u32],
+        uplink: Option<u32>,
     ) -> Result<Vec<Guarded>, DatapathError> {
+        let of_endpoints = endpoints.iter().map(|ifindex| (ifindex, &PROGRAMS[..], false));
+        let of_uplink = uplink.iter().map(|ifindex| (ifindex, &AT_UPLINK[..], true));
         router.run(|| {
             let mut found = Vec::new();
-            for ifindex in interfaces {
+            for (ifindex, programs, uplink) in of_endpoints.chain(of_uplink) {
                 // One that went away takes its programs with it.
                 let Some(interface) = name_of(*ifindex) else {
                     continue;
                 };
                 let mut moved = false;
-                let outcome = PROGRAMS.iter().try_for_each(|(name, side)| {
+                let outcome = programs.iter().try_for_each(|(name, side)| {
                     let path = pins.link(*ifindex, name);
                     if self.stands_first(&path, name, *side, &interface).is_ok() {
                         return Ok(());
@@ -245,7 +254,9 @@ impl Programs {
                     continue;
                 }
                 let was_down = self.down.contains(ifindex);
-                if outcome.is_err() {
+                if uplink {
+                    // Not used any more: `to_sandbox` admits nothing that came by it.
+                } else if outcome.is_err() {
                     set_link(&interface, "down")?;
                     self.down.insert(*ifindex);
                 } else if was_down {
@@ -253,8 +264,11 @@ impl Programs {
                     self.down.remove(ifindex);
                 }
                 if moved || outcome.is_err() {
-                    let ifindex = *ifindex;
-                    found.push(Guarded { ifindex, outcome });
+                    found.push(Guarded {
+                        ifindex: *ifindex,
+                        uplink,
+                        outcome,
+                    });
                 }
             }
             Ok(found)

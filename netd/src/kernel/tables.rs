@@ -191,6 +191,12 @@ impl Tables {
         self.uplink.set(0, uplink, 0).map_err(on_map("write", "UPLINK"))
     }
 
+    /// The interface by which they leave, if they do.
+    pub(super) fn uplink(&self) -> Result<Option<u32>, DatapathError> {
+        let entry = self.uplink.get(&0, 0).map_err(on_map("read", "UPLINK"))?;
+        Ok(Some(entry.ifindex).filter(|ifindex| *ifindex != 0))
+    }
+
     pub(super) fn known(&self) -> Vec<(EndpointHandle, Ipv4Addr)> {
         self.known
             .iter()

@@ -1,8 +1,15 @@
-//! The generation of the node's nftables rules: a number that changes whenever anybody changes a rule.
+//! The generation of the node's nftables rules: a number that changes whenever anybody changes a rule, and the kernel's
+//! word that somebody has.
 
 use std::io;
 
-use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
+use rtnetlink::sys::{
+    AsyncSocket as _, AsyncSocketExt as _, Socket, SocketAddr, TokioSocket, protocols::NETLINK_NETFILTER,
+};
+use tokio::sync::mpsc::{self, error::TrySendError};
+
+/// `NFNLGRP_NFTABLES` of linux/netfilter/nfnetlink.h.
+const GROUP: u32 = 7;
 
 /// `NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETGEN` of linux/netfilter/nfnetlink.h and nf_tables.h.
 const GET: u16 = 10 << 8 | 16;
@@ -31,6 +38,32 @@ pub(super) fn generation() -> io::Result<u32> {
     let mut answer = Vec::with_capacity(ANSWER);
     socket.recv(&mut answer, libc::MSG_DONTWAIT)?;
     attribute(&answer).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// Listens for changes in the calling thread's network namespace.
+pub(super) fn listen() -> io::Result<TokioSocket> {
+    let mut socket = TokioSocket::new(NETLINK_NETFILTER)?;
+    socket.socket_mut().bind_auto()?;
+    socket.socket_ref().add_membership(GROUP)?;
+    Ok(socket)
+}
+
+/// Passes a word on for whatever is heard, until nobody listens any more or the kernel says no more.
+pub(super) async fn follow(socket: TokioSocket, news: mpsc::Sender<()>) -> io::Result<()> {
+    let mut heard = Vec::with_capacity(ANSWER);
+    loop {
+        heard.clear();
+        match socket.recv(&mut heard).await {
+            Ok(()) => {}
+            // Too many to be told one by one.
+            Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
+            Err(error) => return Err(error),
+        }
+        // Full means: there is news already.
+        if let Err(TrySendError::Closed(())) = news.try_send(()) {
+            return Ok(());
+        }
+    }
 }
 
 fn attribute(answer: &[u8]) -> Option<u32> {
@@ -64,5 +97,23 @@ mod tests {
         if rustix::process::geteuid().is_root() {
             assert!(generation().is_ok());
         }
+    }
+
+    #[tokio::test]
+    async fn a_change_is_told_at_once() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        // Of this thread alone.
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("a namespace");
+        let (news, mut heard) = mpsc::channel(1);
+        let socket = listen().expect("a socket");
+        let before = generation().expect("a number");
+        crate::command::run(&["nft", "-f", "-"], "add table inet one\n").expect("a table");
+        tokio::select! {
+            ended = follow(socket, news) => panic!("{ended:?}"),
+            told = heard.recv() => assert_eq!(told, Some(())),
+        }
+        assert_ne!(generation().expect("a number"), before);
     }
 }

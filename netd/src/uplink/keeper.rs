@@ -9,16 +9,20 @@ use std::{
 use futures_util::StreamExt as _;
 use rtnetlink::MulticastGroup;
 use sandgate_daemon::tasks::Tasks;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 
-use super::{Place, Uplink, UplinkError, firewall, generation::generation};
+use super::{
+    Place, Uplink, UplinkError, firewall,
+    generation::{self, generation},
+};
 use crate::{canary, kernel::Datapath, router::pass};
 
 /// Whether packets leave without netd; the reason why not.
 pub type Passing = Result<(), String>;
 
-/// How often the firewall's generation is asked for.
+/// How often the firewall's generation is asked for, besides what the kernel tells; and how often a canary flies at most
+/// while the firewall keeps changing.
 const LOOK: Duration = Duration::from_secs(1);
 /// Everything is looked at this often, in case an announcement was lost.
 const RELOOK: Duration = Duration::from_secs(30);
@@ -36,13 +40,22 @@ pub struct Keeper {
     place: Result<Place, String>,
     uplink: Mutex<Option<Uplink>>,
     datapath: Arc<Datapath>,
+    doubted: Notify,
 }
 
 /// What has changed on the node since the last look.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Default, Clone, Copy)]
 struct Changed {
     firewall: bool,
     routes: bool,
+    /// Who stands first on the uplink.
+    programs: bool,
+}
+
+impl Changed {
+    fn any(self) -> bool {
+        self.firewall || self.routes || self.programs
+    }
 }
 
 impl Keeper {
@@ -52,7 +65,13 @@ impl Keeper {
             place,
             uplink: Mutex::default(),
             datapath,
+            doubted: Notify::new(),
         }
+    }
+
+    /// Has it proven anew: its program does not stand where it must, and the programs use it no more.
+    pub fn doubt(&self) {
+        self.doubted.notify_one();
     }
 
     /// Makes or adopts the uplink, sends a canary out over it, and has the programs use it if it returns. If it does
@@ -87,6 +106,8 @@ impl Keeper {
             if flown.is_ok() {
                 break;
             }
+            // The firewall may have been changed under it.
+            raised.settle().map_err(|error| told(&error))?;
             flown = fly();
         }
         match flown {
@@ -125,16 +146,15 @@ impl Keeper {
         if self.place.is_err() {
             return;
         }
-        let mut routes = watch_routes(tasks);
-        let (mut seen, mut looked) = (generation().ok(), Instant::now());
-        let mut pending = Changed {
-            firewall: false,
-            routes: false,
-        };
+        let (mut routes, mut firewall) = (watch_routes(tasks), watch_firewall(tasks));
+        let (mut seen, mut looked) = (self.in_line(), Instant::now());
+        let mut pending = Changed::default();
         loop {
             tokio::select! {
                 () = end.cancelled() => return,
                 () = tokio::time::sleep(LOOK) => {}
+                () = self.doubted.notified() => pending.programs = true,
+                Some(()) = firewall.recv() => self.rearm(&passing).await,
                 Some(()) = routes.recv() => {
                     tokio::time::sleep(SETTLED).await;
                     while routes.try_recv().is_ok() {}
@@ -142,10 +162,11 @@ impl Keeper {
                 }
             }
             pending.firewall |= generation().ok() != seen;
+            let since = looked.elapsed();
             let due = if passing.is_ok() {
-                pending.firewall || pending.routes || looked.elapsed() >= RELOOK
+                pending.programs || pending.routes || pending.firewall && since >= LOOK || since >= RELOOK
             } else {
-                (pending.firewall || pending.routes) && looked.elapsed() >= PATIENCE
+                pending.any() && since >= PATIENCE
             };
             if !due {
                 continue;
@@ -153,14 +174,17 @@ impl Keeper {
             let (keeper, was) = (Arc::clone(&self), passing.clone());
             let looking = tokio::task::spawn_blocking(move || keeper.look(was, pending));
             let found = looking.await.unwrap_or_else(|error| Err(error.to_string()));
-            // What we ourselves have just changed is no news.
-            tokio::time::sleep(SETTLED).await;
-            while routes.try_recv().is_ok() {}
-            (seen, looked) = (generation().ok(), Instant::now());
             pending = Changed {
-                firewall: false,
-                routes: false,
+                // What is not ours went with the uplink that it hung on: the next one may do.
+                programs: pending.programs && found.is_err(),
+                ..Changed::default()
             };
+            if found.is_err() {
+                // What we ourselves have just changed is no news.
+                tokio::time::sleep(SETTLED).await;
+                while routes.try_recv().is_ok() {}
+            }
+            (seen, looked) = (self.in_line(), Instant::now());
             if found != passing {
                 passing = found;
                 tell(&passing);
@@ -169,9 +193,41 @@ impl Keeper {
         }
     }
 
+    /// The generation of the node's firewall when the uplink was last seen to be in line with it; without an uplink,
+    /// that of this moment.
+    fn in_line(&self) -> Option<u32> {
+        let uplink = self.uplink.lock().unwrap_or_else(PoisonError::into_inner);
+        match uplink.as_ref() {
+            Some(uplink) => uplink.generation(),
+            None => generation().ok(),
+        }
+    }
+
+    /// Loads the uplink's table again if somebody has taken it away, without waiting for the next look: what passes until
+    /// then is not masqueraded, and the node forwards what it should not.
+    async fn rearm(self: &Arc<Self>, passing: &Passing) {
+        if passing.is_err() || generation().ok() == self.in_line() {
+            return;
+        }
+        let keeper = Arc::clone(self);
+        let settling = tokio::task::spawn_blocking(move || {
+            let uplink = keeper.uplink.lock().unwrap_or_else(PoisonError::into_inner);
+            uplink.as_ref().map(Uplink::settle)
+        });
+        match settling.await {
+            Ok(Some(Ok(true))) => {
+                tracing::warn!("the node's firewall was changed under the uplink; its table stands again");
+            }
+            Ok(Some(Ok(false)) | None) => {}
+            // The look that follows takes the uplink down if it cannot be mended.
+            Ok(Some(Err(error))) => tracing::warn!(%error, "the uplink is not in line with the node"),
+            Err(_panic) => tracing::error!("looking after the uplink broke"),
+        }
+    }
+
     /// A canary flies where something may have changed on its way.
     fn look(&self, was: Passing, changed: Changed) -> Passing {
-        if was.is_ok() && !changed.firewall {
+        if was.is_ok() && !changed.firewall && !changed.programs {
             let uplink = self.uplink.lock().unwrap_or_else(PoisonError::into_inner);
             let settled = uplink.as_ref().map(Uplink::settle);
             if matches!(settled, Some(Ok(false))) {
@@ -215,6 +271,22 @@ fn watch_routes(tasks: &Tasks) -> mpsc::Receiver<()> {
             });
         }
         Err(error) => tracing::warn!(%error, "the node's routes are looked at only now and then"),
+    }
+    heard
+}
+
+/// A word whenever a rule of the node's firewall changes.
+fn watch_firewall(tasks: &Tasks) -> mpsc::Receiver<()> {
+    let (news, heard) = mpsc::channel(1);
+    match generation::listen() {
+        Ok(socket) => {
+            tasks.spawn("firewall", async move {
+                if let Err(error) = generation::follow(socket, news).await {
+                    tracing::warn!(%error, "the node's firewall is looked at only every second");
+                }
+            });
+        }
+        Err(error) => tracing::warn!(%error, "the node's firewall is looked at only every second"),
     }
     heard
 }
