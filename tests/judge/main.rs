@@ -111,7 +111,7 @@ fn without_a_wall_every_attack_is_seen_and_every_twin_passes(bare: &Bare) {
     let unseen: Vec<_> = scorecard
         .cases
         .iter()
-        .filter(|case| case.verdict != Verdict::Leak)
+        .filter(|case| case.verdict != Verdict::Leak && (case.id != "P08" || has_sockets_without_namespace()))
         .map(|case| (&case.id, case.verdict, &case.why))
         .collect();
     assert!(unseen.is_empty(), "attacks that nobody saw: {unseen:#?}");
@@ -124,7 +124,24 @@ fn without_a_wall_every_attack_is_seen_and_every_twin_passes(bare: &Bare) {
     assert!(blocked.is_empty(), "twins that did not pass: {blocked:#?}");
     assert!(!scorecard.is_green());
     let html = scorecard.html();
-    assert_eq!(html.matches(">LEAK").count(), scorecard.cases.len(), "{html}");
+    let leaks = scorecard
+        .cases
+        .iter()
+        .filter(|case| case.verdict == Verdict::Leak);
+    assert_eq!(html.matches(">LEAK").count(), leaks.count(), "{html}");
+}
+
+/// Whether this kernel has any of the families of case P08; not every one has.
+fn has_sockets_without_namespace() -> bool {
+    [40, 42, 30, 21, 31].into_iter().any(|family| {
+        [
+            socket2::Type::STREAM,
+            socket2::Type::DGRAM,
+            socket2::Type::SEQPACKET,
+        ]
+        .into_iter()
+        .any(|kind| socket2::Socket::new(socket2::Domain::from(family), kind, None).is_ok())
+    })
 }
 
 fn a_sandbox_without_any_network_does_not_score(bare: &Bare) {
@@ -137,10 +154,12 @@ fn a_sandbox_without_any_network_does_not_score(bare: &Bare) {
         .map(|case| &case.id)
         .collect();
     assert!(passed.is_empty() && !scorecard.is_green(), "{}", scorecard.text());
+    // What is found in the sandbox itself needs no network.
+    let found = ["S01", "P08"];
     let leaked = scorecard
         .cases
         .iter()
-        .find(|case| case.verdict == Verdict::Leak && case.id != "S01");
+        .find(|case| case.verdict == Verdict::Leak && !found.contains(&case.id.as_str()));
     assert!(leaked.is_none(), "{leaked:#?}");
 }
 

@@ -31,6 +31,8 @@ const BESIDE: &str = "10.213.77.7";
 pub(crate) const PATIENCE: u64 = 8000;
 /// The same where nobody refuses anything, and only what arrives is judged.
 const SHORT: u64 = 20;
+/// The same of another system, which may leave attackers waiting each time.
+const OTHERS: u64 = 3000;
 
 /// Something with a sandbox in it.
 pub(crate) trait System {
@@ -230,6 +232,10 @@ impl System for Adapter {
 
     fn run(&self, arguments: &[&str]) -> Result<String> {
         self.call("exec", arguments)
+    }
+
+    fn patience(&self) -> u64 {
+        OTHERS
     }
 
     fn has_root(&self) -> bool {

@@ -65,6 +65,8 @@ pub enum Trace {
     Request(String),
     /// The same, with the key in it.
     Keyed(String),
+    /// Something that the attack found and told, beginning so: where nothing can be seen outside.
+    Told(&'static str),
 }
 
 /// One of the two halves of a case.

@@ -144,6 +144,15 @@ fn leaks(case: &Case, world: &World, secret: Option<&str>, (report, seen): (&Rep
     let attackers = world.attackers().into_iter().map(Trace::To);
     for trace in attackers.chain((case.forbidden)(world)) {
         let trace = with_token(trace, &token);
+        if let Trace::Told(start) = trace {
+            leaks.extend(
+                report
+                    .shown
+                    .iter()
+                    .filter(|told| told.starts_with(start))
+                    .cloned(),
+            );
+        }
         if let Some(found) = find(&trace, seen, secret) {
             leaks.insert(found);
         }
@@ -208,7 +217,7 @@ fn with_token(trace: Trace, token: &str) -> Trace {
         Trace::Bytes(text) => Trace::Bytes(text.replace(TOKEN, token)),
         Trace::Request(text) => Trace::Request(text.replace(TOKEN, token)),
         Trace::Keyed(text) => Trace::Keyed(text.replace(TOKEN, token)),
-        Trace::To(_) | Trace::At(_) | Trace::Port(_) | Trace::Protocol(_) => trace,
+        Trace::To(_) | Trace::At(_) | Trace::Port(_) | Trace::Protocol(_) | Trace::Told(_) => trace,
     }
 }
 
@@ -223,6 +232,7 @@ fn find(trace: &Trace, seen: &Seen, secret: Option<&str>) -> Option<String> {
         found.map(|request| format!("a request for {}", request.host))
     };
     match trace {
+        Trace::Told(_) => None,
         Trace::To(address) => flow(&|flow| flow.to.ip() == *address),
         Trace::At(address) => flow(&|flow| flow.to == *address),
         Trace::Port(port) => flow(&|flow| flow.to.port() == *port),

@@ -222,7 +222,7 @@ pub(super) const CASES: &[Case] = &[
     Case::new(
         "A11",
         [
-            "the attacker's host by IPv6",
+            "the attacker's host by IPv6, and its IPv4 address as IPv6 wraps it",
             "refused before there is a connection: no family is unfiltered",
             "an allowed name by IPv6",
         ],
@@ -234,6 +234,21 @@ pub(super) const CASES: &[Case] = &[
                 refused(attempts, at(six.evil, port));
             }
             greet(attempts, at(six.evil, 443), &six.ok.name, &Wanted::NoConnection);
+            let IpAddr::V4(evil) = attempts.world.evil.address else {
+                return;
+            };
+            // Its IPv4 address as IPv6 wraps it: IPv4-mapped, NAT64, 6to4.
+            let [high, low] = [evil.to_bits() >> 16, evil.to_bits() & 0xffff];
+            let wrapped = [
+                format!("::ffff:{evil}"),
+                format!("64:ff9b::{high:x}:{low:x}"),
+                format!("2002:{high:x}:{low:x}::1"),
+            ];
+            for address in wrapped.iter().filter_map(|text| text.parse().ok()) {
+                if attempts.world.permits(address) {
+                    refused(attempts, at(address, 443));
+                }
+            }
         },
         |attempts| {
             let Some(six) = &attempts.world.ipv6 else {

@@ -8,8 +8,11 @@ use super::{DATAGRAMS, at};
 use crate::{
     attempt::{Attempts, End, Outcome, Wanted},
     case::{Case, Trace},
-    wire::packet::{Packet, TCP, UDP, Wire, default_gateway},
+    wire::packet::{Packet, TCP, UDP, Wire, checksum, default_gateway},
 };
+
+/// Errors of ICMP that may leave, to the other end of an allowed conversation: more would not be needed.
+const OWED: usize = 2;
 
 pub(super) const CASES: &[Case] = &[
     Case::new(
@@ -177,6 +180,54 @@ pub(super) const CASES: &[Case] = &[
         honest,
     )
     .forbids(|world| vec![Trace::To(world.open), Trace::To(world.ok.address)])
+    .raw(),
+    Case::new(
+        "F07",
+        [
+            "errors of ICMP with data in them, about a conversation that is allowed and about none",
+            "thrown away, but for the two that a host owes its peers: port unreachable, and too big",
+            "a datagram, sent in the same way",
+        ],
+        |attempts| {
+            with_wire(attempts, |attempts, wire| {
+                let token = std::mem::take(&mut attempts.token);
+                let begins = datagram(attempts, wire);
+                attempts.token = token;
+                sent(attempts, "the beginning of a conversation", wire.send(&begins));
+                let (IpAddr::V4(open), IpAddr::V4(evil)) = (attempts.world.open, attempts.world.evil.address) else {
+                    return;
+                };
+                for (what, kind, code) in [
+                    ("port unreachable", 3, 3),
+                    ("too big", 3, 4),
+                    ("prohibited", 3, 13),
+                    ("time exceeded", 11, 0),
+                    ("a parameter problem", 12, 0),
+                    ("a source quench", 4, 0),
+                ] {
+                    for (about, quoted) in [("that conversation", open), ("another", evil)] {
+                        let mut data = vec![kind, code, 0, 0, 0, 0, 0x05, 0];
+                        data.extend([0x45, 0, 0, 60, 0, 7, 0, 0, 64, UDP, 0, 0]);
+                        data.extend(quoted.octets());
+                        data.extend(wire.address.octets());
+                        data.extend([DATAGRAMS.to_be_bytes(), 40_000_u16.to_be_bytes(), [0, 40], [0, 0]].concat());
+                        data.extend(attempts.token.as_bytes());
+                        let sum = checksum(&data);
+                        data[2..4].copy_from_slice(&sum);
+                        let packet = Packet {
+                            protocol: 1,
+                            to: quoted.into(),
+                            data,
+                            ..datagram(attempts, wire)
+                        };
+                        sent(attempts, format!("{what}, about {about}"), wire.send(&packet));
+                    }
+                }
+            });
+        },
+        honest,
+    )
+    .at_most(OWED)
     .raw(),
     Case::new(
         "F06",

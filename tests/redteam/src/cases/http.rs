@@ -159,7 +159,8 @@ pub(super) const CASES: &[Case] = &[
         |attempts| {
             good(attempts, |token, host| {
                 format!(
-                    "POST /{token} HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n1\r\nx\r\n0\r\n\r\n"
+                    "POST /{token} HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n\
+                     1\r\nx\r\n0\r\n\r\n"
                 )
             });
         },
@@ -253,7 +254,8 @@ pub(super) const CASES: &[Case] = &[
                     &format!("an upgrade to {protocol} for {evil}"),
                     |token| {
                         format!(
-                            "GET /{token} HTTP/1.1\r\nHost: {evil}\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: {protocol}\r\n\
+                            "GET /{token} HTTP/1.1\r\nHost: {evil}\r\nUpgrade: {protocol}\r\n\
+                             Connection: Upgrade, HTTP2-Settings\r\n\
                          HTTP2-Settings: AAMAAABkAAQAAP__\r\nSec-WebSocket-Version: 13\r\n\
                          Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
                         )

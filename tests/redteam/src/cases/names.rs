@@ -74,7 +74,7 @@ pub(super) const CASES: &[Case] = &[
     Case::new(
         "D03",
         [
-            "names that only look allowed: the zone itself, with letters before it, with more behind it, without dots between",
+            "names that only look allowed: with letters before the zone, with more behind it, without dots between",
             "refused, and never asked outside",
             "a name below the zone, in letters of either case",
         ],
@@ -241,14 +241,20 @@ pub(super) const CASES: &[Case] = &[
     Case::new(
         "D07",
         [
-            "a hundred different names under an allowed zone: a tunnel",
+            "a hundred different names under an allowed zone, by UDP and TCP, for both families: a tunnel",
             "after some of them no more are asked outside",
             "a single name there",
         ],
         |attempts| {
             for index in 0..MANY {
                 let name = format!("{}{index:04}.{}", attempts.token, attempts.world.budget);
-                let outcome = attempts.resolve(&name);
+                let kind = if index % 2 == 0 { A } else { AAAA };
+                let (server, message) = (attempts.resolver(), question(name.as_bytes(), kind));
+                let outcome = if index % 3 == 0 {
+                    attempts.dns_by_tcp(server, &message)
+                } else {
+                    attempts.dns(server, &message)
+                };
                 attempts.note(format!("name {index}"), &Wanted::Anything, outcome);
             }
         },

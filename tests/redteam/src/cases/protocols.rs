@@ -57,7 +57,6 @@ pub(super) const CASES: &[Case] = &[
         ],
         |attempts| {
             let to = at(attempts.world.ok.address, 443);
-            // A long header: Initial, version 1; a negotiation of versions; one that is reserved to force it; a short header.
             for (what, first, version) in [
                 ("Initial", 0xc3, [0, 0, 0, 1]),
                 ("version negotiation", 0x80, [0, 0, 0, 0]),
@@ -192,7 +191,89 @@ pub(super) const CASES: &[Case] = &[
         },
         by_address,
     ),
+    Case::new(
+        "P08",
+        [
+            "sockets of families that no network namespace holds: of virtual machines, of modems, of clusters",
+            "none can be opened: they lead around every wall that is made of packets",
+            "an ordinary connection",
+        ],
+        |attempts| {
+            for (what, family, kind) in [
+                ("AF_VSOCK", 40, Type::STREAM),
+                ("AF_VSOCK", 40, Type::DGRAM),
+                ("AF_QIPCRTR", 42, Type::DGRAM),
+                ("AF_TIPC", 30, Type::DGRAM),
+                ("AF_RDS", 21, Type::SEQPACKET),
+                ("AF_BLUETOOTH", 31, Type::RAW),
+                ("AF_NFC", 39, Type::SEQPACKET),
+                ("AF_MCTP", 45, Type::DGRAM),
+            ] {
+                let started = Instant::now();
+                // Opened and closed, and spoken to nobody: what answers there is not of the world.
+                let outcome = match Socket::new(Domain::from(family), kind, None) {
+                    Ok(_) => {
+                        attempts.shown.push(format!("{OPENED}{what}"));
+                        Outcome::of(End::Answered, true, started)
+                    }
+                    Err(error) => Outcome::of_error(&error, false, started),
+                };
+                attempts.note(what, &Wanted::NoAnswer, outcome);
+            }
+        },
+        by_address,
+    )
+    .forbids(|_| vec![Trace::Told(OPENED)]),
+    Case::new(
+        "P09",
+        [
+            "the attacker's host from the very port of a conversation that is allowed, while that goes on",
+            "refused: a conversation is both of its ends",
+            "the conversation itself",
+        ],
+        |attempts| {
+            let (open, evil) = (attempts.world.open, attempts.world.evil.address);
+            let to = at(evil, DATAGRAMS);
+            let outcome = from_the_port_of(attempts, Type::DGRAM, at(open, DATAGRAMS), to);
+            attempts.note(format!("UDP {to}"), &Wanted::NoAnswer, outcome);
+            for port in [443, 8080] {
+                let to = at(evil, port);
+                let outcome = from_the_port_of(attempts, Type::STREAM, at(open, 443), to);
+                attempts.note(format!("TCP {to}"), &Wanted::NoConnection, outcome);
+            }
+        },
+        by_datagram,
+    ),
 ];
+
+/// How it is told that a socket could be opened.
+const OPENED: &str = "opened ";
+
+/// Converses where it is allowed, and then tries another receiver from the same port.
+fn from_the_port_of(attempts: &Attempts<'_>, kind: Type, allowed: SocketAddr, to: SocketAddr) -> Outcome {
+    let started = Instant::now();
+    let mut is_connected = false;
+    let mut answer = || {
+        let first = socket(attempts, kind, 0, allowed)?;
+        first.set_reuse_address(true)?;
+        first.connect_timeout(&allowed.into(), attempts.timeout())?;
+        if kind == Type::DGRAM {
+            // Without the token: it may arrive.
+            first.send(b"an allowed conversation")?;
+        }
+        let second = socket(attempts, kind, 0, to)?;
+        second.set_reuse_address(true)?;
+        second.bind(&first.local_addr()?)?;
+        second.connect_timeout(&to.into(), attempts.timeout())?;
+        is_connected = kind == Type::STREAM;
+        heard(&second, attempts.token.as_bytes(), &to.into())
+    };
+    let answer = answer();
+    Outcome {
+        connected: is_connected,
+        ..told(answer, started)
+    }
+}
 
 fn socket(attempts: &Attempts<'_>, kind: Type, protocol: i32, to: SocketAddr) -> io::Result<Socket> {
     attempts.permit(to.ip())?;
