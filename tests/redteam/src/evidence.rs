@@ -267,3 +267,6 @@ fn contains(bytes: &[u8], text: &str) -> bool {
             .windows(text.len())
             .any(|window| window.eq_ignore_ascii_case(text.as_bytes()))
 }
+
+#[cfg(test)]
+mod tests;
