@@ -8,6 +8,7 @@
 //! | [`authority`] | the certificates shown in the hosts' place |
 //! | [`leases`] | values and authorities on lease from the controller |
 //! | [`bindings`], [`inject`] | which secret goes into which request, and where |
+//! | [`doh`] | questions to name servers, which are refused |
 //! | [`near`] | the client's bytes: what was sniffed comes first |
 //! | [`request`], [`response`], [`upgrade`] | one exchange: checks, forwarding, masking, other protocols |
 //! | [`upstream`] | the connections to the server, verified |
@@ -17,6 +18,7 @@ pub mod account;
 pub mod answer;
 pub mod authority;
 pub mod bindings;
+mod doh;
 pub mod inject;
 pub mod leases;
 pub mod near;

@@ -26,6 +26,7 @@ use super::{
     account::Account,
     answer::Refusal,
     bindings::Bindings,
+    doh,
     inject::{MARKED, Misuse, Outgoing, is_marked},
     leases::Unavailable,
     response, upgrade,
@@ -98,6 +99,10 @@ async fn exchange(
         };
         Refusal::denied(decision, message)
     })?;
+    if doh::is_question(&facts.path, &parts.headers) {
+        let message = "DNS goes by the resolver of the sandbox, not by HTTPS";
+        return Err(Refusal::of(StatusCode::FORBIDDEN, Reason::DnsRefused, message));
+    }
     if !flow.world.has_room() && !flow.world.fails_open() {
         let message = "the audit has no room for more records";
         return Err(Refusal::of(

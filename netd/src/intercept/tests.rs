@@ -204,6 +204,40 @@ async fn each_request_is_judged_and_each_stream_by_its_own_authority() {
 }
 
 #[tokio::test]
+async fn a_question_to_a_name_server_goes_nowhere_whatever_the_rules_allow() {
+    let place = Place::make(open_world(vec![binding(bearer(), 1)]), echo).await;
+    let mut client = place.http2().await;
+    let question = |target: &str, header: Option<(&'static str, &'static str)>| {
+        let mut request = get(&format!("https://{NAME}{target}"));
+        if let Some((name, value)) = header {
+            request
+                .headers_mut()
+                .insert(name, HeaderValue::from_static(value));
+        }
+        request
+    };
+    for request in [
+        question("/dns-query?dns=AAABAAABAAAAAAAAA3d3dw", None),
+        question("/x", Some(("accept", "application/dns-message"))),
+        question("/x", Some(("content-type", "application/oblivious-dns-message"))),
+    ] {
+        let shown = format!("{request:?}");
+        let (status, text) = read(client.send_request(request).await.expect("an answer")).await;
+        assert_eq!(status, StatusCode::FORBIDDEN, "{shown}: {text}");
+        assert!(text.contains("dns_refused"), "{shown}: {text}");
+    }
+    assert!(
+        place.seen.lock().expect("whole").is_empty(),
+        "a question went out"
+    );
+    let request = question("/x?dns=AAAB", Some(("accept", "application/json")));
+    let (status, text) = read(client.send_request(request).await.expect("an answer")).await;
+    assert_eq!(status, StatusCode::OK, "{text}");
+    let records = place.world.records.lock().expect("whole");
+    assert_eq!(records[0].0.reason, Reason::DnsRefused);
+}
+
+#[tokio::test]
 async fn a_server_that_cannot_be_verified_gets_nothing() {
     let plan = Plan {
         bad_certificate: true,

@@ -387,3 +387,40 @@ pub(crate) fn a_placeholder_is_of_one_sandbox(promise: &Promise) {
     assert!(promise.mirror().heard_below(&path).is_empty());
     other.stop();
 }
+
+pub(crate) fn questions_to_name_servers_go_nowhere(promise: &Promise) {
+    let (sandbox, mirror) = (&promise.sandbox, promise.mirror());
+    let before = mirror.heard().len();
+    let question = "-H 'Accept: application/dns-message'";
+    for (path, options) in [
+        ("/dns-query?dns=AAABAAABAAAAAAAAA3d3dwdleGFtcGxlA2NvbQAAAQAB", ""),
+        ("/innocent", question),
+        ("/innocent", "-d x -H 'Content-Type: application/dns-message'"),
+        (
+            "/innocent",
+            "-d x -H 'Content-Type: application/oblivious-dns-message'",
+        ),
+    ] {
+        for version in ["--http1.1", "--http2"] {
+            let line = format!(
+                "curl -sS --max-time 30 {version} {options} -w '\\n%{{http_code}}' 'https://api.test{path}'"
+            );
+            let refused = sandbox.sh_ok(&line);
+            assert!(
+                refused.ends_with("403") && refused.contains("dns_refused"),
+                "{line}: {refused}"
+            );
+        }
+    }
+    assert_eq!(mirror.heard().len(), before, "a question reached the server");
+    sandbox.audited(&json!({
+        "decision": "deny", "host": "api.test", "path": "/dns-query", "reason": "dns_refused", "enforced": true,
+    }));
+    // The same path where nobody asks a question.
+    let path = fresh("innocent");
+    assert_eq!(
+        call(sandbox, CURL, &format!("https://api.test{path}"), &[]).status,
+        200
+    );
+    mirror.only(&path);
+}
