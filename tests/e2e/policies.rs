@@ -1,5 +1,8 @@
 //! Policies as tenants set them: tiers, modes, and what happens to open connections.
 
+pub(crate) mod edits;
+pub(crate) mod large;
+
 use std::time::Duration;
 
 use harness::{

@@ -131,3 +131,77 @@ pub(crate) fn the_strictest_tier_sets_the_budget(named: &Named) {
     assert_eq!(super::ask_type(&probe, "n0.wild.test", 16).rcode, Some(0));
     sandbox.stop();
 }
+
+/// `policy` in audit mode.
+fn in_audit_mode(mut policy: Value) -> Value {
+    policy["enforcement"] = json!("audit");
+    policy
+}
+
+pub(crate) fn limits_of_a_tier_in_audit_mode_are_recorded_and_refuse_nothing(named: &Named) {
+    const TXT: u16 = 16;
+    let limits = json!({ "unique_names_per_minute": 3, "types": ["A"] });
+    let names = |of: &'static str| (0..8).map(move |index| format!("{of}{index}.wild.test"));
+    let record = |sandbox: &Sandbox, fields: Value| {
+        let event = sandbox.audited(&fields);
+        assert_eq!(
+            (&event["protocol"], &event["decision"]),
+            (&json!("dns"), &json!("deny")),
+            "{event}"
+        );
+        event
+    };
+    let recorded = |sandbox: &Sandbox, reason: &str, tier: &str, enforced: bool| {
+        record(
+            sandbox,
+            json!({ "reason": reason, "tier": tier, "rule": "dns", "enforced": enforced }),
+        )
+    };
+    // The same document, alone and beneath a tier that enforces other limits: nothing is refused, all is recorded.
+    let above = named.node.register("patient");
+    above.set_egress(&super::policy(
+        &json!({ "unique_names_per_minute": 50, "types": ["A", "TXT"] }),
+    ));
+    for (organization, of) in [(&named.organization, "alone"), (&above, "beneath")] {
+        let network = in_audit_mode(super::policy(&limits));
+        let sandbox = organization.sandbox(&json!({ "network": network }));
+        let probe = named.probe(&sandbox);
+        assert_eq!(ask_all(&probe, names(of)), (8, 0));
+        for name in names(of) {
+            assert_eq!(named.asked(&name), 1, "{name}");
+        }
+        let event = recorded(&sandbox, "dns_budget", "sandbox", false);
+        let detail = event["detail"].as_str().unwrap_or_default();
+        assert!(
+            detail.contains("unique_names_per_minute is 3") && detail.contains("wild.test"),
+            "{event}"
+        );
+        let first = format!("{of}0.wild.test");
+        assert_eq!(super::ask_type(&probe, &first, TXT).rcode, Some(0));
+        let event = recorded(&sandbox, "dns_type", "sandbox", false);
+        assert_eq!(
+            (&event["host"], &event["detail"]),
+            (&json!(first), &json!("type TXT"))
+        );
+        let mut events = sandbox.audit("");
+        events.retain(|event| event["decision"] == "deny");
+        assert!(
+            events.iter().all(|event| event["enforced"] == false),
+            "{events:#?}"
+        );
+        sandbox.stop();
+    }
+    // Where a tier enforces the limit that another only records, it counts.
+    let strict = named.node.register("strict");
+    strict.set_egress(&super::policy(&limits));
+    let sandbox = strict.sandbox(&json!({ "network": in_audit_mode(super::policy(&limits)) }));
+    let probe = named.probe(&sandbox);
+    assert_eq!(ask_all(&probe, names("strict")), (3, 5));
+    recorded(&sandbox, "dns_budget", "organization", true);
+    assert_eq!(super::ask_type(&probe, "strict0.wild.test", TXT).rcode, REFUSED);
+    record(
+        &sandbox,
+        json!({ "reason": "dns_type", "host": "strict0.wild.test", "enforced": true }),
+    );
+    sandbox.stop();
+}
