@@ -23,7 +23,8 @@ pub const PINS_MAX: usize = 4096;
 /// A pair used again is written to the log again only when this much older than its last line.
 const REFRESH_STEP: u64 = 3600;
 
-/// Seconds since 1970.
+/// Seconds since the machine was started, which nobody can set. (Pins need not be known after another start: no sandbox
+/// is.)
 pub type Seconds = u64;
 
 /// The pairs of one sandbox.

@@ -13,9 +13,10 @@ use std::{
     net::{IpAddr, SocketAddr, SocketAddrV4},
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
+use nix::time::{ClockId, clock_gettime};
 use sandgate_api::{
     feed::Endpoint,
     id::{OrgId, SandboxId},
@@ -549,8 +550,8 @@ impl Drop for Admitted {
     }
 }
 
+/// The age of the machine, asleep or not. Without that clock, which every kernel has, nothing counts any more.
 fn seconds() -> Seconds {
-    SystemTime::now()
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs())
+    let age = clock_gettime(ClockId::CLOCK_BOOTTIME);
+    age.map_or(Seconds::MAX / 2, |age| Duration::from(age).as_secs())
 }

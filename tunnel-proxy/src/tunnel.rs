@@ -4,11 +4,8 @@
 use std::{
     collections::HashMap,
     fmt,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicI64, Ordering},
-    },
-    time::Duration,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 
 use jiff::Timestamp;
@@ -43,7 +40,7 @@ pub struct Tunnel {
     pub access: Access,
     /// Connections to the sandbox that may be used again, on this tunnel only.
     pub pool: Pool,
-    expires_at: AtomicI64,
+    expiry: Mutex<Expiry>,
     end: CancellationToken,
     most: usize,
     under_way: Mutex<UnderWay>,
@@ -57,6 +54,22 @@ struct UnderWay {
     entries: HashMap<u64, CancellationToken>,
 }
 
+/// One moment, by the clock on the wall and by one that nobody can set.
+#[derive(Debug, Clone, Copy)]
+pub struct Moment {
+    wall: Timestamp,
+    steady: Instant,
+}
+
+/// When a tunnel ends: when the clock on the wall says so, and after the time that it was given in any case, so that a
+/// clock that is set back does not keep it open.
+#[derive(Debug)]
+struct Expiry {
+    at: Timestamp,
+    /// None: later than can be told.
+    deadline: Option<Instant>,
+}
+
 /// Something under way on a tunnel, until it is dropped.
 pub struct Place {
     tunnel: Arc<Tunnel>,
@@ -66,6 +79,36 @@ pub struct Place {
 /// As many are under way as may be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Full;
+
+impl Moment {
+    /// This one.
+    pub fn now() -> Self {
+        Self {
+            wall: Timestamp::now(),
+            steady: Instant::now(),
+        }
+    }
+}
+
+impl Expiry {
+    fn new(at: Timestamp, now: Moment) -> Self {
+        let deadline = now.steady.checked_add(until(at, now.wall));
+        Self { at, deadline }
+    }
+
+    fn left(&self, now: Moment) -> Option<Duration> {
+        let by_wall = until(self.at, now.wall);
+        let steady = self
+            .deadline
+            .map(|deadline| deadline.saturating_duration_since(now.steady));
+        Some(steady.map_or(by_wall, |left| left.min(by_wall))).filter(|left| !left.is_zero())
+    }
+}
+
+/// Nothing when it is past.
+fn until(when: Timestamp, now: Timestamp) -> Duration {
+    Duration::try_from(when.duration_since(now)).unwrap_or(Duration::ZERO)
+}
 
 impl Tunnel {
     /// A tunnel on which at most `most` requests and connections are under way at once.
@@ -80,7 +123,7 @@ impl Tunnel {
             protocol: route.protocol,
             access: Access::try_from(&route.access)?,
             pool: Pool::default(),
-            expires_at: AtomicI64::new(route.expires_at.as_millisecond()),
+            expiry: Mutex::new(Expiry::new(route.expires_at, Moment::now())),
             end: CancellationToken::new(),
             most,
             under_way: Mutex::default(),
@@ -99,21 +142,21 @@ impl Tunnel {
 
     /// Moves the expiry.
     pub fn expire_at(&self, when: Timestamp) {
-        self.expires_at.store(when.as_millisecond(), Ordering::Relaxed);
+        let mut expiry = self.expiry();
+        // Heard again, it is still what it was: the clock may have been set since.
+        if expiry.at != when {
+            *expiry = Expiry::new(when, Moment::now());
+        }
     }
 
     /// Time until it expires; nothing when it has.
-    pub fn lives_for(&self, now: Timestamp) -> Option<Duration> {
-        let left = self.expires_at.load(Ordering::Relaxed) - now.as_millisecond();
-        u64::try_from(left)
-            .ok()
-            .filter(|left| *left > 0)
-            .map(Duration::from_millis)
+    pub fn lives_for(&self, now: Moment) -> Option<Duration> {
+        self.expiry().left(now)
     }
 
     /// Whether its time is over.
     pub fn is_expired(&self) -> bool {
-        self.lives_for(Timestamp::now()).is_none()
+        self.lives_for(Moment::now()).is_none()
     }
 
     /// Whether it lets anything through.
@@ -175,6 +218,10 @@ impl Tunnel {
         }
     }
 
+    fn expiry(&self) -> MutexGuard<'_, Expiry> {
+        self.expiry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn lock(&self) -> MutexGuard<'_, UnderWay> {
         self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -200,5 +247,61 @@ impl Drop for Place {
         if is_empty {
             self.tunnel.emptied.notify_waiters();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use jiff::SignedDuration;
+
+    use super::*;
+
+    #[test]
+    fn a_clock_that_is_set_back_gives_no_tunnel_more_time() {
+        let began = Moment::now();
+        let later = |seconds: u64, wall: i64| Moment {
+            wall: began.wall + SignedDuration::from_secs(wall),
+            steady: began.steady + Duration::from_secs(seconds),
+        };
+        let expiry = Expiry::new(began.wall + SignedDuration::from_secs(60), began);
+        assert_eq!(expiry.left(later(20, 20)), Some(Duration::from_secs(40)));
+        assert_eq!(expiry.left(later(20, -3600)), Some(Duration::from_secs(40)));
+        assert_eq!(expiry.left(later(60, -3600)), None);
+        // The clock on the wall is the one that its owner was told.
+        assert_eq!(expiry.left(later(1, 60)), None);
+        assert_eq!(expiry.left(later(30, 50)), Some(Duration::from_secs(10)));
+    }
+
+    #[test]
+    fn what_is_heard_again_begins_no_new_time() {
+        let began = Moment::now();
+        let at = began.wall + SignedDuration::from_secs(60);
+        let route = Route {
+            tunnel_id: "tunnel-1".parse().expect("an id"),
+            sandbox_id: "sandbox-0a".parse().expect("an id"),
+            port: 80,
+            protocol: TunnelProtocol::Http,
+            access: sandgate_api::tunnel::Access::Public,
+            expires_at: at,
+            local_port: None,
+        };
+        let tunnel = Tunnel::new(&route, 1).expect("a tunnel");
+        // Made while the clock was an hour ahead.
+        *tunnel.expiry() = Expiry {
+            at,
+            deadline: Some(began.steady + Duration::from_secs(5)),
+        };
+        tunnel.expire_at(at);
+        assert!(
+            tunnel
+                .lives_for(began)
+                .is_some_and(|left| left <= Duration::from_secs(5))
+        );
+        tunnel.expire_at(at + SignedDuration::from_secs(3600));
+        assert!(
+            tunnel
+                .lives_for(began)
+                .is_some_and(|left| left > Duration::from_secs(3600))
+        );
     }
 }

@@ -2,7 +2,6 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use jiff::{SignedDuration, Timestamp};
 use sandgate_api::{id::SandboxId, rest::SandboxStatus};
 
 use super::{BackendState, Service};
@@ -11,21 +10,6 @@ use crate::{
     lifecycle::{Cause, State},
     store::StoreError,
 };
-
-/// How often old records are forgotten.
-const RETENTION_INTERVAL: Duration = Duration::from_secs(600);
-
-/// How long records of egress are kept.
-const AUDIT_AGE: SignedDuration = SignedDuration::from_hours(30 * 24);
-
-/// Most records of egress that are kept.
-const AUDIT_RECORDS: u64 = 1_000_000;
-
-/// How long ended sandboxes can be looked at.
-const ENDED_AGE: SignedDuration = SignedDuration::from_hours(30 * 24);
-
-/// Records forgotten in one transaction: the writer must not be held for long.
-const RETENTION_STEP: u32 = 2_000;
 
 /// The start could not be completed.
 #[derive(Debug, thiserror::Error)]
@@ -72,37 +56,6 @@ impl Service {
             .spawn("warm pool", self.clone().fill_pool(Arc::clone(&backend)));
         self.shared.backend.send_replace(BackendState::Ready(backend));
         Ok(())
-    }
-
-    /// Forgets old records now and then, until the tasks drain.
-    pub async fn retain(self) {
-        let shutdown = self.shared.tasks.shutdown();
-        loop {
-            if let Err(error) = self.forget_old(super::now()).await {
-                tracing::error!(
-                    error = &error as &dyn std::error::Error,
-                    "old records cannot be forgotten"
-                );
-            }
-            tokio::select! {
-                () = shutdown.cancelled() => return,
-                () = tokio::time::sleep(RETENTION_INTERVAL) => {}
-            }
-        }
-    }
-
-    async fn forget_old(&self, now: Timestamp) -> Result<(), StoreError> {
-        let store = &self.shared.store;
-        let oldest = now.saturating_sub(AUDIT_AGE).unwrap_or(Timestamp::MIN);
-        let key = self.shared.ledger.key();
-        while store
-            .prune_audit(key, oldest, AUDIT_RECORDS, RETENTION_STEP)
-            .await?
-            >= u64::from(RETENTION_STEP)
-        {}
-        let ended = now.saturating_sub(ENDED_AGE).unwrap_or(Timestamp::MIN);
-        while store.prune_sandboxes(ended, RETENTION_STEP).await? >= u64::from(RETENTION_STEP) {}
-        store.prune_removals().await
     }
 }
 

@@ -20,7 +20,6 @@ use rustls::{
 };
 use sandgate_api::credential::CaLease;
 use sandgate_policy::DomainName;
-use tokio::time::Instant;
 
 /// How long a certificate is good for.
 const LIFETIME: Duration = Duration::from_secs(24 * 3600);
@@ -28,6 +27,8 @@ const LIFETIME: Duration = Duration::from_secs(24 * 3600);
 const RENEWED_AFTER: Duration = Duration::from_secs(12 * 3600);
 /// Begins a little earlier, for clocks inside that are behind.
 const BACKDATED: Duration = Duration::from_secs(3600);
+/// A clock that is set back by more makes a new one necessary, too: the old one may not be good yet.
+const SET_BACK: Duration = Duration::from_secs(1800);
 /// Certificates kept per sandbox.
 const KEPT: NonZeroUsize = NonZeroUsize::new(64).expect("not zero");
 /// Client limits of HTTP/2 apply after the handshake; these are offered in it.
@@ -40,8 +41,12 @@ pub struct Authority {
     provider: Arc<CryptoProvider>,
     /// Which one; see [`CaLease::generation`].
     pub generation: u32,
-    made: Mutex<LruCache<DomainName, (Instant, Arc<ServerConfig>)>>,
+    /// With the time at which each was made: that of the clock, by which clients judge it.
+    made: Mutex<LruCache<DomainName, (SinceEpoch, Arc<ServerConfig>)>>,
 }
+
+/// Time since 1970, as the machine's clock has it at the moment.
+type SinceEpoch = Duration;
 
 /// A certificate could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -80,23 +85,28 @@ impl Authority {
     /// # Errors
     /// When no certificate can be made for it.
     pub fn server(&self, host: &DomainName) -> Result<Arc<ServerConfig>, AuthorityError> {
-        let now = Instant::now();
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        self.server_at(host, now.unwrap_or_default())
+    }
+
+    fn server_at(&self, host: &DomainName, now: SinceEpoch) -> Result<Arc<ServerConfig>, AuthorityError> {
         let kept = {
             let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
             made.get(host).cloned()
         };
-        if let Some((since, config)) = kept
-            && now.duration_since(since) < RENEWED_AFTER
+        if let Some((made, config)) = kept
+            && now + SET_BACK >= made
+            && now < made + RENEWED_AFTER
         {
             return Ok(config);
         }
-        let config = Arc::new(self.make(host)?);
+        let config = Arc::new(self.make(host, now)?);
         let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
         made.put(host.clone(), (now, Arc::clone(&config)));
         Ok(config)
     }
 
-    fn make(&self, host: &DomainName) -> Result<ServerConfig, AuthorityError> {
+    fn make(&self, host: &DomainName, now: SinceEpoch) -> Result<ServerConfig, AuthorityError> {
         let key = KeyPair::generate()?;
         let mut params = CertificateParams::default();
         params.subject_alt_names = vec![SanType::DnsName(host.as_str().try_into()?)];
@@ -108,9 +118,6 @@ impl Authority {
         params.use_authority_key_identifier_extension = true;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
-        let now = SystemTime::now()
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .unwrap_or_default();
         let epoch = date_time_ymd(1970, 1, 1);
         params.not_before = epoch + now.saturating_sub(BACKDATED);
         params.not_after = epoch + now + LIFETIME;
@@ -127,5 +134,104 @@ impl Authority {
         config.send_tls13_tickets = 0;
         config.max_early_data_size = 0;
         Ok(config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{BasicConstraints, IsCa};
+    use rustls::{
+        ClientConfig, ClientConnection, RootCertStore, ServerConnection,
+        pki_types::{ServerName, UnixTime},
+        time_provider::TimeProvider,
+    };
+    use sandgate_api::credential::Sensitive;
+
+    use super::*;
+    use crate::intercept::provider;
+
+    const HOST: &str = "ok.test";
+
+    /// A client's clock.
+    #[derive(Debug)]
+    struct At(SinceEpoch);
+
+    impl TimeProvider for At {
+        fn current_time(&self) -> Option<UnixTime> {
+            Some(UnixTime::since_unix_epoch(self.0))
+        }
+    }
+
+    fn authority() -> (Authority, RootCertStore) {
+        let key = KeyPair::generate().expect("a key");
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        let certificate = params.self_signed(&key).expect("a certificate");
+        let lease = CaLease {
+            certificate_pem: certificate.pem(),
+            key_pem: Sensitive::new(key.serialize_pem()),
+            generation: 0,
+        };
+        let mut roots = RootCertStore::empty();
+        roots.add(certificate.der().clone()).expect("a root");
+        (Authority::new(&lease, provider()).expect("an authority"), roots)
+    }
+
+    /// Whether a client at that time takes what the server shows for the host.
+    fn trusts(roots: &RootCertStore, server: &Arc<ServerConfig>, now: SinceEpoch) -> bool {
+        let client = ClientConfig::builder_with_details(provider(), Arc::new(At(now)))
+            .with_safe_default_protocol_versions()
+            .expect("versions")
+            .with_root_certificates(roots.clone())
+            .with_no_client_auth();
+        let name = ServerName::try_from(HOST).expect("a name");
+        let mut client = ClientConnection::new(Arc::new(client), name).expect("a client");
+        let mut server = ServerConnection::new(Arc::clone(server)).expect("a server");
+        while client.is_handshaking() {
+            let mut said = Vec::new();
+            client.write_tls(&mut said).expect("written");
+            server.read_tls(&mut said.as_slice()).expect("read");
+            server.process_new_packets().expect("a greeting");
+            let mut said = Vec::new();
+            while server.wants_write() {
+                server.write_tls(&mut said).expect("written");
+            }
+            client.read_tls(&mut said.as_slice()).expect("read");
+            if client.process_new_packets().is_err() {
+                return false;
+            }
+        }
+        true
+    }
+
+    #[test]
+    fn whatever_becomes_of_the_clock_clients_that_have_it_take_the_certificate() {
+        let (authority, roots) = authority();
+        let host = DomainName::parse(HOST).expect("a name");
+        let hours = |hours: u64| Duration::from_secs(hours * 3600);
+        let start = hours(500_000);
+        let mut last: Option<Arc<ServerConfig>> = None;
+        for (now, is_kept) in [
+            (start, false),
+            (start + hours(11), true),
+            (start - Duration::from_secs(1200), true),
+            (start + hours(12), false),
+            // Set ahead by a month, and back by a year.
+            (start + hours(750), false),
+            (start - hours(9_000), false),
+            (start - hours(8_999), true),
+            (start, false),
+        ] {
+            let server = authority.server_at(&host, now).expect("a certificate");
+            assert!(trusts(&roots, &server, now), "{now:?}");
+            let is_same = last.is_some_and(|last| Arc::ptr_eq(&last, &server));
+            assert_eq!(is_same, is_kept, "{now:?}");
+            last = Some(server);
+        }
+        let server = last.expect("the last one");
+        assert!(
+            !trusts(&roots, &server, start + hours(750)),
+            "the test sees no difference"
+        );
     }
 }

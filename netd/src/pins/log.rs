@@ -10,7 +10,7 @@ use std::{
 
 use sandgate_policy::DomainName;
 
-use super::{PINS_MAX, Pins, Seconds, room::Room};
+use super::{PIN_LIFETIME, PINS_MAX, Pins, Seconds, room::Room};
 
 /// Lines after which the log is written anew.
 const LINES_MAX: usize = 4 * PINS_MAX;
@@ -26,7 +26,8 @@ pub struct PinLog {
 }
 
 impl PinLog {
-    /// Opens the log at `path`, or begins it, and returns the pairs that have not ended, as far as there is room for them.
+    /// Opens the log at `path`, or begins it, and returns the pairs that have not ended, as far as there is room for
+    /// them. None ends later than one that is pinned now, whatever clock its line was written by.
     ///
     /// # Errors
     /// When there is one that cannot be read.
@@ -37,9 +38,10 @@ impl PinLog {
             Err(error) => return Err(error),
         };
         let mut pins = Pins::within(room);
+        let latest = now + PIN_LIFETIME.as_secs();
         for (name, address, ends) in text.lines().filter_map(read_line) {
             if ends > now {
-                pins.pin_until(&name, address, ends);
+                pins.pin_until(&name, address, ends.min(latest));
             }
         }
         let mut log = Self {
@@ -166,6 +168,23 @@ mod tests {
             .map(|(name, _, ends)| (name.as_str().to_owned(), ends))
             .collect();
         assert_eq!(kept, [("a.test".to_owned(), 100), ("b.test".to_owned(), 200)]);
+    }
+
+    #[test]
+    fn what_another_clock_wrote_lives_no_longer_than_what_is_pinned_now() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("sandbox-1");
+        let (mut log, mut pins) = PinLog::open(&path, 0, &Room::default()).expect("opened");
+        // Seconds since 1970, and a day.
+        pin(&mut log, &mut pins, "a.test", 1, 1_800_086_400);
+        pin(&mut log, &mut pins, "b.test", 2, 2_000);
+        let day = PIN_LIFETIME.as_secs();
+        let (_, mut pins) = PinLog::open(&path, 1_000, &Room::default()).expect("opened");
+        let ends: Vec<Seconds> = pins.iter().map(|(_, _, ends)| ends).collect();
+        assert_eq!(ends, [1_000 + day, 2_000]);
+        assert_eq!(pins.sweep(1_000 + day, |_| true).len(), 2);
+        let (_, pins) = PinLog::open(&path, 1_001 + day, &Room::default()).expect("opened");
+        assert!(pins.is_empty(), "the log still has the end of the other clock");
     }
 
     #[test]
