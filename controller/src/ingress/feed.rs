@@ -59,6 +59,7 @@ async fn follow(State(context): State<Context>, Query(position): Query<Position>
     let follower = Follower {
         revision: context.store.watch_revision(),
         position: Point::Start(position.since),
+        told: 0,
         _connected: Connected::new(context.link.clone()),
         context,
     };
@@ -98,6 +99,8 @@ struct Follower {
     context: Context,
     revision: watch::Receiver<Revision>,
     position: Point,
+    /// The revision of the last frame.
+    told: Revision,
     _connected: Connected,
 }
 
@@ -115,7 +118,7 @@ impl Follower {
                         changed = self.revision.wait_for(|revision| *revision > sent) => {
                             changed.ok()?;
                         }
-                        () = &mut heartbeat => return line(&TunnelFrame::Heartbeat { revision: sent }),
+                        () = &mut heartbeat => return line(&beat(&mut self.told, sent)),
                     }
                     (Some(sent), false)
                 }
@@ -133,9 +136,23 @@ impl Follower {
             self.position = Point::After(change.revision);
             // Most revisions are about sandboxes. The first frame goes out in any case, and is acknowledged.
             if starts || !says_nothing(&change.frame) {
+                self.told = change.revision;
                 return line(&change.frame);
             }
         }
+    }
+}
+
+/// After revisions that are none of its business, tunnel-proxy hears with the heartbeat that it has missed nothing.
+/// `told`: the revision of the last frame.
+fn beat(told: &mut Revision, revision: Revision) -> TunnelFrame {
+    if std::mem::replace(told, revision) == revision {
+        return TunnelFrame::Heartbeat { revision };
+    }
+    TunnelFrame::Delta {
+        revision,
+        upserts: Vec::new(),
+        removed: Vec::new(),
     }
 }
 

@@ -235,11 +235,13 @@ async fn tunnel_proxy_hears_of_every_tunnel_and_of_nothing_else() {
 
     // A revision that is about a sandbox alone is none of its business.
     let policy = sandgate_policy::Policy::parse(&serde_json::json!({"mode": "deny_all"})).expect("a policy");
-    world
-        .store
-        .set_organization_policy(&world.org, &policy, None, Timestamp::now())
-        .await
-        .expect("set");
+    let change = || async {
+        let set = world
+            .store
+            .set_organization_policy(&world.org, &policy, None, Timestamp::now());
+        set.await.expect("set").stored.revision
+    };
+    change().await;
     let (closed, _) = world
         .store
         .close_tunnel(&world.org, &one)
@@ -254,7 +256,20 @@ async fn tunnel_proxy_hears_of_every_tunnel_and_of_nothing_else() {
             removed: vec![one]
         }
     );
-    assert!(matches!(follower.frame().await, TunnelFrame::Heartbeat { .. }));
+    assert_eq!(
+        follower.frame().await,
+        TunnelFrame::Heartbeat { revision: closed }
+    );
+    // With the next sign of life it hears that it missed nothing, and has no reason to come anew.
+    let later = change().await;
+    assert_eq!(
+        follower.frame().await,
+        TunnelFrame::Delta {
+            revision: later,
+            upserts: vec![],
+            removed: vec![]
+        }
+    );
     drop(follower);
 
     // Whoever comes back up to date is told so, and can say that it is.
