@@ -13,6 +13,7 @@ mod keys;
 mod policies;
 mod pool;
 mod reconcile;
+mod retention;
 mod review;
 mod sandboxes;
 mod secrets;
