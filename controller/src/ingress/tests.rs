@@ -273,11 +273,11 @@ async fn tunnel_proxy_hears_of_every_tunnel_and_of_nothing_else() {
     drop(follower);
 
     // Whoever comes back up to date is told so, and can say that it is.
-    let mut again = world.follow(Some(closed)).await;
+    let mut again = world.follow(Some(later)).await;
     assert_eq!(
         again.frame().await,
         TunnelFrame::Delta {
-            revision: closed,
+            revision: later,
             upserts: vec![],
             removed: vec![]
         }
