@@ -403,3 +403,26 @@ async fn heads_that_cannot_be_read_are_told() {
     ));
     world.ledger.sign(now()).await.expect_err("refused");
 }
+
+#[tokio::test]
+async fn the_command_looks_at_a_database_that_is_open_and_at_one_that_is_not() {
+    let world = world().await;
+    world.record(0..4).await;
+    world.sign().await;
+    let path = world.directory.path().join("test.db");
+    let look = async || {
+        let store = Store::look_at(&path).await.expect("opened");
+        let ledger = Ledger::new(store.clone(), &installation(1), world.directory.path());
+        let found = ledger.verify(&world.org).await.expect("looked at");
+        let refused = store.insert_audit(ledger.key(), &[event(&world.org, 9)]).await;
+        assert!(refused.is_err(), "looking changes nothing");
+        store.close().await;
+        found
+    };
+    world.assert_verified(&look().await, 4);
+    world.store.close().await;
+    world.assert_verified(&look().await, 4);
+    let missing = world.directory.path().join("missing.db");
+    assert!(Store::look_at(&missing).await.is_err());
+    assert!(!missing.exists());
+}
