@@ -3,9 +3,11 @@
 
 use std::{
     fs, iter,
+    num::NonZero,
     os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
     sync::Arc,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -357,15 +359,20 @@ fn serve(tasks: &Tasks, family: Family, egress: &Arc<Egress>, resolver: &Arc<Res
     let dns_tcp = TcpListener::from_std(family.dns_tcp).context("the DNS listener")?;
     tasks.spawn("egress", Arc::clone(egress).serve(tcp));
     tasks.spawn("dns over tcp", Arc::clone(resolver).serve_tcp(dns_tcp));
-    let questions = UdpSocket::from_std(family.dns_udp).context("the DNS socket")?;
-    let answers = UdpSocket::from_std(family.dns_answers).context("the DNS answer socket")?;
-    let (resolver, end) = (Arc::clone(resolver), tasks.shutdown());
-    tasks.spawn("dns over udp", async move {
-        if let Err(error) = resolver.serve_udp(questions, answers).await {
-            tracing::error!(%error, "DNS over UDP broke; ending, so that netd is started anew");
-            end.cancel();
-        }
-    });
+    let questions = Arc::new(UdpSocket::from_std(family.dns_udp).context("the DNS socket")?);
+    let answers = Arc::new(UdpSocket::from_std(family.dns_answers).context("the DNS answer socket")?);
+    // More than one would only wake each other where there are few processors.
+    let cores = thread::available_parallelism().map_or(1, NonZero::get);
+    for _ in 0..(cores / 2).clamp(1, 4) {
+        let (questions, answers) = (Arc::clone(&questions), Arc::clone(&answers));
+        let (resolver, end) = (Arc::clone(resolver), tasks.shutdown());
+        tasks.spawn("dns over udp", async move {
+            if let Err(error) = resolver.serve_udp(questions, answers).await {
+                tracing::error!(%error, "DNS over UDP broke; ending, so that netd is started anew");
+                end.cancel();
+            }
+        });
+    }
     Ok(())
 }
 
@@ -511,7 +518,7 @@ fn lock(directory: &Path) -> Result<Flock<fs::File>> {
             Ok(lock) => return Ok(lock),
             Err((again, nix::errno::Errno::EWOULDBLOCK)) if Instant::now() < deadline => {
                 file = again;
-                std::thread::sleep(Duration::from_millis(50));
+                thread::sleep(Duration::from_millis(50));
             }
             Err((_, errno)) => {
                 return Err(anyhow!(errno)).with_context(|| format!("another netd holds {}", path.display()));

@@ -8,9 +8,11 @@
 
 pub mod budget;
 pub mod cache;
+mod datagrams;
 pub mod filter;
 pub mod found;
 pub mod message;
+mod plain;
 mod serve;
 pub mod upstream;
 
@@ -36,7 +38,7 @@ use crate::{
     audit::{Attempt, Audit, Owner},
     metrics::{Metrics, QueryEnd},
     router::GATEWAY,
-    sandbox::{Decision, PinError, Sandbox, Sandboxes},
+    sandbox::{Decision, PinError, Sandbox, Sandboxes, Version},
 };
 
 /// How long the self-test host's address may be kept.
@@ -119,7 +121,8 @@ impl Resolver {
     async fn finish(&self, sandbox: &Sandbox, waiting: Waiting) -> Reply {
         let Waiting { question, name, turn } = waiting;
         let answered = match turn.found().await {
-            Some(found) => self.give(sandbox, &question, &name, &found, found.ttl),
+            // The rules may be others by now.
+            Some(found) => self.give(sandbox, &question, (&name, None), &found, found.ttl),
             None => (question.answer(ResponseCode::ServFail), QueryEnd::Failed),
         };
         self.reply(&question, answered)
@@ -234,7 +237,10 @@ impl Resolver {
         }
         let key = (name, kind);
         match self.cache.look(&say.org_id, &key, now) {
-            Known::Answer(found, left) => Ok(self.give(sandbox, question, &key.0, &found, left)),
+            Known::Answer(found, left) => {
+                let judged = Some(say.rules);
+                Ok(self.give(sandbox, question, (&key.0, judged), &found, left))
+            }
             Known::Soon(soon) => Err((key.0, Turn::Wait(soon))),
             Known::Nothing => {
                 let spent = sandbox.dns_budget().bytes(&say.dns, &key.0, now);
@@ -253,12 +259,13 @@ impl Resolver {
         }
     }
 
-    /// The answer that `found` is for this sandbox, pinned for it. It may be kept for `ttl`.
+    /// The answer that `found` is for this sandbox, pinned for it. It may be kept for `ttl`. The name was allowed by the
+    /// rules of the version, if one is given.
     fn give(
         &self,
         sandbox: &Sandbox,
         question: &Question,
-        name: &DomainName,
+        (name, judged): (&DomainName, Option<Version>),
         found: &Found,
         ttl: Duration,
     ) -> (Answer, QueryEnd) {
@@ -273,7 +280,7 @@ impl Resolver {
             self.record(sandbox, Some(question.display_name()), decision, detail);
             return (question.answer(ResponseCode::NXDomain), QueryEnd::Rebinding);
         }
-        match sandbox.pin(name, &kept) {
+        match sandbox.pin(name, judged, &kept) {
             Ok(()) => {}
             Err(PinError::NotAllowed(decision)) => {
                 return self.refuse(sandbox, question, decision.because(Reason::DnsRefused), None);

@@ -27,7 +27,7 @@ use tracing::Span;
 
 use self::enforced::Enforced;
 pub use self::{
-    enforced::{Cut, CutReason, Facts, FirstLook, RequestFacts},
+    enforced::{Cut, CutReason, Facts, FirstLook, RequestFacts, Version},
     index::Sandboxes,
     library::Library,
     rules::{Decision, Judgement, Rules, RulesError},
@@ -136,6 +136,8 @@ pub struct NameLeave {
     pub dns_audited: Option<DnsBudget>,
     /// For whom.
     pub org_id: OrgId,
+    /// Which rules say so.
+    pub rules: Version,
 }
 
 /// An address could not be pinned.
@@ -281,6 +283,7 @@ impl Sandbox {
             dns: rules.dns(),
             dns_audited: rules.dns_audited(),
             org_id: rules.org_id().clone(),
+            rules: state.enforced.version(),
         }
     }
 
@@ -325,15 +328,23 @@ impl Sandbox {
         }
     }
 
-    /// Remembers that `name` is about to be answered with `addresses`.
+    /// Remembers that `name` is about to be answered with `addresses`. Rules of the version allowed it, if one is given:
+    /// they need not be asked again while they are in force.
     ///
     /// # Errors
     /// When the name is no longer allowed, or an address could not be made usable; the answer must not go out.
-    pub fn pin(&self, name: &DomainName, addresses: &[IpAddr]) -> Result<(), PinError> {
+    pub fn pin(
+        &self,
+        name: &DomainName,
+        allowed_by: Option<Version>,
+        addresses: &[IpAddr],
+    ) -> Result<(), PinError> {
         let mut state = self.lock();
-        let decision = state.enforced.rules().judge_name(name);
-        if !decision.is_allowed() || state.enforced.is_closed() {
-            return Err(PinError::NotAllowed(decision));
+        if allowed_by != Some(state.enforced.version()) || state.enforced.is_closed() {
+            let decision = state.enforced.rules().judge_name(name);
+            if !decision.is_allowed() || state.enforced.is_closed() {
+                return Err(PinError::NotAllowed(decision));
+            }
         }
         state.pin(&self.datapath, self.handle, name, addresses, seconds())
     }

@@ -132,11 +132,11 @@ impl Budget {
             return Err(self.refuse(name, Limit::Name, now));
         }
         let hash = self.hasher.hash_one(text);
-        let zone = self.hasher.hash_one((name.zone(), "zone"));
-        let window = self.window(now);
-        if window.names.contains(&hash) {
+        if self.window(now).names.contains(&hash) {
             return Ok(());
         }
+        let zone = self.hasher.hash_one((name.zone(), "zone"));
+        let window = self.window(now);
         let names_max = NAMES_MAX.max(usize::try_from(limits.unique_names_per_minute).unwrap_or(NAMES_MAX));
         let spent = window.zones.get(&zone).copied();
         let limit = if spent.is_some_and(|spent| spent.names >= limits.unique_names_per_minute) {

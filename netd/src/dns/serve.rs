@@ -1,25 +1,19 @@
-//! The loops that take questions from sandboxes, over UDP and TCP, and their limits per sandbox. An answer
-//! leaves from the address that was asked, whichever that was.
+//! The loops that take questions from sandboxes, over UDP and TCP, and their limits per sandbox.
 
-use std::{
-    io::{self, IoSlice, IoSliceMut},
-    net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6},
-    os::fd::AsRawFd as _,
-    sync::Arc,
-    time::Duration,
-};
+use std::{io, net::IpAddr, sync::Arc, time::Duration};
 
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
-use nix::sys::socket::{
-    ControlMessage, ControlMessageOwned, MsgFlags, SockaddrIn, SockaddrIn6, SockaddrStorage, recvmsg, sendmsg,
-};
 use tokio::{
     io::{AsyncWriteExt as _, Interest},
     net::{TcpListener, TcpStream, UdpSocket},
 };
 use tokio_util::codec::LengthDelimitedCodec;
 
-use super::{Reply, Resolver, Step, message::QUERY_MAX};
+use super::{
+    Reply, Resolver, Step,
+    datagrams::{self, Buffers, Way},
+    message::QUERY_MAX,
+};
 use crate::sandbox::Sandbox;
 
 /// How long a DNS connection may say nothing, or not take what it is told (RFC 7766, 6.2.3).
@@ -29,17 +23,8 @@ const STREAM_QUESTIONS: usize = 1000;
 /// Questions of one connection that are being answered at once; more are read when some are answered.
 const STREAM_OPEN: usize = 16;
 const PAUSE: Duration = Duration::from_millis(20);
-/// Packets taken before other tasks get their turn.
-const BURST: usize = 64;
-
-/// Who asked, and what address it was that they asked.
-#[derive(Debug, Clone, Copy)]
-struct Way {
-    from: SocketAddr,
-    asked: IpAddr,
-    /// The sandbox's interface: a link-local address is asked by way of it, and means nothing without it.
-    interface: u32,
-}
+/// Calls that take packets before other tasks get their turn.
+const BURST: usize = 8;
 
 impl Resolver {
     /// Answers questions over UDP until the program ends. `answers` is bound to port 53, of the same family, and may
@@ -47,19 +32,30 @@ impl Resolver {
     ///
     /// # Errors
     /// When a socket cannot be watched.
-    pub async fn serve_udp(self: Arc<Self>, questions: UdpSocket, answers: UdpSocket) -> io::Result<()> {
-        let answers = Arc::new(answers);
+    pub async fn serve_udp(
+        self: Arc<Self>,
+        questions: Arc<UdpSocket>,
+        answers: Arc<UdpSocket>,
+    ) -> io::Result<()> {
         let end = self.tasks.shutdown();
-        let mut buffer = [0; QUERY_MAX + 1];
+        let mut buffers = Buffers::new();
         loop {
             tokio::select! {
                 ready = questions.readable() => ready?,
                 () = end.cancelled() => return Ok(()),
             }
             for _ in 0..BURST {
-                match questions.try_io(Interest::READABLE, || receive(&questions, &mut buffer)) {
-                    Ok((length, Some(way))) => self.take(&buffer[..length], way, &answers),
-                    Ok((_, None)) => {}
+                let received = questions.try_io(Interest::READABLE, || {
+                    datagrams::receive(&questions, &mut buffers)
+                });
+                match received {
+                    Ok(received) => {
+                        let all = received.into_iter().enumerate();
+                        let replies = all.filter_map(|(index, (length, way))| {
+                            self.take(buffers.get(index, length), way?, &answers)
+                        });
+                        try_answer(&answers, &replies.collect::<Vec<_>>());
+                    }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                     Err(error) => {
                         tracing::warn!(%error, "cannot receive a DNS question");
@@ -72,20 +68,20 @@ impl Resolver {
         }
     }
 
-    fn take(self: &Arc<Self>, packet: &[u8], way: Way, answers: &Arc<UdpSocket>) {
+    /// Works on a packet. Gives the answer that can be sent at once.
+    fn take(self: &Arc<Self>, packet: &[u8], way: Way, answers: &Arc<UdpSocket>) -> Option<(Vec<u8>, Way)> {
         // The kernel has checked the source against the interface: it names the sandbox.
-        let Some(sandbox) = self.sandbox_at(way.from.ip()) else {
-            return;
-        };
+        let sandbox = self.sandbox_at(way.from.ip())?;
         let way = Way {
             interface: sandbox.endpoint.ifindex,
             ..way
         };
         let Ok(permit) = Arc::clone(&sandbox.limits.queries).try_acquire_owned() else {
-            return try_answer(answers, self.over_limit(&sandbox, packet), way);
+            let reply = self.over_limit(&sandbox, packet);
+            return reply.into_bytes(None).map(|bytes| (bytes, way));
         };
         let waiting = match self.begin(&sandbox, packet) {
-            Step::Done(reply) => return try_answer(answers, reply, way),
+            Step::Done(reply) => return reply.into_bytes(None).map(|bytes| (bytes, way)),
             Step::Wait(waiting) => waiting,
         };
         let (resolver, answers) = (Arc::clone(self), Arc::clone(answers));
@@ -97,12 +93,13 @@ impl Resolver {
                     return;
                 };
                 let sent = answers
-                    .async_io(Interest::WRITABLE, || send(&answers, &bytes, way))
+                    .async_io(Interest::WRITABLE, || datagrams::send(&answers, &bytes, way))
                     .await;
                 if let Err(error) = sent {
                     tracing::debug!(%error, "cannot send a DNS answer");
                 }
             });
+        None
     }
 
     /// Answers questions over TCP until the program ends.
@@ -207,80 +204,13 @@ impl Reply {
 }
 
 /// Sends what can be sent at once: a sandbox whose answers find no room asks again.
-fn try_answer(socket: &UdpSocket, reply: Reply, way: Way) {
-    if let Some(bytes) = reply.into_bytes(None)
-        && let Err(error) = socket.try_io(Interest::WRITABLE, || send(socket, &bytes, way))
-    {
-        tracing::debug!(%error, "cannot send a DNS answer");
+fn try_answer(socket: &UdpSocket, mut answers: &[(Vec<u8>, Way)]) {
+    while !answers.is_empty() {
+        let sent = socket.try_io(Interest::WRITABLE, || datagrams::send_some(socket, answers));
+        let done = sent.unwrap_or_else(|error| {
+            tracing::debug!(%error, "cannot send a DNS answer");
+            1
+        });
+        answers = answers.get(done.max(1)..).unwrap_or_default();
     }
-}
-
-/// Takes one datagram, with the address it was sent to. No way when it came without one.
-fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<(usize, Option<Way>)> {
-    let mut control = nix::cmsg_space!(libc::sockaddr_in6);
-    let mut parts = [IoSliceMut::new(buffer)];
-    let received = recvmsg::<SockaddrStorage>(
-        socket.as_raw_fd(),
-        &mut parts,
-        Some(&mut control),
-        MsgFlags::MSG_DONTWAIT,
-    )?;
-    let asked = received.cmsgs()?.find_map(|message| match message {
-        ControlMessageOwned::Ipv4OrigDstAddr(address) => Some(IpAddr::V4(SockaddrIn::from(address).ip())),
-        ControlMessageOwned::Ipv6OrigDstAddr(address) => Some(IpAddr::V6(SockaddrIn6::from(address).ip())),
-        _ => None,
-    });
-    let from = received.address.and_then(|address| {
-        let v4 = address
-            .as_sockaddr_in()
-            .map(|v4| SocketAddr::V4(SocketAddrV4::from(*v4)));
-        v4.or_else(|| {
-            address
-                .as_sockaddr_in6()
-                .map(|v6| SocketAddr::V6(SocketAddrV6::from(*v6)))
-        })
-    });
-    let way = from.zip(asked).map(|(from, asked)| Way {
-        from,
-        asked,
-        interface: 0,
-    });
-    Ok((received.bytes, way))
-}
-
-/// Sends an answer from the address that was asked.
-fn send(socket: &UdpSocket, bytes: &[u8], way: Way) -> io::Result<()> {
-    let parts = [IoSlice::new(bytes)];
-    let to = SockaddrStorage::from(way.from);
-    let from4;
-    let from6;
-    let control = match way.asked {
-        IpAddr::V4(asked) => {
-            from4 = libc::in_pktinfo {
-                ipi_ifindex: 0,
-                ipi_spec_dst: libc::in_addr {
-                    s_addr: u32::from(asked).to_be(),
-                },
-                ipi_addr: libc::in_addr { s_addr: 0 },
-            };
-            ControlMessage::Ipv4PacketInfo(&from4)
-        }
-        IpAddr::V6(asked) => {
-            from6 = libc::in6_pktinfo {
-                ipi6_ifindex: way.interface,
-                ipi6_addr: libc::in6_addr {
-                    s6_addr: asked.octets(),
-                },
-            };
-            ControlMessage::Ipv6PacketInfo(&from6)
-        }
-    };
-    sendmsg(
-        socket.as_raw_fd(),
-        &parts,
-        &[control],
-        MsgFlags::MSG_DONTWAIT,
-        Some(&to),
-    )?;
-    Ok(())
 }

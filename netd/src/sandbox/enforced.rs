@@ -90,8 +90,13 @@ impl Cut {
     }
 }
 
+/// Which of the rules that a sandbox has had.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Version(u64);
+
 pub(super) struct Enforced {
     rules: Rules,
+    version: Version,
     pins: Pins,
     live: HashMap<u64, Live>,
     next: u64,
@@ -125,6 +130,7 @@ impl Enforced {
     pub(super) fn new(rules: Rules, pins: Pins) -> Self {
         Self {
             rules,
+            version: Version(0),
             pins,
             live: HashMap::new(),
             next: 0,
@@ -134,6 +140,11 @@ impl Enforced {
 
     pub(super) fn rules(&self) -> &Rules {
         &self.rules
+    }
+
+    /// Another one as soon as others are in force.
+    pub(super) fn version(&self) -> Version {
+        self.version
     }
 
     pub(super) fn rules_mut(&mut self) -> &mut Rules {
@@ -234,6 +245,7 @@ impl Enforced {
 
     pub(super) fn replace(&mut self, rules: Rules, now: Seconds) -> Replaced {
         self.rules = rules;
+        self.version.0 += 1;
         let rules = &self.rules;
         let unbound = self.pins.sweep(now, |name| rules.judge_name(name).is_allowed());
         let mut cut = Vec::new();

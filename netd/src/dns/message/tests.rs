@@ -240,3 +240,108 @@ proptest! {
         }
     }
 }
+
+/// A query as clients send it, with some bytes changed.
+fn packets() -> impl Strategy<Value = Vec<u8>> {
+    let label = proptest::collection::vec(any::<u8>(), 1..12);
+    let plain = "[a-zA-Z0-9_-]{1,9}".prop_map(String::into_bytes);
+    let labels = proptest::collection::vec(prop_oneof![4 => plain, 1 => label], 0..5);
+    let kind = prop_oneof![Just(1_u16), Just(28), Just(16), Just(65), any::<u16>()];
+    let opt = proptest::option::of((any::<u16>(), any::<bool>()));
+    let changes = proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 0..3);
+    let head = (any::<u16>(), any::<bool>());
+    (head, labels, kind, opt, changes, 0_usize..40).prop_map(|(head, labels, kind, opt, changes, cut)| {
+        let ((id, desired), mut bytes) = (head, Vec::new());
+        bytes.extend(id.to_be_bytes());
+        bytes.extend([u8::from(desired), 0, 0, 1, 0, 0, 0, 0, 0, u8::from(opt.is_some())]);
+        for label in labels {
+            bytes.push(u8::try_from(label.len()).expect("short"));
+            bytes.extend(label);
+        }
+        bytes.push(0);
+        bytes.extend(kind.to_be_bytes());
+        bytes.extend([0, 1]);
+        if let Some((payload, has_option)) = opt {
+            bytes.extend([0, 0, 41]);
+            bytes.extend(payload.to_be_bytes());
+            bytes.extend([0; 4]);
+            bytes.extend(if has_option {
+                &[0, 6, 0, 10, 0, 2, 7, 7][..]
+            } else {
+                &[0, 0]
+            });
+        }
+        for (place, byte) in changes {
+            let place = place.index(bytes.len());
+            bytes[place] = byte;
+        }
+        // Seldom.
+        bytes.truncate(bytes.len() - cut.saturating_sub(35));
+        bytes
+    })
+}
+
+fn addresses_of(answer: &Message) -> Vec<(RecordType, u32, Option<IpAddr>)> {
+    let of = |record: &Record| {
+        (
+            record.record_type(),
+            record.ttl,
+            crate::dns::found::address(&record.data),
+        )
+    };
+    answer.answers.iter().map(of).collect()
+}
+
+proptest! {
+    #[test]
+    fn what_is_read_byte_by_byte_means_what_the_library_reads(packet in packets()) {
+        let plain = plain::read(&packet).map(Question::from);
+        if let Some(plain) = plain {
+            match read_any(&packet) {
+                Received::Question(question) => {
+                    let text = (plain.name(), plain.display_name());
+                    prop_assert_eq!(text, (question.name(), question.display_name()));
+                    prop_assert_eq!(plain, question);
+                }
+                other => return Err(TestCaseError::fail(format!("{other:?} is {plain:?}"))),
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_written_byte_by_byte_is_what_the_library_writes(
+        labels in proptest::collection::vec("[a-zA-Z0-9]{1,20}", 1..6), edns in any::<bool>(), exists in any::<bool>(),
+        four in any::<bool>(), numbers in proptest::collection::vec(any::<u32>(), 0..90), ttl in 0_u64..60,
+        limit in 512_usize..1232,
+    ) {
+        let kind = if four { RecordType::A } else { RecordType::AAAA };
+        let mut asked = query(&format!("{}.", labels.join(".")), kind);
+        if edns {
+            asked.set_edns(super::edns());
+        }
+        let question = question(&asked);
+        let address = |number: &u32| -> IpAddr {
+            if four { number.to_be_bytes().into() } else { std::net::Ipv6Addr::from(u128::from(*number) << 64).into() }
+        };
+        let ttl = Duration::from_secs(ttl);
+        let found = Found { exists, ..Found::addresses_of(numbers.iter().map(address), ttl) };
+        let plain = question.found(&found, ttl, |_| true).encode(limit).expect("written");
+        prop_assert!(plain.len() <= limit);
+        let mut message = question.response(if exists { ResponseCode::NoError } else { ResponseCode::NXDomain });
+        for data in &found.records {
+            let seconds = u32::try_from(ttl.as_secs()).expect("few");
+            message.add_answer(Record::from_rdata(asked.queries[0].name().clone(), seconds, data.clone()));
+        }
+        let whole = message.to_vec().expect("written");
+        if whole.len() <= limit {
+            prop_assert_eq!(&plain, &whole);
+        } else {
+            let read = Message::from_vec(&plain).expect("a message");
+            prop_assert!(read.metadata.truncation);
+            let kept = addresses_of(&read);
+            prop_assert_eq!(&kept[..], &addresses_of(&message)[..kept.len()]);
+            let one_more = if four { 16 } else { 28 };
+            prop_assert!(plain.len() + one_more > limit, "as many as fit");
+        }
+    }
+}
