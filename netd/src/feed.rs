@@ -118,6 +118,7 @@ impl Feed {
                     is_new
                 });
             }
+            drop(line);
             enforcer.tidy();
         }
     }

@@ -20,6 +20,7 @@ pub mod feed;
 pub mod guard;
 pub mod intercept;
 pub mod kernel;
+pub mod memory;
 pub mod metrics;
 pub mod node;
 pub mod nodeaddr;

@@ -31,6 +31,8 @@ const ANSWER_TIME: Duration = Duration::from_secs(5);
 const LEASE_TIME: Duration = Duration::from_secs(3);
 /// Longest frame, in bytes: a snapshot of thousands of sandboxes.
 const FRAME_MAX: usize = 256 << 20;
+/// Room for the frames to come that is kept after a longer one.
+const KEPT: usize = 1 << 20;
 /// Longest answer to a call.
 const ANSWER_MAX: usize = 64 << 10;
 
@@ -246,6 +248,9 @@ impl Frames {
             if let Some(end) = self.buffer[self.seen..].iter().position(|byte| *byte == b'\n') {
                 let line = self.buffer.split_to(self.seen + end + 1);
                 self.seen = 0;
+                if self.buffer.is_empty() && line.len() > KEPT {
+                    self.buffer = BytesMut::new();
+                }
                 if line.trim_ascii().is_empty() {
                     continue;
                 }

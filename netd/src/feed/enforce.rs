@@ -20,6 +20,7 @@ use sandgate_policy::{Platform, PolicyError};
 use super::StateFile;
 use crate::{
     kernel::{Datapath, DatapathError, EndpointHandle},
+    memory,
     node::{self, Change, Desired},
     pins::{log::PinLog, room::Room},
     sandbox::{CutReason, Library, PinError, Rules, RulesError, Sandbox, Sandboxes},
@@ -53,6 +54,8 @@ pub struct Enforcer {
     is_unsaved: bool,
     /// The file tells of sandboxes that are gone.
     remembers_ended: bool,
+    /// What nobody needs any more is still to be given back.
+    has_changed: bool,
 }
 
 /// One sandbox could not be enforced as asked.
@@ -99,6 +102,7 @@ impl Enforcer {
             has_old_pins: true,
             is_unsaved: false,
             remembers_ended: false,
+            has_changed: false,
         }
     }
 
@@ -134,12 +138,14 @@ impl Enforcer {
             self.desired = Desired::default().after(snapshot);
         }
         self.converge().await;
+        memory::give_back();
         Ok(())
     }
 
     /// Puts a frame in force, whose line is as it came.
     pub async fn apply(&mut self, mut frame: FeedFrame, line: &[u8]) {
         let is_delta = matches!(frame, FeedFrame::Delta { .. });
+        self.has_changed = true;
         self.remembers_ended |= matches!(&frame, FeedFrame::Delta { removed, .. } if !removed.is_empty());
         self.library.share_documents(&mut frame);
         self.desired = std::mem::take(&mut self.desired).after(frame);
@@ -160,13 +166,16 @@ impl Enforcer {
         }
     }
 
-    /// Tries again what failed.
+    /// Tries again what failed, and does what has time until nothing else happens.
     pub async fn retry(&mut self) {
         if !self.failed.is_empty() {
             self.converge().await;
         }
         if self.is_unsaved {
             self.save();
+        }
+        if std::mem::take(&mut self.has_changed) {
+            memory::give_back();
         }
     }
 

@@ -91,7 +91,10 @@ fn rules(fields: &Fields<'_>) -> Result<Vec<Arc<Rule>>, PolicyError> {
             }
         }
     }
-    Ok(rules.into_iter().map(Arc::new).collect())
+    // Not collected, which would keep the room of the whole rules for their places.
+    let mut shared = Vec::with_capacity(rules.len());
+    shared.extend(rules.into_iter().map(Arc::new));
+    Ok(shared)
 }
 
 fn rule(path: String, value: &Value) -> Result<Rule, PolicyError> {

@@ -52,6 +52,8 @@ impl AddressIndex {
                 last.end += 1;
             }
         }
+        index.prefixes.shrink_to_fit();
+        index.rules.shrink_to_fit();
         index
     }
 
