@@ -47,7 +47,7 @@ soak: ## make, attack and end SOAK_CYCLES sandboxes (10000) while programs are k
 redteam: ## attack a sandbox from inside and print the scorecard (REDTEAM_ADAPTER=file: another system's, see tests/redteam)
 	@deploy/setup.sh --tests
 	@deploy/build.sh
-	REDTEAM_OUT=$(TARGET_DIR)/redteam REDTEAM_ADAPTER=$(REDTEAM_ADAPTER) REQUIRE_ROOT=1 SANDGATE_BIN_DIR=$(BIN_DIR) \
+	REDTEAM_OUT=$(TARGET_DIR)/redteam REDTEAM_ADAPTER=$(abspath $(REDTEAM_ADAPTER)) REQUIRE_ROOT=1 SANDGATE_BIN_DIR=$(BIN_DIR) \
 	  cargo test $(CARGO_FLAGS) -p sandgate-tests --test redteam -- redteam:: $(ARGS)
 
 bench: ## measure, beside peers, and write tests/bench/RESULTS.md (ARGS="exec splice": only these)

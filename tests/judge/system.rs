@@ -176,6 +176,7 @@ pub(crate) struct Adapter {
     world: Arc<World>,
     environment: Vec<(String, OsString)>,
     has_root: bool,
+    neighbour: Option<SocketAddr>,
 }
 
 impl Adapter {
@@ -200,9 +201,15 @@ impl Adapter {
             world: Arc::clone(&around.world),
             environment,
             has_root: false,
+            neighbour: None,
         };
         adapter.call("start", &[])?;
         adapter.has_root = adapter.call("has-root", &[]).is_ok();
+        let neighbour = adapter.call("neighbour", &[]).unwrap_or_default();
+        if !neighbour.trim().is_empty() {
+            let address = neighbour.trim().parse();
+            adapter.neighbour = Some(address.with_context(|| format!("neighbour: {neighbour}"))?);
+        }
         Ok(adapter)
     }
 
@@ -244,6 +251,18 @@ impl System for Adapter {
 
     fn run_as_root(&self, arguments: &[&str]) -> Result<String> {
         self.call("exec-root", arguments)
+    }
+
+    fn neighbour(&self) -> Option<SocketAddr> {
+        self.neighbour
+    }
+
+    fn visits_of_neighbour(&self) -> usize {
+        if self.neighbour.is_none() {
+            return 0;
+        }
+        let visits = self.call("visits", &[]).expect("the adapter counts visits");
+        visits.trim().parse().expect("a number of visits")
     }
 }
 
