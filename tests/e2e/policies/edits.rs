@@ -65,6 +65,15 @@ impl<'a> Place<'a> {
         }
     }
 
+    /// The policy once it is in force, which may be later than the answer to the change.
+    #[track_caller]
+    fn wait_applied(&self) -> Value {
+        wait::until("the last change is in force", CUT, || {
+            let (_, shown) = self.read();
+            (shown["applied"] == true).then_some(shown)
+        })
+    }
+
     #[track_caller]
     fn names(&self) -> Value {
         let (_, mut shown) = self.read();
@@ -151,6 +160,7 @@ pub(crate) fn whoever_read_an_old_policy_is_told_so(machine: &Machine) {
             place.path
         );
         assert_eq!(place.names(), json!(["ok.test"]), "{}", place.path);
+        place.wait_applied();
         // What the sandbox may is what the last accepted change says.
         probe
             .try_one(&probe::https("ok.test", "ok.test"))
@@ -227,11 +237,7 @@ pub(crate) fn of_changes_at_once_none_is_lost(machine: &Machine) {
         // Every change has a revision of its own, and nothing of any was taken back by another.
         let different: BTreeSet<&String> = revisions.iter().chain([&empty]).collect();
         assert_eq!(different.len(), (EDITORS + 2) * NAMES + 1, "{revisions:?}");
-        let stored = wait::until("the last change is in force", CUT, || {
-            let (_, shown) = place.read();
-            (shown["applied"] == true).then_some(shown)
-        });
-        let mut shown = stored.clone();
+        let mut shown = place.wait_applied();
         let policy = place.policy(&mut shown);
         let mut stored: Vec<&str> = policy["allowed_domains"]
             .as_array()
