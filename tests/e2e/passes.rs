@@ -397,7 +397,7 @@ pub(crate) fn one_that_goes_leaves_its_guard_to_one_that_stays(machine: &Passing
 }
 
 pub(crate) fn switched_off_it_leaves_the_node_alone(machine: &Passing) {
-    let annex = machine.world.annex().expect("a namespace of its own");
+    let annex = wait::within(SOON, || machine.world.annex().ok()).expect("a namespace of its own");
     let look = || {
         let shown = [["ip", "route"], ["ip", "rule"], ["nft", "list ruleset"]].map(|[program, argument]| {
             let output = annex.command(program, &[argument]).expect(argument);
