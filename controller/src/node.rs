@@ -53,9 +53,11 @@ pub struct NodeState {
     pub ready: bool,
     /// Why it is not ready.
     pub reason: Option<String>,
-    /// Whether packets may leave it without passing through netd, which rules for UDP need. As it last said, also
+    /// Whether packets of IPv4 may leave it without passing through netd, which rules for UDP need. As it last said, also
     /// while it is not connected; before that, the reason is that it has said nothing yet.
     pub kernel_pass: Result<(), String>,
+    /// The same of IPv6, never without the other.
+    pub kernel_pass6: Result<(), String>,
     /// Everything up to this revision is enforced, but for refusals.
     pub acknowledged: Revision,
     /// Open feed bodies: while netd restarts, the new one may come before the old one is seen to end.
@@ -69,6 +71,7 @@ impl Default for NodeState {
             ready: false,
             reason: None,
             kernel_pass: Err("the node has not reported yet".to_owned()),
+            kernel_pass6: Err("the node has not reported yet".to_owned()),
             acknowledged: 0,
             followers: 0,
         }
@@ -266,12 +269,8 @@ impl NodeLink {
                 .as_deref()
                 .map(clean)
                 .filter(|_| !state.ready);
-            state.kernel_pass = if ack.kernel_pass {
-                Ok(())
-            } else {
-                let reason = ack.no_kernel_pass_reason.as_deref();
-                Err(clean(reason.unwrap_or("the node did not say why")))
-            };
+            state.kernel_pass = passes(ack.kernel_pass, ack.no_kernel_pass_reason.as_deref());
+            state.kernel_pass6 = passes(ack.kernel_pass6, ack.no_kernel_pass6_reason.as_deref());
             if before.ready != state.ready {
                 tracing::info!(
                     node = LOCAL_NODE,
@@ -283,6 +282,13 @@ impl NodeLink {
             before != *state
         });
     }
+}
+
+fn passes(so: bool, why_not: Option<&str>) -> Result<(), String> {
+    if so {
+        return Ok(());
+    }
+    Err(clean(why_not.unwrap_or("the node did not say why")))
 }
 
 fn clean(text: &str) -> String {

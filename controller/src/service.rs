@@ -315,6 +315,8 @@ impl Service {
                 reason: node.reason,
                 kernel_pass: node.kernel_pass.is_ok(),
                 kernel_pass_reason: node.kernel_pass.err(),
+                kernel_pass6: node.kernel_pass6.is_ok(),
+                kernel_pass6_reason: node.kernel_pass6.err(),
             }],
         }
     }

@@ -47,7 +47,7 @@ use crate::{
     router::pass,
     sandbox::Sandboxes,
     sockets::{Family, Listeners},
-    uplink::{Keeper, Place, Uplink},
+    uplink::{Keeper, Passing, Place, Uplink},
 };
 
 /// Time for flows to end when netd does.
@@ -144,7 +144,7 @@ fn uplink(config: &Config, datapath: &Datapath) -> Result<Result<Place, String>>
         KernelPass::Auto => Ok(Ok(Place {
             run_dir: config.run_dir.clone(),
             sandboxes: config.sandbox_cidr,
-            sandboxes6: None,
+            sandboxes6: config.sandbox_cidr6,
         })),
         KernelPass::Off => {
             datapath
@@ -260,7 +260,7 @@ pub async fn run(config: Config, ground: Ground, shown: Option<std::net::TcpList
     let unknown = "the canaries have not returned yet".to_owned();
     let (told, standing) = watch::channel(Standing {
         ready: Err(unknown.clone()),
-        kernel_pass: Err(unknown),
+        kernel_pass: Passing::nothing(unknown),
         lost: Vec::new(),
     });
     let told = Arc::new(told);

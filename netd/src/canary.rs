@@ -1,6 +1,6 @@
 //! Proves at start that the wall stands: a throw-away endpoint in a namespace of its own sends one packet
 //! that must be refused and one that must reach netd's listener. Where there is an uplink, another one sends a packet
-//! that must pass without netd, be forwarded under the node's address, and be answered.
+//! that must pass without netd, be forwarded under the node's address, and be answered; in each family that leaves by it.
 //!
 //! Owns: those endpoints and who answers, from making to removal. Nothing they send can leave the node: the kernel
 //! refuses the one, netd itself answers the other, and the third goes to a namespace behind the node's own.
@@ -10,13 +10,13 @@ mod responder;
 
 use std::{
     io::{self, Read as _},
-    net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, TcpStream},
     sync::{Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
 };
 
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 use sandgate_policy::{KernelAction, KernelTable, PortRange, PrefixEntry, Protocol};
 
 use self::{
@@ -25,7 +25,7 @@ use self::{
 };
 use crate::{
     kernel::{Datapath, DatapathError},
-    uplink::Names,
+    uplink::{Names, Place},
 };
 
 /// A destination of the documentation ranges (RFC 5737): nobody has it.
@@ -103,6 +103,12 @@ pub fn address(sandbox_cidr: Ipv4Net) -> Ipv4Addr {
     sandbox_cidr.broadcast()
 }
 
+/// The same for IPv6, in the place that the other one has in its range.
+pub fn address6(sandbox_cidr: Ipv4Net, sandbox_cidr6: Ipv6Net) -> Ipv6Addr {
+    let place = sandbox_cidr.broadcast().to_bits() - sandbox_cidr.network().to_bits();
+    Ipv6Addr::from_bits(sandbox_cidr6.network().to_bits() + u128::from(place))
+}
+
 /// Sends both packets. Blocking, a fraction of a second when all is well.
 ///
 /// # Errors
@@ -111,7 +117,7 @@ pub fn fly(datapath: &Datapath, sandbox_cidr: Ipv4Net, greeting: &Greeting) -> R
     let address = address(sandbox_cidr);
     let mut word = [0; 16];
     getrandom::fill(&mut word).map_err(CanaryError::Random)?;
-    let throwaway = Throwaway::make(datapath.router(), address)?;
+    let throwaway = Throwaway::make(datapath.router(), address, None)?;
     let endpoint = datapath.attach(throwaway.endpoint())?;
     greeting.set(Some((address, word)));
     let outcome = (|| {
@@ -128,34 +134,39 @@ pub fn fly(datapath: &Datapath, sandbox_cidr: Ipv4Net, greeting: &Greeting) -> R
     Ok(detached?)
 }
 
-/// Sends the packet that leaves by the kernel. Blocking, a fraction of a second when all is well.
+/// Sends the packet that leaves by the kernel, of this family. Blocking, a fraction of a second when all is well.
 ///
 /// # Errors
 /// Names what failed.
-pub fn pass(datapath: &Datapath, sandbox_cidr: Ipv4Net, names: &Names) -> Result<(), CanaryError> {
-    let address = address(sandbox_cidr);
+pub fn pass(datapath: &Datapath, place: &Place, names: &Names, ipv6: bool) -> Result<(), CanaryError> {
+    let address = address(place.sandboxes);
+    let address6 = place
+        .sandboxes6
+        .filter(|_| ipv6)
+        .map(|range| address6(place.sandboxes, range));
     let mut word = [0; 16];
     getrandom::fill(&mut word).map_err(CanaryError::Random)?;
-    let responder = Responder::make(names, PASSED, ANSWER_TIME)?;
-    let outcome = passed(datapath, address, word, &responder);
+    let responder = Responder::make(names, PASSED, ANSWER_TIME, address6.is_some())?;
+    let outcome = passed(datapath, (address, address6), word, &responder);
     responder.remove()?;
     outcome
 }
 
 fn passed(
     datapath: &Datapath,
-    address: Ipv4Addr,
+    (address, address6): (Ipv4Addr, Option<Ipv6Addr>),
     word: [u8; 16],
     responder: &Responder,
 ) -> Result<(), CanaryError> {
-    let throwaway = Throwaway::make(datapath.router(), address)?;
+    let throwaway = Throwaway::make(datapath.router(), address, address6)?;
+    let own = address6.map_or(IpAddr::V4(address), IpAddr::V6);
     let endpoint = datapath.attach(throwaway.endpoint())?;
     let outcome = (|| {
         datapath.set_policy(endpoint, &table(PASSED, KernelAction::Pass))?;
         throwaway.connect_up(datapath.router())?;
         let (from, heard) = thread::scope(|scope| {
-            let answering = scope.spawn(|| responder.answer(word, address));
-            let heard = throwaway.inside(|| hear(SocketAddr::V4(responder.at)));
+            let answering = scope.spawn(|| responder.answer(word, own));
+            let heard = throwaway.inside(|| hear(responder.at));
             // If it cannot be ended, it ends itself when nobody comes.
             let _ends_itself = responder.end();
             let from = answering
@@ -164,7 +175,7 @@ fn passed(
             (from, heard)
         });
         match (from, heard?) {
-            (Ok(from), _) if from == IpAddr::V4(address) => Err(CanaryError::Pass(
+            (Ok(from), _) if from == own => Err(CanaryError::Pass(
                 "arrived with the sandbox's own address, and not with the node's".to_owned(),
             )),
             (_, Ok(heard)) if heard == word => Ok(()),
@@ -188,11 +199,14 @@ fn table(port: u16, action: KernelAction) -> KernelTable {
         last: port,
         action,
     };
+    let everywhere = [Ipv4Net::default().into(), Ipv6Net::default().into()];
     KernelTable {
-        entries: vec![PrefixEntry {
-            prefix: Ipv4Net::default().into(),
-            ranges: vec![range],
-        }],
+        entries: everywhere
+            .map(|prefix| PrefixEntry {
+                prefix,
+                ranges: vec![range],
+            })
+            .into(),
     }
 }
 

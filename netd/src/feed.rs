@@ -30,7 +30,7 @@ const PAUSE: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(3)
 pub struct Standing {
     /// Whether it may get sandboxes; the reason why not.
     pub ready: Result<(), String>,
-    /// Whether packets may leave it without passing through netd; the reason why not.
+    /// Whether packets may leave it without passing through netd, by family; the reason why not.
     pub kernel_pass: Passing,
     /// Sandboxes that ceased to be enforced without a change of their rules; nothing passes to or from them.
     pub lost: Vec<FeedError>,
@@ -139,8 +139,10 @@ pub async fn acknowledge(
                 revision: enforced.revision,
                 ready: standing.ready.is_ok(),
                 not_ready_reason: standing.ready.err(),
-                kernel_pass: standing.kernel_pass.is_ok(),
-                no_kernel_pass_reason: standing.kernel_pass.err(),
+                kernel_pass: standing.kernel_pass.ipv4.is_ok(),
+                no_kernel_pass_reason: standing.kernel_pass.ipv4.err(),
+                kernel_pass6: standing.kernel_pass.ipv6.is_ok(),
+                no_kernel_pass6_reason: standing.kernel_pass.ipv6.err(),
                 errors: enforced.errors.into_iter().chain(standing.lost).collect(),
             })
         };

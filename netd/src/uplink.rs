@@ -51,8 +51,8 @@ pub struct Uplink {
     place: Place,
     names: Names,
     ifindex: u32,
-    /// Whether IPv6 leaves by it.
-    ipv6: bool,
+    /// Whether IPv6 leaves by it; the reason why not.
+    ipv6: Result<(), String>,
     /// What the table looks like when nobody has touched it, and what it was made for.
     table: Mutex<Table>,
 }
@@ -102,6 +102,24 @@ pub(crate) fn on_file(action: &'static str, path: &Path) -> impl FnOnce(io::Erro
     move |source| UplinkError::File { action, path, source }
 }
 
+/// Whether IPv6 could leave a node as it is; the reason why not.
+fn ipv6_of(names: &Names, place: &Place) -> Result<(), String> {
+    let Some(range) = place.sandboxes6 else {
+        return Err("SANDGATE_SANDBOX_CIDR6 is off".to_owned());
+    };
+    if !forwarding::can_ipv6() {
+        return Err(
+            "this kernel forwards IPv6 on all interfaces or on none (before Linux 6.17), and here on none"
+                .to_owned(),
+        );
+    }
+    let told = |error: UplinkError| error.to_string();
+    if !link::leads_on6(names).map_err(told)? {
+        return Err("no route of the node leads anywhere by IPv6".to_owned());
+    }
+    link::refuse_clash(names, range.into()).map_err(told)
+}
+
 impl Uplink {
     /// Makes the uplink, or adopts that of an earlier netd without a gap. Call it in the node's own namespace.
     ///
@@ -109,20 +127,69 @@ impl Uplink {
     /// When it cannot be; [`Self::take_away`] takes away what was made of it.
     pub fn raise(place: Place, router: &RouterNamespace) -> Result<Self, UplinkError> {
         let names = Names::of(&place.run_dir);
-        link::refuse_clash(&names, &place)?;
-        let ipv6 = place.sandboxes6.is_some() && forwarding::can_ipv6();
+        link::refuse_clash(&names, place.sandboxes.into())?;
         link::make(&names, router)?;
-        let uplink = Self {
+        let mut uplink = Self {
             ifindex: router.run(|| link::index(pass::INTERFACE))??,
-            ipv6,
+            ipv6: ipv6_of(&names, &place),
             table: Mutex::default(),
             place,
             names,
         };
-        uplink.settle()?;
-        link::connect(&uplink.names, &uplink.place, uplink.ipv6)?;
-        pass::open(router, names::HOST_MAC, uplink.ipv6)?;
+        if uplink.ipv6.is_ok() {
+            match uplink.build(router) {
+                Ok(()) => return Ok(uplink),
+                Err(error) => uplink.ipv6 = Err(error.to_string()),
+            }
+        }
+        // IPv4 does not depend on it.
+        uplink.build(router)?;
+        uplink.close_ipv6(router)?;
         Ok(uplink)
+    }
+
+    fn build(&self, router: &RouterNamespace) -> Result<(), UplinkError> {
+        let ipv6 = self.ipv6.is_ok();
+        self.settle()?;
+        link::connect(&self.names, &self.place, ipv6)?;
+        pass::open(router, names::HOST_MAC, ipv6)?;
+        Ok(())
+    }
+
+    /// Whether IPv6 leaves by it; the reason why not.
+    pub fn ipv6(&self) -> Result<(), String> {
+        self.ipv6.clone()
+    }
+
+    /// Whether IPv6 could leave by it as the node is; the reason why not.
+    pub fn could_ipv6(&self) -> Result<(), String> {
+        ipv6_of(&self.names, &self.place)
+    }
+
+    /// Has IPv6 leave by it too.
+    ///
+    /// # Errors
+    /// When it cannot; what was made of it stays until [`Self::lower_ipv6`].
+    pub fn raise_ipv6(&mut self, router: &RouterNamespace) -> Result<(), UplinkError> {
+        self.ipv6 = Ok(());
+        self.build(router)
+    }
+
+    /// Has IPv6 leave by it no more, for this reason, and restores what was changed for it. After the programs were told.
+    ///
+    /// # Errors
+    /// When something stays.
+    pub fn lower_ipv6(&mut self, reason: String, router: &RouterNamespace) -> Result<(), UplinkError> {
+        self.ipv6 = Err(reason);
+        self.close_ipv6(router)
+    }
+
+    /// The table last: it guards the switches as long as they are on.
+    fn close_ipv6(&self, router: &RouterNamespace) -> Result<(), UplinkError> {
+        forwarding::restore6(&self.place.run_dir, &self.names)?;
+        link::disconnect6(&self.names)?;
+        pass::close_ipv6(router)?;
+        self.settle().map(drop)
     }
 
     /// Takes away whatever an earlier netd with this run directory left in the node's namespace, and restores the
@@ -145,8 +212,10 @@ impl Uplink {
     /// When that is not possible; the uplink is not to be used then.
     pub fn settle(&self) -> Result<bool, UplinkError> {
         let mut ways = link::ways(&self.names)?;
-        let plan = forwarding::plan(&self.place.run_dir, &self.names, &mut ways, self.ipv6)?;
-        let text = firewall::ruleset(&self.names, &self.place, &ways, &plan.opened, firewall::held());
+        let ipv6 = self.ipv6.is_ok();
+        let plan = forwarding::plan(&self.place.run_dir, &self.names, &mut ways, ipv6)?;
+        let bounds = (ipv6, firewall::held());
+        let text = firewall::ruleset(&self.names, &self.place, &ways, &plan.opened, bounds);
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let generation = generation::generation().ok();
         let stands =
@@ -178,7 +247,7 @@ impl Uplink {
         kernel::Uplink {
             ifindex: self.ifindex,
             peer_mac: names::HOST_MAC,
-            ipv6: self.ipv6,
+            ipv6: self.ipv6.is_ok(),
         }
     }
 

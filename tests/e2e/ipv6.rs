@@ -20,6 +20,7 @@ use serde_json::{Value, json};
 use crate::promise::{assert_bearer, store};
 
 pub(crate) mod frames;
+pub(crate) mod passes;
 pub(crate) mod refusals;
 pub(crate) mod state;
 

@@ -295,6 +295,12 @@ fn main() -> ExitCode {
                 ipv6::state::a_killed_netd_lets_nothing_out_and_recovers,
                 ipv6::state::without_a_way_out_there_is_no_ipv6,
                 ipv6::state::the_range_is_the_operators,
+                ipv6::passes::what_address_and_port_allow_leaves_by_the_kernel_and_is_recorded,
+                ipv6::passes::datagrams_pass_by_a_rule_and_only_by_one,
+                ipv6::passes::open_connections_outlive_netd_and_not_their_rules,
+                ipv6::passes::a_firewall_that_drops_ipv6_is_named_and_ipv4_goes_on,
+                ipv6::passes::without_a_way_out_it_is_refused_by_the_range,
+                ipv6::passes::the_node_is_as_it_was_when_all_is_taken_down,
             ],
         )
         .group("leak", cases![leak::two_hundred_sandboxes_leave_nothing])

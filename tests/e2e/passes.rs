@@ -2,6 +2,7 @@
 //! way, and that the node is as it was where it cannot be had, and afterwards.
 
 use std::{
+    fmt::Display,
     net::{Ipv4Addr, SocketAddr},
     sync::Arc,
     time::Duration,
@@ -21,11 +22,11 @@ use harness::{
 use serde_json::{Value, json};
 
 /// Longest wait for what happens at once, or within seconds.
-const SOON: Duration = Duration::from_secs(60);
+pub(crate) const SOON: Duration = Duration::from_secs(60);
 /// Longest wait for what is tried again only after a while.
-const LATER: Duration = Duration::from_secs(120);
+pub(crate) const LATER: Duration = Duration::from_secs(120);
 /// How the uplink's end in the node's namespace begins.
-const UPLINK: &str = "sgup";
+pub(crate) const UPLINK: &str = "sgup";
 /// A port on which the internet's collectors echo what they get.
 const ECHO: u16 = 8443;
 /// The same of UDP.
@@ -61,26 +62,35 @@ impl Passing {
     }
 }
 
-/// Whether the node says that it forwards; why not.
-fn passes(node: &Node) -> Result<(), String> {
+/// Whether the node says that it forwards IPv4; why not.
+pub(crate) fn passes(node: &Node) -> Result<(), String> {
+    says(node, "kernel_pass")
+}
+
+/// The same of IPv6.
+pub(crate) fn passes6(node: &Node) -> Result<(), String> {
+    says(node, "kernel_pass6")
+}
+
+fn says(node: &Node, field: &str) -> Result<(), String> {
     let health = node.client().get("//ready").send().ok();
     let first = &health["nodes"][0];
-    if first["kernel_pass"] == true {
+    if first[field] == true {
         return Ok(());
     }
-    Err(first["kernel_pass_reason"]
+    Err(first[format!("{field}_reason")]
         .as_str()
         .unwrap_or_default()
         .to_owned())
 }
 
 /// What everything that may leave by address and port alone does.
-fn open(ports: &[u16]) -> Value {
+pub(crate) fn open(ports: &[u16]) -> Value {
     json!({ "mode": "allow_all", "allowed_ports": ports })
 }
 
 /// A client in the sandbox that sends a line now and again on one connection, and writes how far it came.
-fn chatter(sandbox: &Sandbox, to: Ipv4Addr, port: u16) {
+pub(crate) fn chatter(sandbox: &Sandbox, to: impl Display, port: u16) {
     let program = format!(
         "import socket, time
 connection = socket.create_connection((\"{to}\", {port}))
@@ -112,7 +122,7 @@ fn said(sandbox: &Sandbox) -> u64 {
 }
 
 #[track_caller]
-fn goes_on(sandbox: &Sandbox) {
+pub(crate) fn goes_on(sandbox: &Sandbox) {
     let before = said(sandbox);
     wait::until("the open connection goes on", SOON, || {
         (said(sandbox) > before + 20).then_some(())

@@ -78,12 +78,17 @@ impl Lab {
 
     /// An uplink that is the interface `lo`: nothing is ever sent there, for test runs send nothing.
     pub(crate) fn set_uplink(&self) -> u32 {
+        self.set_uplink_for(true)
+    }
+
+    /// The same, by which IPv6 leaves or does not.
+    pub(crate) fn set_uplink_for(&self, ipv6: bool) -> u32 {
         let ifindex = 1;
         self.datapath
             .set_uplink(Some(Uplink {
                 ifindex,
                 peer_mac: PEER_MAC,
-                ipv6: true,
+                ipv6,
             }))
             .expect("an uplink");
         ifindex

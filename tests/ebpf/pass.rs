@@ -14,8 +14,8 @@ use sandgate_policy::{KernelAction, KernelTable, PortRange, PrefixEntry, Protoco
 
 use crate::{
     lab::{Lab, OK, PEER_MAC, REDIRECT, Seen, address6},
-    packet::{ACK, Frame, GATEWAY_MAC, RST, SYN, TCP},
-    packet6::{Frame6, segment},
+    packet::{ACK, Frame, GATEWAY_MAC, RST, SYN, TCP, UDP},
+    packet6::{Frame6, datagram, segment},
     world::{Sandbox, events_until, platform, privileged, table},
 };
 
@@ -191,6 +191,42 @@ fn a_flow_is_opened_from_inside_and_answered_through_the_uplink_alone() {
     assert!(!lab.toward(*handle, 0, uplink, &answer6.bytes()));
     assert!(left(&lab.out(*handle, &opening6.bytes())));
     assert!(lab.toward(*handle, 0, uplink, &answer6.bytes()));
+}
+
+#[test]
+fn each_family_leaves_by_an_uplink_that_has_it() {
+    if !privileged() {
+        return;
+    }
+    let lab = Lab::open(1, &platform());
+    let mut reader = lab.datapath.take_events().expect("a reader");
+    let (sandbox, handle) = &lab.sandboxes[0];
+    lab.datapath.set_policy(*handle, &passing()).expect("a policy");
+    let (me, mac) = (address6(1), sandbox.endpoint.mac);
+    let of = |protocol, payload| Frame6::new(me, mac, remote6(), protocol, payload).bytes();
+    let opening = of(TCP, segment(40_000, 443, SYN));
+    let query = of(UDP, datagram(40_000, 443));
+    let segment4 = syn(sandbox);
+
+    lab.set_uplink_for(false);
+    assert!(left(&lab.out(*handle, &segment4.bytes())), "the other family");
+    for (frame, reason) in [
+        (&opening, Reason::UpstreamUnreachable),
+        (&query, Reason::ProtocolDenied),
+    ] {
+        assert!(!left(&lab.out(*handle, frame)));
+        let events = events_until(&mut reader, |events| !events.is_empty());
+        assert_eq!(events[0].reason, reason);
+    }
+    lab.set_uplink_for(true);
+    assert!(left(&lab.out(*handle, &opening)));
+    assert!(left(&lab.out(*handle, &query)));
+    // What is open does not leave by an uplink that has lost it, and goes on by one that has it again.
+    lab.set_uplink_for(false);
+    let next = of(TCP, segment(40_000, 443, ACK));
+    assert!(!left(&lab.out(*handle, &query)));
+    lab.set_uplink_for(true);
+    assert!(left(&lab.out(*handle, &next)));
 }
 
 #[test]

@@ -213,6 +213,7 @@ impl World {
             .collect_tcp("2001:db8:10::10", &[22], "SSH-2.0-world\r\n")
             .collect_tcp("2001:db8:66::66", &[22, 53, 443, 853, 8080], "")
             .collect_tcp("2001:db8:200::1", &[7777], "the internet\r\n")
+            .collect_udp("2001:db8:10::10", &[443, 8080])
             .collect_udp("2001:db8:66::66", &[53, 443, 853, 8080]);
         for address in hidden {
             builder = builder.collect_tcp(address, &[80, 443], "");

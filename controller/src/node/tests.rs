@@ -173,6 +173,8 @@ impl World {
             not_ready_reason: None,
             kernel_pass: false,
             no_kernel_pass_reason: None,
+            kernel_pass6: false,
+            no_kernel_pass6_reason: None,
             errors,
         };
         assert_eq!(self.post("/feed/ack", &ack).await, 200);

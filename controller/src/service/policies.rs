@@ -1,6 +1,9 @@
 //! Egress policies: checked, committed with a revision, and applied by the node before the answer.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use sandgate_api::{
     feed::{Revision, TierName},
@@ -246,15 +249,8 @@ impl Service {
 
     /// Whether the node can enforce what the document asks for: datagrams leave by the kernel or not at all.
     fn check_node(&self, policy: &Policy) -> Result<(), PolicyError> {
-        let is_udp = |rule: &Rule| rule.protocol() == RuleProtocol::Udp && rule.action() == Action::Allow;
-        let udp = policy.rules().iter().position(|rule| is_udp(rule));
-        match (udp, self.shared.node.state().kernel_pass) {
-            (Some(rule), Err(reason)) => Err(PolicyError {
-                field: format!("rules[{rule}].protocol"),
-                message: format!("udp needs the kernel pass, which this node does not have: {reason}"),
-            }),
-            (Some(_), Ok(())) | (None, _) => Ok(()),
-        }
+        let node = self.shared.node.state();
+        refuse_datagrams(policy.rules(), &node.kernel_pass, &node.kernel_pass6)
     }
 
     /// Whether these tiers together fit into the kernel's tables.
@@ -294,6 +290,33 @@ impl Service {
             Applied::Refused | Applied::Pending => false,
         }
     }
+}
+
+/// Refuses the first rule that allows datagrams which do not leave the node, by the field that says so.
+fn refuse_datagrams(
+    rules: &[Arc<Rule>],
+    ipv4: &Result<(), String>,
+    ipv6: &Result<(), String>,
+) -> Result<(), PolicyError> {
+    let allows = |rule: &Rule| rule.protocol() == RuleProtocol::Udp && rule.action() == Action::Allow;
+    for (number, rule) in rules.iter().enumerate().filter(|(_, rule)| allows(rule)) {
+        if let Err(reason) = ipv4 {
+            return Err(PolicyError {
+                field: format!("rules[{number}].protocol"),
+                message: format!("udp needs the kernel pass, which this node does not have: {reason}"),
+            });
+        }
+        let six = rule.cidrs().iter().position(|range| range.addr().is_ipv6());
+        if let (Some(range), Err(reason)) = (six, ipv6) {
+            return Err(PolicyError {
+                field: format!("rules[{number}].cidrs[{range}]"),
+                message: format!(
+                    "udp to IPv6 needs the kernel pass for IPv6, which this node does not have: {reason}"
+                ),
+            });
+        }
+    }
+    Ok(())
 }
 
 pub(super) fn invalid(field: &str, error: PolicyError) -> ServiceError {
@@ -379,6 +402,35 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn datagrams_of_a_family_that_does_not_leave_are_refused_by_their_range() {
+        let rule = |action: &str, protocol: &str, cidrs: &[&str]| json!({ "action": action, "protocol": protocol, "cidrs": cidrs, "ports": ["8080"] });
+        let off = || Err("no route".to_owned());
+        let field = |rules: &[Value], ipv4, ipv6| {
+            let policy = Policy::parse(&json!({ "mode": "allowlist", "rules": rules })).expect("a policy");
+            let refused = refuse_datagrams(policy.rules(), &ipv4, &ipv6).err();
+            refused.map(|error| (error.field, error.message.contains("no route")))
+        };
+        let wide = [
+            rule("allow", "tcp", &["::/0"]),
+            rule("deny", "udp", &["::/0"]),
+            rule("allow", "udp", &["203.0.113.0/24", "2001:db8::/32"]),
+        ];
+        assert_eq!(field(&wide, Ok(()), Ok(())), None);
+        assert_eq!(
+            field(&wide, Ok(()), off()),
+            Some(("rules[2].cidrs[1]".to_owned(), true))
+        );
+        assert_eq!(
+            field(&wide, off(), off()),
+            Some(("rules[2].protocol".to_owned(), true))
+        );
+        assert_eq!(
+            field(&[rule("allow", "udp", &["203.0.113.0/24"])], Ok(()), off()),
+            None
+        );
+    }
 
     #[test]
     fn a_merge_changes_what_is_given_and_resets_what_is_null() {

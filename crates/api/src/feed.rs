@@ -134,12 +134,18 @@ pub struct FeedAck {
     /// Why not, when `ready` is false.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub not_ready_reason: Option<String>,
-    /// Whether packets may leave this node without passing through netd, which rules for UDP need.
+    /// Whether packets of IPv4 may leave this node without passing through netd, which rules for UDP need.
     #[serde(default)]
     pub kernel_pass: bool,
     /// Why not, when `kernel_pass` is false.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub no_kernel_pass_reason: Option<String>,
+    /// The same of IPv6, never without IPv4.
+    #[serde(default)]
+    pub kernel_pass6: bool,
+    /// Why not, when `kernel_pass6` is false.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub no_kernel_pass6_reason: Option<String>,
     /// Sandboxes that could not be enforced as asked; they are denied everything.
     #[serde(default)]
     pub errors: Vec<FeedError>,

@@ -83,10 +83,17 @@ pub struct NodeHealth {
     /// Why not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// Whether packets that need no look inside leave the node without passing through netd. Rules for `udp` need it.
+    /// Whether packets of IPv4 that need no look inside leave the node without passing through netd. Rules for `udp` need
+    /// it.
     #[serde(default)]
     pub kernel_pass: bool,
     /// Why they do not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel_pass_reason: Option<String>,
+    /// The same of IPv6. Rules for `udp` with ranges of IPv6 need both.
+    #[serde(default)]
+    pub kernel_pass6: bool,
+    /// Why they do not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel_pass6_reason: Option<String>,
 }

@@ -191,6 +191,11 @@ impl Rule {
         self.protocol
     }
 
+    /// The ranges that it lists, in their order.
+    pub fn cidrs(&self) -> &[IpNet] {
+        &self.cidrs
+    }
+
     /// The hosts that it names.
     pub fn domains(&self) -> &[DomainPattern] {
         &self.domains

@@ -2,9 +2,9 @@
 //! the local runtime makes a sandbox's.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io,
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::AsRawFd as _,
     thread,
 };
@@ -20,7 +20,11 @@ use rtnetlink::{
 };
 use sandgate_api::feed::Endpoint;
 
-use crate::router::{GATEWAY, RouterError, RouterNamespace};
+use crate::{
+    command::{self, CommandError},
+    router::{GATEWAY, GATEWAY6, RouterError, RouterNamespace},
+    uplink::written,
+};
 
 const ROUTER_END: &str = "sgcanary";
 pub(super) const INNER_END: &str = "eth0";
@@ -44,6 +48,9 @@ pub enum ThrowawayError {
     /// An interface, address, route or neighbour.
     #[error("{0}: {1}")]
     Netlink(&'static str, #[source] rtnetlink::Error),
+    /// The same, of IPv6.
+    #[error(transparent)]
+    Command(#[from] CommandError),
 }
 
 pub(super) fn system(what: &'static str) -> impl Fn(io::Error) -> ThrowawayError {
@@ -56,7 +63,11 @@ pub(super) fn netlink(what: &'static str) -> impl Fn(rtnetlink::Error) -> Throwa
 
 impl Throwaway {
     /// Makes namespace and veth, both ends down.
-    pub(super) fn make(router: &RouterNamespace, address: Ipv4Addr) -> Result<Self, ThrowawayError> {
+    pub(super) fn make(
+        router: &RouterNamespace,
+        address: Ipv4Addr,
+        address6: Option<Ipv6Addr>,
+    ) -> Result<Self, ThrowawayError> {
         let namespace = new_namespace()?;
         let inner = namespace.as_raw_fd();
         let ifindex = router.run(|| {
@@ -93,7 +104,7 @@ impl Throwaway {
             ifindex,
             interface,
             address,
-            address6: None,
+            address6,
             mac: MAC,
             agent_port: 1,
         };
@@ -106,17 +117,19 @@ impl Throwaway {
 
     /// Gives both ends what a sandbox's have: address, route, neighbour, up.
     pub(super) fn connect_up(&self, router: &RouterNamespace) -> Result<(), ThrowawayError> {
-        let address = self.endpoint.address;
+        let (address, address6) = (self.endpoint.address, self.endpoint.address6);
         self.inside(|| {
-            std::fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1")
-                .or_else(|error| {
-                    if error.kind() == io::ErrorKind::NotFound {
-                        Ok(())
-                    } else {
-                        Err(error)
-                    }
-                })
-                .map_err(system("switching IPv6 off"))?;
+            switch_ipv6("all", address6.is_some())?;
+            if let Some(address) = address6 {
+                let gateway = written(netd_common::GATEWAY_MAC);
+                enable_ipv6(INNER_END)?;
+                ipv6(&format!(
+                    "link set {INNER_END} up\n\
+                     address add {address}/128 dev {INNER_END} nodad\n\
+                     neighbour replace {GATEWAY6} lladdr {gateway} dev {INNER_END} nud permanent\n\
+                     route add default via {GATEWAY6} dev {INNER_END} onlink\n"
+                ))?;
+            }
             blocking(async |handle| {
                 let index = index_of(handle, INNER_END).await?;
                 let addresses = handle.address();
@@ -142,6 +155,15 @@ impl Throwaway {
         })??;
         let index = self.endpoint.ifindex;
         router.run(|| {
+            if let Some(address) = address6 {
+                let inner = written(MAC);
+                enable_ipv6(ROUTER_END)?;
+                ipv6(&format!(
+                    "link set {ROUTER_END} up\n\
+                     neighbour replace {address} lladdr {inner} dev {ROUTER_END} nud permanent\n\
+                     route add {address}/128 dev {ROUTER_END}\n"
+                ))?;
+            }
             blocking(async |handle| {
                 up(handle, index).await?;
                 neighbour(handle, index, address, &MAC).await?;
@@ -178,6 +200,31 @@ impl Throwaway {
             })
         })?
     }
+}
+
+/// Gives an interface of the calling thread's namespace IPv6, without an address of the kernel's own.
+pub(super) fn enable_ipv6(interface: &str) -> Result<(), ThrowawayError> {
+    let path = format!("/proc/sys/net/ipv6/conf/{interface}/addr_gen_mode");
+    // IN6_ADDR_GEN_MODE_NONE of linux/if_link.h.
+    fs::write(path, "1").map_err(system("keeping an interface without an address"))?;
+    switch_ipv6(interface, true)
+}
+
+/// Turns IPv6 on or off, where the kernel has it.
+fn switch_ipv6(interface: &str, on: bool) -> Result<(), ThrowawayError> {
+    let path = format!("/proc/sys/net/ipv6/conf/{interface}/disable_ipv6");
+    match fs::write(path, if on { "0" } else { "1" }) {
+        Err(error) if on || error.kind() != io::ErrorKind::NotFound => {
+            Err(system("switching IPv6 on or off")(error))
+        }
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+/// Runs lines of `ip -6` in the calling thread's namespace.
+pub(super) fn ipv6(lines: &str) -> Result<(), ThrowawayError> {
+    command::run(&["ip", "-6", "-batch", "-"], lines)?;
+    Ok(())
 }
 
 pub(super) fn new_namespace() -> Result<File, ThrowawayError> {

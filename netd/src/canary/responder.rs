@@ -1,13 +1,13 @@
 //! Who answers the canary that leaves by the kernel: a network namespace without a name, behind the node's own as any
 //! server of the internet is, but joined to it by a veth, so that no packet leaves the node.
 //!
-//! It has a documentation address (RFC 5737) that differs between instances, and the node a route to it for as long as
-//! this lives.
+//! It has one documentation address (RFC 5737, RFC 3849) that differs between instances, and the node a route to it for
+//! as long as this lives.
 
 use std::{
     fs::{self, File},
     io::{self, Write as _},
-    net::{IpAddr, Ipv4Addr, Shutdown, SocketAddrV4},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr},
     os::fd::AsRawFd as _,
     time::Duration,
 };
@@ -19,10 +19,13 @@ use rtnetlink::{
 use socket2::{Domain, Socket, Type};
 
 use super::endpoint::{
-    INNER_END, ThrowawayError, blocking, index_of, neighbour, netlink, new_namespace, on_thread_in, system,
-    up,
+    INNER_END, ThrowawayError, blocking, enable_ipv6, index_of, ipv6, neighbour, netlink, new_namespace,
+    on_thread_in, system, up,
 };
-use crate::uplink::Names;
+use crate::{
+    router::pass::HOP6,
+    uplink::{Names, written},
+};
 
 const MAC: [u8; 6] = [0x02, 0x53, 0x47, 0x04, 0x00, 0x01];
 const NODE_MAC: [u8; 6] = [0x02, 0x53, 0x47, 0x04, 0x00, 0x02];
@@ -39,12 +42,17 @@ pub(super) struct Responder {
     interface: String,
     listener: Socket,
     /// Where it listens.
-    pub(super) at: SocketAddrV4,
+    pub(super) at: SocketAddr,
 }
 
 impl Responder {
-    /// Makes it, listening on `port`. Call it in the node's own namespace.
-    pub(super) fn make(names: &Names, port: u16, patience: Duration) -> Result<Self, ThrowawayError> {
+    /// Makes it, listening on `port` of an address of one family. Call it in the node's own namespace.
+    pub(super) fn make(
+        names: &Names,
+        port: u16,
+        patience: Duration,
+        by_ipv6: bool,
+    ) -> Result<Self, ThrowawayError> {
         let namespace = new_namespace()?;
         let (inner, interface) = (namespace.as_raw_fd(), names.canary.clone());
         let address = blocking(async |handle| {
@@ -64,14 +72,18 @@ impl Responder {
             let made = handle.link().add(pair).execute().await;
             made.map_err(netlink("making the responder's interfaces"))?;
             let index = index_of(handle, &interface).await?;
-            up(handle, index).await?;
-            let led = lead(handle, index, names.number).await;
+            let led = if by_ipv6 {
+                lead6(&interface, names.number).map(IpAddr::V6)
+            } else {
+                up(handle, index).await?;
+                lead(handle, index, names.number).await.map(IpAddr::V4)
+            };
             if led.is_err() {
                 remove(handle, index).await?;
             }
             led
         })?;
-        let at = SocketAddrV4::new(address, port);
+        let at = SocketAddr::new(address, port);
         let listener = on_thread_in(&namespace, || listen(at, patience));
         let responder = Self {
             namespace,
@@ -86,17 +98,20 @@ impl Responder {
             at,
         };
         // Its answers come in by this interface, and are forwarded.
-        let switch = format!("/proc/sys/net/ipv4/conf/{}/forwarding", responder.interface);
-        if let Err(error) = fs::write(switch, "1") {
-            responder.remove()?;
-            return Err(system("letting the responder's answers through")(error));
+        match fs::write(switch(&responder.interface, by_ipv6), "1") {
+            Ok(()) => Ok(responder),
+            // Of an older kernel: then the whole node forwards IPv6, or the uplink would not have it.
+            Err(error) if by_ipv6 && error.kind() == io::ErrorKind::NotFound => Ok(responder),
+            Err(error) => {
+                responder.remove()?;
+                Err(system("letting the responder's answers through")(error))
+            }
         }
-        Ok(responder)
     }
 
     /// Answers connections with the word, but for those from the forbidden address, until [`Self::end`] or until there
     /// is none for a while: programs of the node may come first. Says from where the last came, or the forbidden one.
-    pub(super) fn answer(&self, word: [u8; 16], not_from: Ipv4Addr) -> io::Result<IpAddr> {
+    pub(super) fn answer(&self, word: [u8; 16], not_from: IpAddr) -> io::Result<IpAddr> {
         let mut last = None;
         loop {
             let (stream, from) = match self.listener.accept() {
@@ -107,7 +122,7 @@ impl Responder {
                 .as_socket()
                 .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?
                 .ip();
-            if from == IpAddr::V4(not_from) {
+            if from == not_from {
                 return Ok(from);
             }
             last = Some(from);
@@ -165,13 +180,70 @@ async fn lead(handle: &Handle, index: u32, number: u32) -> Result<Ipv4Addr, Thro
     ))
 }
 
+/// The same by IPv6; sets the interface up.
+fn lead6(interface: &str, number: u32) -> Result<Ipv6Addr, ThrowawayError> {
+    enable_ipv6(interface)?;
+    let mac = written(MAC);
+    let mut refused = None;
+    for attempt in 0..TRIES {
+        // 2001:db8:5347::/96.
+        let last = u128::from(number.wrapping_add(attempt));
+        let address = Ipv6Addr::from_bits(0x2001_0db8_5347 << 80 | last);
+        let led = ipv6(&format!(
+            "link set {interface} up\n\
+             route add {address}/128 dev {interface}\n\
+             neighbour replace {address} lladdr {mac} dev {interface} nud permanent\n"
+        ));
+        match led {
+            Ok(()) => return Ok(address),
+            Err(error) => refused = Some(error),
+        }
+    }
+    Err(refused.unwrap_or_else(|| system("the route to the responder")(io::ErrorKind::NotFound.into())))
+}
+
+/// What lets an interface's packets be forwarded.
+fn switch(interface: &str, by_ipv6: bool) -> String {
+    if by_ipv6 {
+        format!("/proc/sys/net/ipv6/conf/{interface}/force_forwarding")
+    } else {
+        format!("/proc/sys/net/ipv4/conf/{interface}/forwarding")
+    }
+}
+
 /// In the responder's namespace.
-fn listen(at: SocketAddrV4, patience: Duration) -> Result<Socket, ThrowawayError> {
+fn listen(at: SocketAddr, patience: Duration) -> Result<Socket, ThrowawayError> {
+    match at.ip() {
+        IpAddr::V4(address) => settle(address)?,
+        IpAddr::V6(address) => {
+            enable_ipv6(INNER_END)?;
+            let node = written(NODE_MAC);
+            ipv6(&format!(
+                "link set {INNER_END} up\n\
+                 address add {address}/128 dev {INNER_END} nodad\n\
+                 neighbour replace {HOP6} lladdr {node} dev {INNER_END} nud permanent\n\
+                 route add default via {HOP6} dev {INNER_END} onlink\n"
+            ))?;
+        }
+    }
+    let open = || -> io::Result<Socket> {
+        let socket = Socket::new(Domain::for_address(at), Type::STREAM, None)?;
+        socket.bind(&at.into())?;
+        socket.listen(BACKLOG)?;
+        // Of accept(2) too, see socket(7).
+        socket.set_read_timeout(Some(patience))?;
+        Ok(socket)
+    };
+    open().map_err(system("the responder's socket"))
+}
+
+/// Gives the responder its address and the way back to the node.
+fn settle(address: Ipv4Addr) -> Result<(), ThrowawayError> {
     blocking(async |handle| {
         let index = index_of(handle, INNER_END).await?;
         let added = handle
             .address()
-            .add(index, IpAddr::V4(*at.ip()), 32)
+            .add(index, IpAddr::V4(address), 32)
             .execute()
             .await;
         added.map_err(netlink("the responder's address"))?;
@@ -184,14 +256,5 @@ fn listen(at: SocketAddrV4, patience: Duration) -> Result<Socket, ThrowawayError
             .build();
         let added = handle.route().add(route).execute().await;
         added.map_err(netlink("the responder's route"))
-    })?;
-    let open = || -> io::Result<Socket> {
-        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
-        socket.bind(&at.into())?;
-        socket.listen(BACKLOG)?;
-        // Of accept(2) too, see socket(7).
-        socket.set_read_timeout(Some(patience))?;
-        Ok(socket)
-    };
-    open().map_err(system("the responder's socket"))
+    })
 }

@@ -83,16 +83,33 @@ pub fn open(router: &RouterNamespace, peer_mac: [u8; 6], ipv6: bool) -> Result<(
 pub fn close(router: &RouterNamespace) -> Result<(), RouterError> {
     router.run(|| {
         for_each_interface(Path::new(FORWARDING4), "forwarding", "0")?;
-        if Path::new(FORWARDING6).exists() {
-            for family in ["-4", "-6"] {
-                remove_rules(family)?;
-            }
-            set(Path::new(FORWARDING6), "all", "forwarding", "0")?;
-        } else {
-            remove_rules("-4")?;
-        }
-        Ok(())
+        remove_rules("-4")?;
+        close6()
     })?
+}
+
+/// Closes it for IPv6 alone.
+///
+/// # Errors
+/// When a setting is not taken.
+pub fn close_ipv6(router: &RouterNamespace) -> Result<(), RouterError> {
+    router.run(close6)?
+}
+
+fn close6() -> Result<(), RouterError> {
+    let base = Path::new(FORWARDING6);
+    if !base.exists() {
+        return Ok(());
+    }
+    remove_rules("-6")?;
+    set(base, "all", "forwarding", "0")?;
+    if base.join("default/force_forwarding").exists() {
+        for_each_interface(base, "force_forwarding", "0")?;
+    }
+    if base.join(INTERFACE).exists() {
+        set(base, INTERFACE, "disable_ipv6", "1")?;
+    }
+    Ok(())
 }
 
 /// `prohibit` stands beneath: should the table be empty, a packet has nowhere to go.

@@ -1,7 +1,7 @@
 //! The nftables table of the uplink in the node's namespace: what comes from sandboxes leaves the node or is refused,
 //! what leaves has the node's address, and the node does not become a router for anybody else.
 
-use std::{collections::BTreeSet, fs};
+use std::{collections::BTreeSet, fs, net::IpAddr};
 
 use ipnet::IpNet;
 use netd_common::limit;
@@ -50,13 +50,17 @@ pub(super) fn ruleset(
     place: &Place,
     ways: &Ways,
     opened: &BTreeSet<Switch>,
-    held: u64,
+    (ipv6, held): (bool, u64),
 ) -> String {
     let (table, uplink) = (&names.table, &names.interface);
     let range4 = IpNet::from(place.sandboxes);
     let ranges: Vec<(&str, IpNet, &BTreeSet<String>)> = [
         ("ip", Some(range4), &ways.ipv4),
-        ("ip6", place.sandboxes6.map(IpNet::from), &ways.ipv6),
+        (
+            "ip6",
+            place.sandboxes6.filter(|_| ipv6).map(IpNet::from),
+            &ways.ipv6,
+        ),
     ]
     .into_iter()
     .filter_map(|(family, range, ways)| Some((family, range?, ways)))
@@ -65,10 +69,17 @@ pub(super) fn ruleset(
         .iter()
         .map(|(family, range, _)| format!("    {family} saddr {range} fib daddr type unicast accept\n"))
         .collect();
-    let (canary, responder) = (canary::address(place.sandboxes), &names.canary);
-    let mut leave = format!("    iifname \"{uplink}\" ip saddr {canary} oifname \"{responder}\" jump pass\n");
+    let responder = &names.canary;
+    let mut leave = String::new();
     let mut masquerade = String::new();
     for (family, range, ways) in &ranges {
+        let canary = match range {
+            IpNet::V4(_) => IpAddr::V4(canary::address(place.sandboxes)),
+            IpNet::V6(range) => IpAddr::V6(canary::address6(place.sandboxes, *range)),
+        };
+        leave.push_str(&format!(
+            "    iifname \"{uplink}\" {family} saddr {canary} oifname \"{responder}\" jump pass\n"
+        ));
         for way in *ways {
             leave.push_str(&format!(
                 "    iifname \"{uplink}\" {family} saddr {range} oifname \"{way}\" jump pass\n"
@@ -251,7 +262,8 @@ mod tests {
         };
         let way = BTreeSet::from(["eth0".to_owned()]);
         let (ipv4, ipv6) = (way.clone(), way);
-        let text = ruleset(&names, &place, &Ways { ipv4, ipv6 }, &BTreeSet::new(), 4096);
+        let ways = Ways { ipv4, ipv6 };
+        let text = ruleset(&names, &place, &ways, &BTreeSet::new(), (true, 4096));
         let at = |part: &str| text.find(part).unwrap_or_else(|| panic!("no `{part}` in {text}"));
         let leaves = at("oifname \"eth0\" jump pass");
         for before in [
@@ -265,7 +277,12 @@ mod tests {
         // Nobody but this instance's own canary meets who answers it.
         let canary = format!("ip saddr 10.213.255.255 oifname \"{}\" jump pass", names.canary);
         at(&canary);
-        assert_eq!(text.matches("\"sgcn").count(), 1, "{text}");
+        let canary6 = format!("ip6 saddr fd53:4700::ffff oifname \"{}\" jump pass", names.canary);
+        at(&canary6);
+        assert_eq!(text.matches("\"sgcn").count(), 2, "{text}");
+        // Where IPv6 does not pass, nothing of it is let through.
+        let without = ruleset(&names, &place, &ways, &BTreeSet::new(), (false, 4096));
+        assert!(!without.contains("ip6 saddr"), "{without}");
     }
 
     #[test]

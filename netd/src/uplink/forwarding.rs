@@ -176,37 +176,52 @@ pub(super) fn turn_on(plan: &Plan) -> Result<(), UplinkError> {
 
 /// Turns off what was, or leaves it to another instance, and forgets it.
 pub(super) fn restore(run_dir: &Path, names: &Names) -> Result<(), UplinkError> {
-    let switches = remembered(run_dir, names)?;
-    let heir = if switches.is_empty() {
-        None
-    } else {
-        link::others(names)?.into_iter().next()
-    };
-    match heir {
-        Some(heir) => {
-            let known: BTreeSet<Switch> = inherited(&heir.ifalias);
-            let more: String = switches
-                .difference(&known)
-                .map(|switch| format!(" {switch}"))
-                .collect();
-            link::set_alias(&heir.ifname, &format!("{}{more}", heir.ifalias))?;
-            // Before our own table goes: the heir hears of it only afterwards, if its netd runs at all.
-            firewall::entrust(&table_of(&heir.ifname), &switches)?;
-        }
-        None => {
-            for switch in &switches {
-                if !whole_node(switch.family) {
-                    switch.turn(false)?;
-                }
-            }
-        }
-    }
+    give_back(names, &remembered(run_dir, names)?)?;
     match fs::remove_file(file(run_dir)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(on_file("remove", &file(run_dir))(error))
         }
         Ok(()) | Err(_) => Ok(()),
     }
+}
+
+/// The same with the switches of IPv6 alone, for an uplink that stays.
+pub(super) fn restore6(run_dir: &Path, names: &Names) -> Result<(), UplinkError> {
+    let (six, rest): (BTreeSet<_>, BTreeSet<_>) = remembered(run_dir, names)?
+        .into_iter()
+        .partition(|switch| switch.family == Family::V6);
+    if !six.is_empty() {
+        give_back(names, &six)?;
+        write(run_dir, &rest)?;
+        // What others left to it is in the file from here on, but for these.
+        if let Some(own) = link::find(&names.interface)?
+            && names.own(&own.ifalias)
+            && own.ifalias != names.owner
+        {
+            link::set_alias(&names.interface, &names.owner)?;
+        }
+    }
+    Switch::new(Family::V6, &names.interface).turn(false)
+}
+
+fn give_back(names: &Names, switches: &BTreeSet<Switch>) -> Result<(), UplinkError> {
+    let heir = if switches.is_empty() {
+        None
+    } else {
+        link::others(names)?.into_iter().next()
+    };
+    let Some(heir) = heir else {
+        let off = switches.iter().filter(|switch| !whole_node(switch.family));
+        return off.into_iter().try_for_each(|switch| switch.turn(false));
+    };
+    let known: BTreeSet<Switch> = inherited(&heir.ifalias);
+    let more: String = switches
+        .difference(&known)
+        .map(|switch| format!(" {switch}"))
+        .collect();
+    link::set_alias(&heir.ifname, &format!("{}{more}", heir.ifalias))?;
+    // Before our own table goes: the heir hears of it only afterwards, if its netd runs at all.
+    firewall::entrust(&table_of(&heir.ifname), switches)
 }
 
 /// What this instance answers for: what it turned on, and what others left to it.

@@ -16,10 +16,30 @@ use super::{
     Place, Uplink, UplinkError, firewall,
     generation::{self, generation},
 };
-use crate::{canary, kernel::Datapath, router::pass};
+use crate::{
+    canary::{self, CanaryError},
+    kernel::{self, Datapath},
+    router::pass,
+};
 
-/// Whether packets leave without netd; the reason why not.
-pub type Passing = Result<(), String>;
+/// Whether packets leave without netd, by family; the reason why not. IPv6 never does where IPv4 does not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Passing {
+    /// IPv4.
+    pub ipv4: Result<(), String>,
+    /// IPv6.
+    pub ipv6: Result<(), String>,
+}
+
+impl Passing {
+    /// Nothing does, for one reason.
+    pub fn nothing(reason: String) -> Self {
+        Self {
+            ipv4: Err(reason.clone()),
+            ipv6: Err(reason),
+        }
+    }
+}
 
 /// How often the firewall's generation is asked for, besides what the kernel tells; and how often a canary flies at most
 /// while the firewall keeps changing.
@@ -74,18 +94,38 @@ impl Keeper {
         self.doubted.notify_one();
     }
 
-    /// Makes or adopts the uplink, sends a canary out over it, and has the programs use it if it returns. If it does
-    /// not, nothing of the uplink is left. Blocking, a fraction of a second when all is well.
+    /// Makes or adopts the uplink, sends a canary of each family out over it, and has the programs use it for the
+    /// families whose canary returns. If that of IPv4 does not, nothing of the uplink is left. Blocking, a fraction of a
+    /// second when all is well.
     pub fn prove(&self) -> Passing {
-        let place = self.place.as_ref().map_err(Clone::clone)?;
-        let mut uplink = self.uplink.lock().unwrap_or_else(PoisonError::into_inner);
-        self.try_out(place, &mut uplink).inspect_err(|_| {
-            *uplink = None;
-            self.lower(place);
-        })
+        self.prove_again(false, true)
     }
 
-    fn try_out(&self, place: &Place, uplink: &mut Option<Uplink>) -> Passing {
+    /// The same for an uplink by which IPv6 may have `stood` so far; `again` if it shall be tried where it did not.
+    fn prove_again(&self, stood: bool, again: bool) -> Passing {
+        let place = match &self.place {
+            Ok(place) => place,
+            Err(reason) => return Passing::nothing(reason.clone()),
+        };
+        let mut uplink = self.uplink.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.try_out(place, &mut uplink) {
+            Ok(raised) => Passing {
+                ipv4: Ok(()),
+                ipv6: self.try_ipv6(place, raised, stood, again),
+            },
+            Err(reason) => {
+                *uplink = None;
+                self.lower(place);
+                Passing::nothing(reason)
+            }
+        }
+    }
+
+    fn try_out<'uplink>(
+        &self,
+        place: &Place,
+        uplink: &'uplink mut Option<Uplink>,
+    ) -> Result<&'uplink mut Uplink, String> {
         let told = |error: &dyn std::error::Error| error.to_string();
         let stood = uplink.is_some();
         let raised = match uplink.take() {
@@ -100,25 +140,77 @@ impl Keeper {
             .attach_uplink(&raised.kernel())
             .and_then(|()| self.datapath.set_uplink(Some(raised.kernel())))
             .map_err(|error| told(&error))?;
-        let fly = || canary::pass(&self.datapath, place.sandboxes, raised.names());
+        match self.fly(place, raised, false)? {
+            Ok(()) => Ok(raised),
+            Err(error) if error.is_lost() => Err(format!("{error}; {}", firewall::blame(raised.names()))),
+            // That nothing could be sent says nothing about the way.
+            Err(error) if stood => {
+                tracing::warn!(%error, "the kernel pass could not be proven again; it stays as it is");
+                Ok(raised)
+            }
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    /// What the canaries said; an error when the uplink cannot be held in line with the node meanwhile.
+    fn fly(&self, place: &Place, uplink: &Uplink, ipv6: bool) -> Result<Result<(), CanaryError>, String> {
+        let fly = || canary::pass(&self.datapath, place, uplink.names(), ipv6);
         let mut flown = fly();
         for _ in 1..FLIGHTS {
             if flown.is_ok() {
                 break;
             }
             // The firewall may have been changed under it.
-            raised.settle().map_err(|error| told(&error))?;
+            uplink.settle().map_err(|error| error.to_string())?;
             flown = fly();
         }
-        match flown {
+        Ok(flown)
+    }
+
+    /// Has IPv6 leave by an uplink that works, if it can; else takes away what was made for it.
+    fn try_ipv6(&self, place: &Place, uplink: &mut Uplink, stood: bool, again: bool) -> Result<(), String> {
+        let outcome = match uplink.could_ipv6() {
+            // Nothing was made for it.
+            Err(reason) if uplink.ipv6().is_err() => return Err(reason),
+            Err(reason) => Err(reason),
+            Ok(()) if uplink.ipv6().is_err() && !again => return uplink.ipv6(),
+            Ok(()) => self.fly_ipv6(place, uplink, stood),
+        };
+        if let Err(reason) = &outcome {
+            self.lower_ipv6(uplink, reason);
+        }
+        outcome
+    }
+
+    fn fly_ipv6(&self, place: &Place, uplink: &mut Uplink, stood: bool) -> Result<(), String> {
+        if uplink.ipv6().is_err() {
+            let raised = uplink.raise_ipv6(self.datapath.router());
+            raised.map_err(|error| error.to_string())?;
+            let told = self.datapath.set_uplink(Some(uplink.kernel()));
+            told.map_err(|error| error.to_string())?;
+        }
+        match self.fly(place, uplink, true)? {
             Ok(()) => Ok(()),
-            Err(error) if error.is_lost() => Err(format!("{error}; {}", firewall::blame(raised.names()))),
-            // That nothing could be sent says nothing about the way.
+            Err(error) if error.is_lost() => Err(format!("{error}; {}", firewall::blame(uplink.names()))),
             Err(error) if stood => {
-                tracing::warn!(%error, "the kernel pass could not be proven again; it stays as it is");
+                tracing::warn!(%error, "the kernel pass of IPv6 could not be proven again; it stays as it is");
                 Ok(())
             }
             Err(error) => Err(error.to_string()),
+        }
+    }
+
+    /// First the programs, as below.
+    fn lower_ipv6(&self, uplink: &mut Uplink, reason: &str) {
+        let told = self.datapath.set_uplink(Some(kernel::Uplink {
+            ipv6: false,
+            ..uplink.kernel()
+        }));
+        if let Err(error) = told {
+            tracing::error!(%error, "the programs go on using an uplink for IPv6 that does not work");
+        }
+        if let Err(error) = uplink.lower_ipv6(reason.to_owned(), self.datapath.router()) {
+            tracing::warn!(%error, "what was made for IPv6 could not be taken away; it goes with the uplink");
         }
     }
 
@@ -149,6 +241,8 @@ impl Keeper {
         let (mut routes, mut firewall) = (watch_routes(tasks), watch_firewall(tasks));
         let (mut seen, mut looked) = (self.in_line(), Instant::now());
         let mut pending = Changed::default();
+        // For IPv6 where IPv4 works: whether something has changed since it was tried, and when that was.
+        let (mut pending6, mut tried6) = (false, Instant::now());
         loop {
             tokio::select! {
                 () = end.cancelled() => return,
@@ -162,24 +256,32 @@ impl Keeper {
                 }
             }
             pending.firewall |= generation().ok() != seen;
+            pending6 |= pending.any();
             let since = looked.elapsed();
-            let due = if passing.is_ok() {
+            let due = if passing.ipv4.is_ok() {
                 pending.programs || pending.routes || pending.firewall && since >= LOOK || since >= RELOOK
             } else {
                 pending.any() && since >= PATIENCE
             };
-            if !due {
+            let again = passing.ipv6.is_err() && pending6 && tried6.elapsed() >= PATIENCE;
+            let due6 = again && passing.ipv4.is_ok();
+            if !due && !due6 {
                 continue;
             }
             let (keeper, was) = (Arc::clone(&self), passing.clone());
-            let looking = tokio::task::spawn_blocking(move || keeper.look(was, pending));
-            let found = looking.await.unwrap_or_else(|error| Err(error.to_string()));
+            let looking = tokio::task::spawn_blocking(move || keeper.look(was, pending, again));
+            let found = looking
+                .await
+                .unwrap_or_else(|error| Passing::nothing(error.to_string()));
             pending = Changed {
                 // What is not ours went with the uplink that it hung on: the next one may do.
-                programs: pending.programs && found.is_err(),
+                programs: pending.programs && found.ipv4.is_err(),
                 ..Changed::default()
             };
-            if found.is_err() {
+            if again || passing.ipv6.is_ok() {
+                (pending6, tried6) = (false, Instant::now());
+            }
+            if found.ipv4.is_err() || again {
                 // What we ourselves have just changed is no news.
                 tokio::time::sleep(SETTLED).await;
                 while routes.try_recv().is_ok() {}
@@ -206,7 +308,7 @@ impl Keeper {
     /// Loads the uplink's table again if somebody has taken it away, without waiting for the next look: what passes until
     /// then is not masqueraded, and the node forwards what it should not.
     async fn rearm(self: &Arc<Self>, passing: &Passing) {
-        if passing.is_err() || generation().ok() == self.in_line() {
+        if passing.ipv4.is_err() || generation().ok() == self.in_line() {
             return;
         }
         let keeper = Arc::clone(self);
@@ -225,26 +327,45 @@ impl Keeper {
         }
     }
 
-    /// A canary flies where something may have changed on its way.
-    fn look(&self, was: Passing, changed: Changed) -> Passing {
-        if was.is_ok() && !changed.firewall && !changed.programs {
-            let uplink = self.uplink.lock().unwrap_or_else(PoisonError::into_inner);
-            let settled = uplink.as_ref().map(Uplink::settle);
-            if matches!(settled, Some(Ok(false))) {
-                return was;
+    /// A canary flies where something may have changed on its way; one of IPv6 too where that works, or shall be tried
+    /// `again`.
+    fn look(&self, was: Passing, changed: Changed, again: bool) -> Passing {
+        let stood = was.ipv6.is_ok();
+        if let (Ok(place), Ok(())) = (&self.place, &was.ipv4)
+            && !changed.firewall
+            && !changed.programs
+        {
+            let mut uplink = self.uplink.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(uplink) = uplink.as_mut()
+                && matches!(uplink.settle(), Ok(false))
+            {
+                if stood && uplink.could_ipv6().is_ok() {
+                    return was;
+                }
+                return Passing {
+                    ipv6: self.try_ipv6(place, uplink, stood, again),
+                    ..was
+                };
             }
         }
-        self.prove()
+        self.prove_again(stood, again || was.ipv4.is_err())
     }
 }
 
 /// Says it in the log.
 fn tell(passing: &Passing) {
-    match passing {
-        Ok(()) => tracing::info!("the kernel pass is on: what needs no look inside leaves without netd"),
-        Err(reason) => {
-            tracing::warn!(%reason, "the kernel pass is off; all TCP goes through netd, rules for UDP are not taken")
+    match (&passing.ipv4, &passing.ipv6) {
+        (Ok(()), Ok(())) => {
+            tracing::info!("the kernel pass is on: what needs no look inside leaves without netd");
         }
+        (Ok(()), Err(reason)) => tracing::info!(
+            %reason,
+            "the kernel pass is on for IPv4; all TCP of IPv6 goes through netd, rules for UDP of IPv6 are not taken"
+        ),
+        (Err(reason), _) => tracing::warn!(
+            %reason,
+            "the kernel pass is off; all TCP goes through netd, rules for UDP are not taken"
+        ),
     }
 }
 

@@ -1,6 +1,6 @@
 //! The veth and the routes over it, in the node's namespace.
 
-use std::{collections::BTreeSet, io};
+use std::{collections::BTreeSet, fs, io, path::PathBuf};
 
 use ipnet::IpNet;
 use nix::net::if_::if_nametoindex;
@@ -41,6 +41,8 @@ struct Route {
     #[serde(default)]
     dev: Option<String>,
     #[serde(default)]
+    gateway: Option<String>,
+    #[serde(default)]
     nexthops: Vec<NextHop>,
 }
 
@@ -54,6 +56,11 @@ impl Route {
     fn devices(&self) -> impl Iterator<Item = &str> {
         let more = self.nexthops.iter().filter_map(|hop| hop.dev.as_deref());
         self.dev.as_deref().into_iter().chain(more)
+    }
+
+    /// Whether it leads further than the interface's own link.
+    fn leads_on(&self) -> bool {
+        self.dst == "default" || self.gateway.is_some() || !self.nexthops.is_empty()
     }
 }
 
@@ -128,8 +135,8 @@ pub(super) fn connect(names: &Names, place: &Place, ipv6: bool) -> Result<(), Up
     ] {
         let Some(range) = range else { continue };
         if family == "-6" {
-            let path = std::path::PathBuf::from(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"));
-            std::fs::write(&path, "0").map_err(on_file("write", &path))?;
+            let path = off_switch6(names);
+            fs::write(&path, "0").map_err(on_file("write", &path))?;
         }
         let text = format!(
             "neighbour replace {hop} lladdr {peer} dev {name} nud permanent\n\
@@ -138,6 +145,22 @@ pub(super) fn connect(names: &Names, place: &Place, ipv6: bool) -> Result<(), Up
         command::run(&["ip", family, "-batch", "-"], &text)?;
     }
     Ok(())
+}
+
+/// Takes IPv6 from the end, and with it the route to the sandboxes. Nothing to do is fine.
+pub(super) fn disconnect6(names: &Names) -> Result<(), UplinkError> {
+    let path = off_switch6(names);
+    match fs::write(&path, "1") {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(on_file("write", &path)(error)),
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+fn off_switch6(names: &Names) -> PathBuf {
+    PathBuf::from(format!(
+        "/proc/sys/net/ipv6/conf/{}/disable_ipv6",
+        names.interface
+    ))
 }
 
 /// Removes both ends and with them the routes. Nothing to do is fine.
@@ -183,27 +206,24 @@ pub(super) fn set_alias(name: &str, alias: &str) -> Result<(), UplinkError> {
     Ok(())
 }
 
-/// Somebody else's route inside the sandboxes' range, or around it (but for a default), would lead answers elsewhere.
-pub(super) fn refuse_clash(names: &Names, place: &Place) -> Result<(), UplinkError> {
-    let ranges = [
-        Some(IpNet::from(place.sandboxes)),
-        place.sandboxes6.map(IpNet::from),
-    ];
-    for (family, range) in ["-4", "-6"].into_iter().zip(ranges) {
-        let Some(range) = range else { continue };
-        for route in routes(family)? {
-            let Some(prefix) = prefix(&route.dst) else {
-                continue;
-            };
-            let overlaps = prefix.prefix_len() > 0 && (prefix.contains(&range) || range.contains(&prefix));
-            if let Some(device) = route
-                .devices()
-                .find(|device| overlaps && *device != names.interface)
-            {
-                return Err(UplinkError::Clash(format!(
-                    "the route {prefix} of interface {device} overlaps the sandboxes' range {range}"
-                )));
-            }
+/// Somebody else's route inside a range of sandboxes, or around it (but for a default), would lead answers elsewhere.
+pub(super) fn refuse_clash(names: &Names, range: IpNet) -> Result<(), UplinkError> {
+    let family = match range {
+        IpNet::V4(_) => "-4",
+        IpNet::V6(_) => "-6",
+    };
+    for route in routes(family)? {
+        let Some(prefix) = prefix(&route.dst) else {
+            continue;
+        };
+        let overlaps = prefix.prefix_len() > 0 && (prefix.contains(&range) || range.contains(&prefix));
+        if let Some(device) = route
+            .devices()
+            .find(|device| overlaps && *device != names.interface)
+        {
+            return Err(UplinkError::Clash(format!(
+                "the route {prefix} of interface {device} overlaps the sandboxes' range {range}"
+            )));
         }
     }
     Ok(())
@@ -216,18 +236,27 @@ pub(super) fn ways(names: &Names) -> Result<Ways, UplinkError> {
         // Every interface has a link-local range, which leads nowhere else.
         let leading = routes.iter().filter(|route| !route.dst.starts_with("fe80:"));
         let devices = leading.flat_map(Route::devices);
-        let foreign = devices.filter(|device| {
-            *device != "lo"
-                && *device != names.interface
-                && !device.starts_with(PREFIX)
-                && !device.starts_with(CANARY_PREFIX)
-        });
+        let foreign = devices.filter(|device| is_foreign(names, device));
         Ok(foreign.map(str::to_owned).collect())
     };
     Ok(Ways {
         ipv4: of("-4")?,
         ipv6: of("-6")?,
     })
+}
+
+/// Whether a route of IPv6 leads off the node's own links.
+pub(super) fn leads_on6(names: &Names) -> Result<bool, UplinkError> {
+    let leads = |route: &Route| route.leads_on() && route.devices().any(|device| is_foreign(names, device));
+    Ok(routes("-6")?.iter().any(leads))
+}
+
+/// Neither loopback nor an instance's.
+fn is_foreign(names: &Names, device: &str) -> bool {
+    device != "lo"
+        && device != names.interface
+        && !device.starts_with(PREFIX)
+        && !device.starts_with(CANARY_PREFIX)
 }
 
 fn routes(family: &str) -> Result<Vec<Route>, UplinkError> {

@@ -12,6 +12,8 @@ use harness::{
 use hickory_proto::rr::RecordType;
 use serde_json::json;
 
+use crate::passes::{passes, passes6};
+
 use super::{BY_DEFAULT, SOON, Six, aaaa, address, addresses, pin};
 
 /// Of an instance beside another one.
@@ -105,6 +107,16 @@ pub(crate) fn without_a_way_out_there_is_no_ipv6(_: &Six) {
     as_root(&node, &sandbox, &attempts);
     let sent = world.capture().sent_since(mark);
     assert!(sent.is_empty(), "{sent:#?}");
+    // What the kernel cannot forward is not accepted, and IPv4 passes all the same.
+    let reason = passes6(&node).expect_err("there is no way");
+    assert!(reason.contains("no route"), "{reason}");
+    assert_eq!(passes(&node), Ok(()));
+    let rule = json!({ "action": "allow", "cidrs": ["203.0.113.66/32", "::/0"], "ports": ["8080"], "protocol": "udp" });
+    let asked = sandbox.client().put(&sandbox.path("/network"));
+    asked
+        .json(&json!({ "mode": "allowlist", "rules": [rule] }))
+        .send()
+        .refused_field("rules[0].cidrs[1]");
     sandbox.stop();
 }
 

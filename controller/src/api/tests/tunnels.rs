@@ -78,6 +78,8 @@ impl Both {
             not_ready_reason: None,
             kernel_pass: false,
             no_kernel_pass_reason: None,
+            kernel_pass6: false,
+            no_kernel_pass6_reason: None,
             errors: vec![],
         };
         post(&mut self.node, "/feed/ack", &ack).await;
