@@ -142,7 +142,7 @@ impl ChainKey {
         self.id
     }
 
-    /// The beginning of a chain behind what the table holds up to `sequence`.
+    /// The beginning of a chain behind what the table holds of the organisation up to `sequence`; 0 where that is nothing.
     pub fn begin(&self, org_id: &OrgId, epoch: i64, sequence: i64) -> Chain {
         let mac = self.mac(&self.links, "beginning", org_id, &[epoch, 0], &[]);
         let place = Place {
@@ -317,7 +317,8 @@ impl<'a> Verifier<'a> {
         };
         let expected = before.position + 1;
         if link.sequence <= chain.anchor.sequence {
-            if chain.anchor.place.position > 0 {
+            // Where nothing stood when the chain began, nothing can stand before it.
+            if chain.anchor.place.position > 0 || chain.anchor.sequence == 0 {
                 let message = "this record stands before the place where the chain begins";
                 return Err(problem(AuditProblemKind::Inserted, None, id(), message));
             }

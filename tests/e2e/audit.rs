@@ -192,11 +192,18 @@ pub(crate) fn what_finds_no_room_is_refused_or_told_by_a_gap(audited: &Audited) 
     let held = Held::new(&audited.node, audited.node.controller());
     assert_eq!(audited.flows(&open, MANY), MANY, "fail_open goes on");
     // The other one's records have not taken its room.
-    let answered = audited.flows(&closed, MANY);
+    let mut answered = audited.flows(&closed, MANY);
     assert!((100..MANY).contains(&answered), "{answered} of {MANY}");
-    // Not even a netd that is killed forgets what was lost, or that there is no room.
+    // Not even a netd that is killed forgets what was lost, or that there is no room: but for the records that were on
+    // their way when it ended.
     audited.node.replace(Node::netd);
-    assert_eq!(audited.flows(&closed, 3), 0);
+    let before = answered;
+    wait::until("there is no room again", SOON, || {
+        let admitted = audited.flows(&closed, 3);
+        answered += admitted;
+        (admitted == 0).then_some(())
+    });
+    assert!(answered - before < 30, "{} more than before", answered - before);
     drop(held);
     audited.node.wait_ready();
 

@@ -332,19 +332,13 @@ async fn what_is_forgotten_in_time_is_not_missed() {
     let found = world.verify().await;
     world.assert_verified(&found, 6);
     assert_eq!((found.anchor, found.position), (Some(4), Some(10)));
+    world
+        .tamper("DELETE FROM egress_audit_chains WHERE org_id = 'org-other'")
+        .await;
     world.record(10..12).await;
     world.sign().await;
     let found = world.verify().await;
     world.assert_verified(&found, 8);
-    // What is left is watched as before.
-    world
-        .tamper("DELETE FROM egress_audit WHERE id = 'event-4'")
-        .await;
-    let problem = world.verify().await.problem.expect("noticed");
-    assert_eq!(
-        (problem.kind, problem.position),
-        (AuditProblemKind::Removed, Some(5))
-    );
     // Everything may go, the place where it ended stays.
     let all = now() + SignedDuration::from_secs(2_000_000);
     while prune(all).await > 0 {}
@@ -354,6 +348,36 @@ async fn what_is_forgotten_in_time_is_not_missed() {
     world.record(12..13).await;
     let found = world.verify().await;
     world.assert_verified(&found, 1);
+}
+
+#[tokio::test]
+async fn what_shows_that_somebody_changed_it_is_not_forgotten() {
+    for (change, kind) in [
+        (
+            "DELETE FROM egress_audit WHERE id = 'event-4'",
+            AuditProblemKind::Removed,
+        ),
+        (
+            "UPDATE egress_audit SET time = 0 WHERE id = 'event-4'",
+            AuditProblemKind::Edited,
+        ),
+        (
+            "UPDATE egress_audit SET document = replace(document, 'n4.test', 'x4.test') WHERE id = 'event-4'",
+            AuditProblemKind::Edited,
+        ),
+    ] {
+        let world = world().await;
+        world.record(0..10).await;
+        world.sign().await;
+        world.tamper(change).await;
+        let all = now() + SignedDuration::from_secs(2_000_000);
+        for _ in 0..20 {
+            let pruned = world.store.prune_audit(world.ledger.key(), all, 0, 3).await;
+            pruned.expect("pruned");
+        }
+        let problem = world.verify().await.problem.expect("noticed");
+        assert_eq!((problem.kind, problem.position), (kind, Some(5)), "{change}");
+    }
 }
 
 #[tokio::test]

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Service, ServiceError};
 use crate::{
     ledger::LedgerError,
-    store::{AuditFilter, AuditRow, Store},
+    store::{AuditFilter, AuditRow, Store, StoreError},
 };
 
 /// Records that a stream reads at once.
@@ -123,7 +123,7 @@ impl Trail {
                 return Some((row.sequence, record(row)));
             }
             self.recorded.mark_unchanged();
-            match self.store.audit_after(&self.org_id, &self.filter, self.at).await {
+            match self.read_on().await {
                 Ok(rows) => self.read = rows.into(),
                 Err(error) => {
                     tracing::error!(
@@ -133,8 +133,7 @@ impl Trail {
                     return None;
                 }
             }
-            if let Some(last) = self.read.back() {
-                self.at = last.sequence;
+            if !self.read.is_empty() {
                 continue;
             }
             tokio::select! {
@@ -142,6 +141,22 @@ impl Trail {
                 () = self.end.cancelled() => return None,
             }
         }
+    }
+}
+
+impl Trail {
+    /// Reads on from where it is, and moves past what the filter does not want.
+    async fn read_on(&mut self) -> Result<Vec<AuditRow>, StoreError> {
+        // Before the look: whatever is stored up to here, the look sees.
+        let newest = self.store.newest_audit().await?;
+        let rows = self
+            .store
+            .audit_after(&self.org_id, &self.filter, self.at)
+            .await?;
+        let is_all = rows.len() < READ as usize;
+        let last = rows.last().map_or(self.at, |row| row.sequence);
+        self.at = if is_all { last.max(newest) } else { last };
+        Ok(rows)
     }
 }
 

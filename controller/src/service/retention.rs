@@ -32,7 +32,10 @@ impl Service {
     /// Forgets old records, until the tasks drain.
     pub async fn retain(self) {
         let shutdown = self.shared.tasks.shutdown();
-        let mut calendar = Calendar::new(super::now(), Instant::now());
+        // A clock that is ahead when this starts is not believed either: the newest record is the measure.
+        let newest = self.shared.store.newest_audit_time().await.ok().flatten();
+        let now = super::now();
+        let mut calendar = Calendar::new(newest.map_or(now, |newest| newest.min(now)), Instant::now());
         loop {
             let now = calendar.believed(super::now(), Instant::now());
             if let Err(error) = self.forget_old(now).await {

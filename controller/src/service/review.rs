@@ -10,7 +10,8 @@ use sandgate_api::{
     id::{OrgId, SandboxId},
     rest::{ApiCall, AuditDecision, Explanation, ReplayedAttempt, Simulation, Suggestion},
 };
-use sandgate_policy::{Policy, Reason};
+use sandgate_policy::{Platform, Policy, PolicyError, Reason};
+use tokio::sync::Semaphore;
 
 use super::{
     Service, ServiceError,
@@ -31,6 +32,8 @@ mod words;
 const REPLAYED: usize = 20_000;
 /// Records read at a time.
 const PAGE: u32 = 1_000;
+/// Replays at once.
+static REPLAYS: Semaphore = Semaphore::const_new(2);
 /// Groups of attempts in one answer.
 const GROUPS: usize = 1_000;
 
@@ -202,30 +205,8 @@ impl Service {
             .judge(&self.shared.config.platform)
             .map_err(|error| invalid("network", error))?;
         let (events, truncated) = self.recorded(org_id, id, span).await?;
-        let (mut attempts, mut unchanged, mut not_judged) = (0, 0, 0);
-        let (mut newly_allowed, mut newly_denied) = (Groups::default(), Groups::default());
-        for event in &events {
-            attempts += event.repeated;
-            let Some(attempt) = Attempt::of(event) else {
-                not_judged += event.repeated;
-                continue;
-            };
-            let said = judge.say(&attempt);
-            match (passed(event), said.passes) {
-                (false, true) => newly_allowed.add(&attempt, event, &said),
-                (true, false) => newly_denied.add(&attempt, event, &said),
-                (true, true) | (false, false) => unchanged += event.repeated,
-            }
-        }
-        Ok(Simulation {
-            sandbox_id: id.clone(),
-            attempts,
-            unchanged,
-            not_judged,
-            newly_allowed: newly_allowed.into_list(),
-            newly_denied: newly_denied.into_list(),
-            truncated,
-        })
+        let id = id.clone();
+        aside(move || replay(id, &judge, &events, truncated)).await
     }
 
     /// Writes the policy that allows what a sandbox did and nothing else. What it does in audit mode is what it needs.
@@ -240,30 +221,11 @@ impl Service {
     ) -> Result<Suggestion, ServiceError> {
         let present = self.present(org_id, id).await?;
         let (events, truncated) = self.recorded(org_id, id, span).await?;
-        let passing: Vec<(&AuditEvent, Attempt)> = events
-            .iter()
-            .filter(|event| passed(event))
-            .filter_map(|event| Some((event, Attempt::of(event)?)))
-            .collect();
-        let mut used = suggest::Used::default();
-        for (_, attempt) in &passing {
-            used.add(attempt);
-        }
-        let too_much = |error: sandgate_policy::PolicyError| {
-            ServiceError::Conflict(format!("what it did is more than a policy lists: {error}"))
-        };
         let own = present.sandbox.map(|stored| stored.policy).unwrap_or_default();
-        let policy = used.policy(&own).map_err(too_much)?;
-        let judge = Tiers::new(None, Some(policy.clone()))
-            .judge(&self.shared.config.platform)
-            .map_err(too_much)?;
-        let (attempts, left_out) = covered(&judge, &passing);
-        Ok(Suggestion {
-            sandbox_id: id.clone(),
-            policy,
-            attempts,
-            left_out,
-            truncated,
+        let (id, platform) = (id.clone(), self.shared.config.platform.clone());
+        let written = aside(move || write(id, &platform, &own, &events, truncated)).await?;
+        written.map_err(|error| {
+            ServiceError::Conflict(format!("what it did is more than a policy lists: {error}"))
         })
     }
 
@@ -303,6 +265,69 @@ impl Service {
             }
         }
     }
+}
+
+/// Runs what takes a while where it holds up nobody else.
+async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, ServiceError> {
+    // Never closed: without a place it is not worse than without the limit.
+    let _place = REPLAYS.acquire().await.ok();
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|_stopped| ServiceError::Internal("the records could not be looked at".to_owned()))
+}
+
+fn replay(sandbox_id: SandboxId, judge: &Judge, events: &[AuditEvent], truncated: bool) -> Simulation {
+    let (mut attempts, mut unchanged, mut not_judged) = (0, 0, 0);
+    let (mut newly_allowed, mut newly_denied) = (Groups::default(), Groups::default());
+    for event in events {
+        attempts += event.repeated;
+        let Some(attempt) = Attempt::of(event) else {
+            not_judged += event.repeated;
+            continue;
+        };
+        let said = judge.say(&attempt);
+        match (passed(event), said.passes) {
+            (false, true) => newly_allowed.add(&attempt, event, &said),
+            (true, false) => newly_denied.add(&attempt, event, &said),
+            (true, true) | (false, false) => unchanged += event.repeated,
+        }
+    }
+    Simulation {
+        sandbox_id,
+        attempts,
+        unchanged,
+        not_judged,
+        newly_allowed: newly_allowed.into_list(),
+        newly_denied: newly_denied.into_list(),
+        truncated,
+    }
+}
+
+fn write(
+    sandbox_id: SandboxId,
+    platform: &Platform,
+    own: &Policy,
+    events: &[AuditEvent],
+    truncated: bool,
+) -> Result<Suggestion, PolicyError> {
+    let passing: Vec<(&AuditEvent, Attempt)> = events
+        .iter()
+        .filter(|event| passed(event))
+        .filter_map(|event| Some((event, Attempt::of(event)?)))
+        .collect();
+    let mut used = suggest::Used::default();
+    for (_, attempt) in &passing {
+        used.add(attempt);
+    }
+    let policy = used.policy(own)?;
+    let judge = Tiers::new(None, Some(policy.clone())).judge(platform)?;
+    let (attempts, left_out) = covered(&judge, &passing);
+    Ok(Suggestion {
+        sandbox_id,
+        policy,
+        attempts,
+        left_out,
+        truncated,
+    })
 }
 
 fn passed(event: &AuditEvent) -> bool {

@@ -1,5 +1,7 @@
 //! The egress audit: a bounded log of what netd reported.
 
+use std::collections::{BTreeMap, btree_map::Entry};
+
 use futures_util::TryStreamExt as _;
 use jiff::Timestamp;
 use sandgate_api::{
@@ -8,7 +10,7 @@ use sandgate_api::{
     rest::{AuditProblemKind, AuditVerification},
 };
 use sqlx::{QueryBuilder, Row as _, Sqlite, Transaction, sqlite::SqliteRow};
-use std::collections::{BTreeMap, btree_map::Entry};
+
 use tokio::sync::watch;
 
 use super::{Store, StoreError, document, millis, to_document, to_stored};
@@ -160,6 +162,18 @@ impl Store {
         Ok(newest.unwrap_or(0))
     }
 
+    /// When the newest record of all was made.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn newest_audit_time(&self) -> Result<Option<Timestamp>, StoreError> {
+        let newest: Option<i64> =
+            sqlx::query_scalar("SELECT time FROM egress_audit ORDER BY sequence DESC LIMIT 1")
+                .fetch_optional(&self.readers)
+                .await?;
+        Ok(newest.and_then(|time| Timestamp::from_millisecond(time).ok()))
+    }
+
     /// Forgets the oldest records: those from before `before`, and those beyond the newest `keep`. At most
     /// `limit` at a time; returns how many. Each chain then begins behind the last of its records that is forgotten.
     ///
@@ -173,39 +187,38 @@ impl Store {
         limit: u32,
     ) -> Result<u64, StoreError> {
         let mut transaction = self.write().await?;
-        // Up to the first that stays: a chain has no holes. Records arrive in the order of time, give or take a queue: a
-        // record older than `before` behind a younger one waits until that one is old enough too.
-        let last: Option<i64> = sqlx::query_scalar(
-            "WITH oldest AS (SELECT sequence, time FROM egress_audit ORDER BY sequence LIMIT ?1), \
-               kept AS (SELECT min(sequence) AS first FROM oldest \
-                 WHERE time >= ?2 AND sequence > (SELECT max(sequence) FROM egress_audit) - ?3) \
-             SELECT max(oldest.sequence) FROM oldest, kept WHERE kept.first IS NULL OR oldest.sequence < kept.first",
+        let stored: i64 = sqlx::query_scalar("SELECT count(*) FROM egress_audit")
+            .fetch_one(&mut *transaction)
+            .await?;
+        let excess = stored.saturating_sub(to_stored(keep));
+        let oldest = sqlx::query(
+            "SELECT org_id, sequence, id, sandbox_id, time, verdict, host, document, epoch, position, mac \
+             FROM egress_audit ORDER BY sequence LIMIT ?",
         )
         .bind(limit)
-        .bind(millis(before))
-        .bind(to_stored(keep))
-        .fetch_one(&mut *transaction)
+        .fetch_all(&mut *transaction)
         .await?;
+        let mut links: Vec<(OrgId, Link)> = Vec::new();
+        for (row, number) in oldest.iter().zip(1..) {
+            let link = link(row)?;
+            // Up to the first that stays: a chain has no holes. Records arrive in the order of time, give or take a
+            // queue: a record older than `before` behind a younger one waits until that one is old enough too.
+            if number > excess && link.columns.time >= millis(before) {
+                break;
+            }
+            links.push((super::parse("organization", row.try_get("org_id")?)?, link));
+        }
+        let mut chains = BTreeMap::new();
+        for (org_id, _) in &links {
+            if !chains.contains_key(org_id) {
+                chains.insert(org_id.clone(), chain(&mut transaction, org_id).await?);
+            }
+        }
+        let Forgettable { last, anchors } = forgettable(key, &chains, &links);
         let Some(last) = last else {
             return Ok(0);
         };
-        let ends = sqlx::query(
-            "SELECT a.org_id, a.sequence, a.epoch, a.position, a.mac FROM egress_audit AS a \
-             JOIN (SELECT max(sequence) AS sequence FROM egress_audit WHERE sequence <= ? GROUP BY org_id) AS ends \
-               ON a.sequence = ends.sequence \
-             JOIN egress_audit_chains AS c ON c.org_id = a.org_id AND c.epoch = a.epoch \
-             WHERE a.position > c.anchor_position",
-        )
-        .bind(last)
-        .fetch_all(&mut *transaction)
-        .await?;
-        for row in &ends {
-            let Some(place) = place(row)? else { continue };
-            let org_id: OrgId = super::parse("organization", row.try_get("org_id")?)?;
-            let anchor = Anchor {
-                place,
-                sequence: row.try_get("sequence")?,
-            };
+        for (org_id, anchor) in anchors {
             sqlx::query(
                 "UPDATE egress_audit_chains SET anchor_sequence = ?, anchor_position = ?, anchor_mac = ?, anchor_seal = ? \
                  WHERE org_id = ?",
@@ -213,7 +226,7 @@ impl Store {
             .bind(anchor.sequence)
             .bind(anchor.place.position)
             .bind(anchor.place.mac.as_slice())
-            .bind(key.seal(&org_id, &anchor).as_slice())
+            .bind(key.seal(org_id, &anchor).as_slice())
             .bind(org_id.as_str())
             .execute(&mut *transaction)
             .await?;
@@ -355,6 +368,55 @@ impl Store {
     }
 }
 
+/// What may be forgotten.
+struct Forgettable<'a> {
+    /// Up to this record.
+    last: Option<i64>,
+    /// Where chains begin then.
+    anchors: BTreeMap<&'a OrgId, Anchor>,
+}
+
+/// The records before the first that is not what was recorded: what shows that somebody changed the audit stays, so that
+/// waiting, or making records look old, is no way to be rid of it.
+fn forgettable<'a>(
+    key: &'a ChainKey,
+    chains: &BTreeMap<OrgId, Option<Chain>>,
+    links: &'a [(OrgId, Link)],
+) -> Forgettable<'a> {
+    let mut found = Forgettable {
+        last: None,
+        anchors: BTreeMap::new(),
+    };
+    let mut verifiers: BTreeMap<&OrgId, Verifier<'a>> = BTreeMap::new();
+    for (org_id, link) in links {
+        let looked = match verifiers.entry(org_id) {
+            Entry::Occupied(verifier) => Ok(verifier.into_mut()),
+            Entry::Vacant(vacant) => {
+                let chain = chains.get(org_id).cloned().flatten();
+                Verifier::new(key, org_id, chain, None).map(|verifier| vacant.insert(verifier))
+            }
+        };
+        let looked = looked.and_then(|verifier| verifier.look(link).map(|()| verifier));
+        match looked {
+            Ok(verifier) => {
+                found.last = Some(link.sequence);
+                if let (1.., Some((_, place))) = (verifier.records, verifier.range()) {
+                    let sequence = link.sequence;
+                    found.anchors.insert(org_id, Anchor { place, sequence });
+                }
+            }
+            Err(problem) => {
+                tracing::error!(
+                    target: "audit", %org_id, position = problem.position, event_id = problem.event_id, problem.message,
+                    "the audit was changed: nothing from here on is forgotten; verify it"
+                );
+                break;
+            }
+        }
+    }
+    found
+}
+
 /// Records that a filter wants, without their order and number.
 fn selection(org_id: &OrgId, filter: &AuditFilter) -> QueryBuilder<Sqlite> {
     let mut query =
@@ -401,7 +463,8 @@ async fn continue_chain(
         return Ok(chain.end);
     }
     let epoch = known.map_or(1, |chain| chain.end.epoch + 1);
-    let newest: Option<i64> = sqlx::query_scalar("SELECT max(sequence) FROM egress_audit")
+    let newest: Option<i64> = sqlx::query_scalar("SELECT max(sequence) FROM egress_audit WHERE org_id = ?")
+        .bind(org_id.as_str())
         .fetch_one(&mut **transaction)
         .await?;
     let chain = key.begin(org_id, epoch, newest.unwrap_or(0));

@@ -360,6 +360,12 @@ impl Spool {
                 .is_some_and(|oldest| oldest.live == 0)
     }
 
+    /// Whether all that was written last is on the disk now, and not only with the kernel.
+    pub(super) fn settle(&self) -> bool {
+        let last = self.segments.values().next_back();
+        last.is_none_or(|last| last.file.sync_data().is_ok())
+    }
+
     /// Removes the oldest segment.
     pub(super) fn reap(&mut self) {
         let Some((number, _)) = self.segments.pop_first() else {

@@ -12,6 +12,10 @@ use serde_json::{Value, json};
 
 use super::{Named, REFUSED, ask, assert_addresses};
 
+/// Questions for one name. A case asks fewer than 200 in all: the kernel refuses what is beyond that in a tenth of a
+/// second, which a fast machine may need for all of them.
+const REPEATED: usize = 80;
+
 /// Asks for many names, one after the other, and gives how many were answered and how many refused.
 #[track_caller]
 fn ask_all(probe: &Probe<'_>, names: impl Iterator<Item = String>) -> (usize, usize) {
@@ -36,8 +40,8 @@ pub(crate) fn names_under_a_wildcard_carry_little_out(named: &Named) {
     let sandbox = named.fenced();
     let probe = named.probe(&sandbox);
     // What an attacker would do: the data in labels, a fresh name each.
-    let (answered, refused) = ask_all(&probe, (0..200).map(|index| format!("{index:032x}.wild.test")));
-    assert_eq!((answered, refused), (60, 140), "the default is 60 names a minute");
+    let (answered, refused) = ask_all(&probe, (0..150).map(|index| format!("{index:032x}.wild.test")));
+    assert_eq!((answered, refused), (60, 90), "the default is 60 names a minute");
     let asked = named.world.dns.queries_for("wild.test");
     let asked: HashSet<String> = asked
         .into_iter()
@@ -101,16 +105,16 @@ pub(crate) fn bytes_that_go_upstream_are_counted_and_the_caches_are_not(named: &
         };
         named.world.dns.behave(name, manner);
     }
-    let repeated = |name: &str| ask_all(&probe, std::iter::repeat_n(name.to_owned(), 100));
+    let repeated = |name: &str| ask_all(&probe, std::iter::repeat_n(name.to_owned(), REPEATED));
     assert_eq!(
         repeated(kept),
-        (100, 0),
+        (REPEATED, 0),
         "a name that is known says nothing to anybody"
     );
     assert_eq!(named.asked(kept), 1);
     let (answered, refused) = repeated(fresh);
     let expected = (200 - kept.len()) / fresh.len();
-    assert_eq!((answered, refused), (expected, 100 - expected));
+    assert_eq!((answered, refused), (expected, REPEATED - expected));
     assert_eq!(named.asked(fresh), expected);
     assert_addresses(&ask(&probe, kept), &[WILD.into()]);
     events(&sandbox);

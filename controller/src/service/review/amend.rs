@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::{
     super::policies::merged,
-    attempt::{Attempt, Said, Tiers},
+    attempt::{Attempt, Said, Target, Tiers},
 };
 
 /// A merge patch (RFC 7396) for the policy of a tier.
@@ -21,6 +21,12 @@ pub(super) struct Change {
 /// The changes after which all tiers allow the attempt, one for each tier that denies it. None where no change of a
 /// policy allows it, or none that this knows. Every answer was tried.
 pub(super) fn changes(platform: &Platform, tiers: &Tiers, attempt: &Attempt) -> Option<Vec<Change>> {
+    // In a list an asterisk would say more than itself, and the path is the sandbox's own word.
+    if let Attempt::Request { path, .. } = attempt
+        && path.as_str().contains('*')
+    {
+        return None;
+    }
     let mut amended = tiers.clone();
     let mut changes = Vec::new();
     for (tier, policy) in tiers.written() {
@@ -45,85 +51,87 @@ pub(super) fn changes(platform: &Platform, tiers: &Tiers, attempt: &Attempt) -> 
         amended = amended.with(tier, policy);
         changes.push(Change { tier, patch });
     }
+    // The organisation's last: if that fails, what it denies stays denied.
+    changes.reverse();
     let allows = amended.judge(platform).ok()?.say(attempt).is_allowed();
     (allows && !changes.is_empty()).then_some(changes)
 }
 
 /// Changes that might help, the one that opens least first.
 fn candidates(document: &Value, attempt: &Attempt, said: &Said) -> Vec<Value> {
-    let name = attempt.name().map(|name| name.as_str().to_owned());
-    let target = attempt.target();
-    let texts = [name.clone(), target.map(|target| target.to.ip().to_string())];
-    let own = target.map(|target| range(target.to.ip()));
-    let taken = |field: &str, words: &[Option<String>]| {
-        let entries = list(document, field);
-        let kept: Vec<Value> = entries
-            .iter()
-            .filter(|entry| !words.iter().flatten().any(|word| entry.as_str() == Some(word)))
-            .cloned()
-            .collect();
-        (kept.len() < entries.len()).then(|| json!({ field: kept }))
-    };
-    let added = |field: &str, entry: Value| {
-        let mut entries = list(document, field);
-        entries.push(entry);
-        json!({ field: entries })
-    };
-    let ruled = |rule: Value| {
-        // First, so that no rule above it decides.
-        let mut rules = list(document, "rules");
-        rules.insert(0, rule);
-        json!({ "rules": rules })
-    };
-    let mut found: Vec<Value> = Vec::new();
-    found.extend(requests(document, attempt, said));
-    found.extend(taken("denied_domains", &texts[..1]));
-    found.extend(taken("denied_cidrs", &[texts[1].clone(), own.clone()]));
-    let ports = target.map(|target| vec![target.to.port()]);
-    match (&name, target) {
-        (Some(name), _) => {
-            if document["mode"] == "allowlist" {
-                found.push(added("allowed_domains", json!(name)));
+    match attempt {
+        Attempt::Name(name) => listed(document, name.as_str()).into_iter().collect(),
+        Attempt::Request { to, method, path } => {
+            let entry = json!({ "methods": [method], "paths": [path.as_str()] });
+            narrowed(document, to, said, &entry).into_iter().collect()
+        }
+        Attempt::Flow(target) => of_flow(document, target),
+    }
+}
+
+fn of_flow(document: &Value, target: &Target) -> Vec<Value> {
+    let port = target.to.port();
+    let by_address = |protocol: &str| json!({ "protocol": protocol, "cidrs": [range(target.to.ip())] });
+    let openings = match (target.protocol, &target.name, &target.bound) {
+        (Protocol::Udp, _, _) => vec![by_address("udp")],
+        (Protocol::Tcp, Some(name), _) => {
+            let only_its_port = document["allowed_ports"] == json!([port]);
+            if let Some(patch) = listed(document, name.as_str()).filter(|_| only_its_port) {
+                return vec![
+                    patch,
+                    ruled(document, 0, opened(json!({ "domains": [name.as_str()] }), port)),
+                ];
             }
-            found.push(ruled(rule(
-                json!({ "action": "allow", "domains": [name] }),
-                &ports,
-            )));
+            vec![json!({ "domains": [name.as_str()] })]
         }
-        (None, Some(target)) => {
-            let protocol = match target.protocol {
-                Protocol::Tcp => "tcp",
-                Protocol::Udp => "udp",
-            };
-            let by_address = json!({ "action": "allow", "cidrs": [own], "protocol": protocol });
-            found.push(ruled(rule(by_address, &ports)));
+        (Protocol::Tcp, None, Some(bound)) => {
+            vec![
+                json!({ "protocol": "tcp", "domains": [bound.as_str()] }),
+                by_address("tcp"),
+            ]
         }
-        (None, None) => {}
-    }
-    found
-}
-
-/// Another entry for the list of requests of the rule that decided.
-fn requests(document: &Value, attempt: &Attempt, said: &Said) -> Option<Value> {
-    let Attempt::Request { method, path, .. } = attempt else {
-        return None;
+        (Protocol::Tcp, None, None) => vec![by_address("tcp")],
     };
-    let decided = said.rule.as_deref()?;
-    let mut rules = list(document, "rules");
-    let at = rules
-        .iter()
-        .enumerate()
-        .position(|(index, rule)| rule["name"] == decided || decided == format!("rules[{index}]"))?;
-    let entries = rules.get_mut(at)?.get_mut("http")?.as_array_mut()?;
-    entries.push(json!({ "methods": [method], "paths": [path.as_str()] }));
-    Some(json!({ "rules": rules }))
+    // First, so that no rule above it decides.
+    let rules = openings
+        .into_iter()
+        .map(|opening| ruled(document, 0, opened(opening, port)));
+    rules.collect()
 }
 
-fn rule(mut rule: Value, ports: &Option<Vec<u16>>) -> Value {
-    if let Some(ports) = ports {
-        let ports: Vec<String> = ports.iter().map(u16::to_string).collect();
-        rule["ports"] = json!(ports);
-    }
+/// The name in the list of names, where that is what opens names.
+fn listed(document: &Value, name: &str) -> Option<Value> {
+    let mut names = list(document, "allowed_domains");
+    names.push(json!(name));
+    (document["mode"] == "allowlist").then(|| json!({ "allowed_domains": names }))
+}
+
+/// The rule that decided once more for this name and port alone, with another entry in its list of requests. Its other
+/// names and ports keep what they had.
+fn narrowed(document: &Value, to: &Target, said: &Said, entry: &Value) -> Option<Value> {
+    let decided = said.rule.as_deref()?;
+    let name = to.name.as_ref()?;
+    let (at, rule) = list(document, "rules")
+        .into_iter()
+        .enumerate()
+        .find(|(index, rule)| rule["name"] == decided || decided == format!("rules[{index}]"))?;
+    let mut rule = opened(rule, to.to.port());
+    rule["domains"] = json!([name.as_str()]);
+    rule["cidrs"] = json!([]);
+    rule.as_object_mut()?.remove("name");
+    rule.get_mut("http")?.as_array_mut()?.push(entry.clone());
+    Some(ruled(document, at, rule))
+}
+
+fn ruled(document: &Value, at: usize, rule: Value) -> Value {
+    let mut rules = list(document, "rules");
+    rules.insert(at.min(rules.len()), rule);
+    json!({ "rules": rules })
+}
+
+fn opened(mut rule: Value, port: u16) -> Value {
+    rule["action"] = json!("allow");
+    rule["ports"] = json!([port.to_string()]);
     rule
 }
 

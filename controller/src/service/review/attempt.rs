@@ -34,9 +34,10 @@ pub(super) enum Attempt {
 pub(super) struct Target {
     pub(super) protocol: Protocol,
     pub(super) to: SocketAddr,
+    /// The name that it shows.
     pub(super) name: Option<DomainName>,
-    /// The sandbox had the address from DNS under that name.
-    is_bound: bool,
+    /// The name under which the sandbox had the address from DNS. What is forwarded unread shows no other.
+    pub(super) bound: Option<DomainName>,
 }
 
 /// The tiers that govern a sandbox, the one of highest precedence first.
@@ -60,10 +61,11 @@ impl Attempt {
             .host
             .as_deref()
             .and_then(|host| DomainName::parse(host).ok());
-        let protocol = match event.protocol.as_str() {
+        let (protocol, is_read) = match event.protocol.as_str() {
             "dns" => return name.map(Self::Name),
-            "tcp" | "tls" | "http" | "https" => Protocol::Tcp,
-            "udp" => Protocol::Udp,
+            "tls" | "http" | "https" => (Protocol::Tcp, true),
+            "tcp" => (Protocol::Tcp, false),
+            "udp" => (Protocol::Udp, false),
             _ => return None,
         };
         // A name that cannot be read is not the same as none. An address in its place is.
@@ -78,8 +80,8 @@ impl Attempt {
         let to = Target {
             protocol,
             to: SocketAddr::new(event.ip?, event.port?),
-            name,
-            is_bound: event.reason != Reason::AddressNotBound,
+            bound: name.clone().filter(|_| event.reason != Reason::AddressNotBound),
+            name: name.filter(|_| is_read),
         };
         let path = event.path.as_deref().map(NormalPath::parse);
         match (&event.method, path) {
@@ -93,11 +95,13 @@ impl Attempt {
         }
     }
 
-    /// The name it shows or asks for.
+    /// The name it shows, asks for or goes by.
     pub(super) fn name(&self) -> Option<&DomainName> {
         match self {
             Self::Name(name) => Some(name),
-            Self::Flow(target) | Self::Request { to: target, .. } => target.name.as_ref(),
+            Self::Flow(target) | Self::Request { to: target, .. } => {
+                target.name.as_ref().or(target.bound.as_ref())
+            }
         }
     }
 
@@ -128,7 +132,7 @@ impl Attempt {
     pub(super) fn replayed(&self, event: &AuditEvent, said: &Said) -> ReplayedAttempt {
         let target = self.target();
         let ip: Option<IpAddr> = target
-            .filter(|target| target.name.is_none())
+            .filter(|_| self.name().is_none())
             .map(|target| target.to.ip());
         ReplayedAttempt {
             protocol: event.protocol.clone(),
@@ -148,15 +152,11 @@ impl Attempt {
 
 impl Target {
     fn with_flow<T>(&self, decide: impl FnOnce(&Flow<'_>) -> T) -> T {
-        let bound: &[DomainName] = match &self.name {
-            Some(name) if self.is_bound => std::slice::from_ref(name),
-            Some(_) | None => &[],
-        };
         decide(&Flow {
             protocol: self.protocol,
             to: self.to,
             name: self.name.as_ref(),
-            names_bound: bound,
+            names_bound: self.bound.as_slice(),
         })
     }
 }

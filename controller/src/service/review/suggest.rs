@@ -5,10 +5,10 @@ use std::{
     net::IpAddr,
 };
 
-use sandgate_policy::{Policy, PolicyError, Protocol};
+use sandgate_policy::{DomainName, Policy, PolicyError, Protocol};
 use serde_json::{Value, json};
 
-use super::attempt::Attempt;
+use super::attempt::{Attempt, Target};
 
 /// The port that plain lists of names are written for.
 const HTTPS: u16 = 443;
@@ -22,6 +22,8 @@ pub(super) struct Used {
     names: BTreeMap<String, BTreeSet<u16>>,
     /// By name and method: the paths of what was read.
     read: BTreeMap<String, BTreeMap<String, BTreeSet<String>>>,
+    /// By the name under which DNS gave the address, of what was forwarded unread: the ports.
+    opaque: BTreeMap<String, BTreeSet<u16>>,
     /// By protocol and address: the ports.
     addresses: BTreeMap<(&'static str, IpAddr), BTreeSet<u16>>,
 }
@@ -33,14 +35,15 @@ impl Used {
             return;
         };
         let port = target.to.port();
-        let Some(name) = target.name.as_ref().map(|name| name.as_str().to_owned()) else {
-            let protocol = match target.protocol {
-                Protocol::Tcp => "tcp",
-                Protocol::Udp => "udp",
-            };
-            let key = (protocol, target.to.ip());
-            self.addresses.entry(key).or_default().insert(port);
-            return;
+        let text = |name: &DomainName| name.as_str().to_owned();
+        let name = match (target.protocol, &target.name, &target.bound) {
+            (Protocol::Tcp, Some(name), _) => text(name),
+            (Protocol::Tcp, None, Some(bound)) => {
+                self.opaque.entry(text(bound)).or_default().insert(port);
+                return;
+            }
+            (Protocol::Tcp, None, None) => return self.add_address("tcp", target),
+            (Protocol::Udp, _, _) => return self.add_address("udp", target),
         };
         if let Attempt::Request { method, path, .. } = attempt {
             let methods = self.read.entry(name.clone()).or_default();
@@ -48,6 +51,11 @@ impl Used {
             paths.insert(path.as_str().to_owned());
         }
         self.names.entry(name).or_default().insert(port);
+    }
+
+    fn add_address(&mut self, protocol: &'static str, target: &Target) {
+        let ports = self.addresses.entry((protocol, target.to.ip())).or_default();
+        ports.insert(target.to.port());
     }
 
     /// The document; what is no rule is taken from `present`.
@@ -76,6 +84,16 @@ impl Used {
         }
         for (ports, names) in by_ports {
             let mut rule = allow(ports);
+            rule["domains"] = json!(names);
+            rules.push(rule);
+        }
+        let mut opaque: BTreeMap<&BTreeSet<u16>, Vec<&str>> = BTreeMap::new();
+        for (name, ports) in &self.opaque {
+            opaque.entry(ports).or_default().push(name);
+        }
+        for (ports, names) in opaque {
+            let mut rule = allow(ports);
+            rule["protocol"] = json!("tcp");
             rule["domains"] = json!(names);
             rules.push(rule);
         }

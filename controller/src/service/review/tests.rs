@@ -25,8 +25,8 @@ fn attempt(fields: &Value) -> Attempt {
     Attempt::of(&event(fields)).unwrap()
 }
 
-fn platform() -> sandgate_policy::Platform {
-    sandgate_policy::Platform::default()
+fn platform() -> Platform {
+    Platform::default()
 }
 
 /// The changes that allow it, after which it is allowed.
@@ -68,7 +68,7 @@ fn each_tier_that_denies_is_changed_and_no_other() {
         .into_iter()
         .map(|(tier, _)| tier)
         .collect();
-    assert_eq!(tiers, [TierName::Organization, TierName::Sandbox]);
+    assert_eq!(tiers, [TierName::Sandbox, TierName::Organization]);
 }
 
 #[test]
@@ -101,17 +101,71 @@ fn a_change_opens_no_more_than_what_was_tried() {
     }
 }
 
+const READ: &str = r#"{ "mode": "allowlist", "rules": [
+    { "name": "read", "action": "allow", "domains": ["api.example", "other.example"], "ports": ["443", "8443"],
+      "http": [{ "methods": ["GET"], "paths": ["/v1/**"] }] }
+] }"#;
+
+fn request(method: &str, path: &str) -> Value {
+    json!({ "protocol": "https", "host": "api.example", "method": method, "path": path, "reason": "method_denied" })
+}
+
 #[test]
-fn a_request_is_added_to_the_rule_that_lists_requests() {
-    let own = json!({ "mode": "allowlist", "rules": [
-        { "name": "read", "action": "allow", "domains": ["api.example"], "ports": ["443"],
-          "http": [{ "methods": ["GET"], "paths": ["/v1/**"] }] },
-    ] });
-    let fields = json!({ "protocol": "https", "host": "api.example", "method": "POST", "path": "/v1/items", "reason": "method_denied" });
-    let [(_, patch)] = amended(None, Some(&own), &fields).try_into().unwrap();
-    let entries = &patch["rules"][0]["http"];
-    assert_eq!(entries[1]["methods"], json!(["POST"]));
-    assert_eq!(entries[1]["paths"], json!(["/v1/items"]));
+fn a_request_is_allowed_for_its_host_and_port_alone() {
+    let own: Value = serde_json::from_str(READ).unwrap();
+    let tried = request("POST", "/v1/items");
+    let [(_, patch)] = amended(None, Some(&own), &tried).try_into().unwrap();
+    let after = policy(&super::super::policies::merged(&policy(&own).to_value(), &patch));
+    let judge = Tiers::new(None, Some(after)).judge(&platform()).unwrap();
+    for fields in [tried.clone(), request("GET", "/v1/a")] {
+        assert!(judge.say(&attempt(&fields)).is_allowed(), "{fields}");
+    }
+    let mut elsewhere = tried.clone();
+    elsewhere["host"] = json!("other.example");
+    let mut other_port = tried;
+    other_port["port"] = json!(8443);
+    for fields in [
+        elsewhere,
+        other_port,
+        request("POST", "/v1/other"),
+        request("DELETE", "/v1/items"),
+    ] {
+        assert!(!judge.say(&attempt(&fields)).passes, "{fields}");
+    }
+}
+
+#[test]
+fn a_path_is_never_taken_for_a_pattern() {
+    let own: Value = serde_json::from_str(READ).unwrap();
+    let tiers = Tiers::new(None, Some(policy(&own)));
+    for path in ["/**", "/v*", "/v1/*/x"] {
+        let tried = attempt(&request("DELETE", path));
+        assert_eq!(amend::changes(&platform(), &tiers, &tried), None, "{path}");
+    }
+}
+
+#[test]
+fn what_was_forwarded_unread_is_known_by_what_dns_answered() {
+    let own = json!({ "mode": "deny_all" });
+    let ssh = json!({ "protocol": "tcp", "host": "git.example", "port": 22, "reason": "default_deny" });
+    let [(_, patch)] = amended(None, Some(&own), &ssh).try_into().unwrap();
+    assert_eq!(
+        (&patch["rules"][0]["protocol"], &patch["rules"][0]["domains"]),
+        (&json!("tcp"), &json!(["git.example"]))
+    );
+    let voice = json!({ "protocol": "udp", "host": "voice.example", "port": 443, "reason": "allowed", "verdict": "allow" });
+    let mut used = suggest::Used::default();
+    used.add(&attempt(&voice));
+    used.add(&attempt(&ssh));
+    let suggested = used.policy(&Policy::default()).unwrap();
+    let judge = Tiers::new(None, Some(suggested)).judge(&platform()).unwrap();
+    assert!(judge.say(&attempt(&voice)).is_allowed() && judge.say(&attempt(&ssh)).is_allowed());
+    for fields in [
+        json!({ "host": "voice.example" }),
+        json!({ "host": "git.example" }),
+    ] {
+        assert!(!judge.say(&attempt(&fields)).passes, "{fields}");
+    }
 }
 
 #[test]
