@@ -51,6 +51,8 @@ struct Lane {
     records: VecDeque<Entry>,
     /// Bytes on disk of these.
     bytes: u64,
+    /// Bytes on disk of those that are being delivered: they are the sandbox's share until they are.
+    in_flight: u64,
     in_memory: usize,
     /// Attempts whose records were given up, and no gap record tells it yet.
     lost: u64,
@@ -75,6 +77,11 @@ enum Place {
 impl Lane {
     fn is_empty(&self) -> bool {
         self.records.is_empty() && self.lost == 0
+    }
+
+    /// Nothing need be known of it any more.
+    fn is_done(&self) -> bool {
+        self.is_empty() && !self.is_stale && self.in_flight == 0
     }
 
     fn lose(&mut self, repeated: u64) {
@@ -126,7 +133,7 @@ impl Queue {
         let lane = self.lanes.get(sandbox_id);
         !self.spool.is_failing()
             && self.live < capacity
-            && lane.is_none_or(|lane| lane.bytes < capacity / SHARE)
+            && lane.is_none_or(|lane| lane.bytes + lane.in_flight < capacity / SHARE)
     }
 
     /// Adds a record. Under `FailOpen` a full queue gives up the sandbox's own oldest records; under
@@ -279,6 +286,9 @@ impl Queue {
                 self.leave(Some(&id), &entry.place);
                 match self.said(&entry.place) {
                     Ok(event) => {
+                        if let (Place::Disk(at), Some(lane)) = (&entry.place, self.lanes.get_mut(&id)) {
+                            lane.in_flight += u64::from(at.length);
+                        }
                         self.batch.push(event);
                         self.in_flight.push(entry);
                     }
@@ -286,7 +296,7 @@ impl Queue {
                 }
             }
             match self.lanes.get(&id) {
-                Some(lane) if lane.is_empty() && !lane.is_stale => drop(self.lanes.remove(&id)),
+                Some(lane) if lane.is_done() => drop(self.lanes.remove(&id)),
                 Some(lane) if lane.is_empty() => {}
                 Some(_) => self.turns.push_back(id),
                 None => {}
@@ -354,6 +364,10 @@ impl Queue {
         for entry in &delivered {
             self.release(&entry.place);
         }
+        for lane in self.lanes.values_mut() {
+            lane.in_flight = 0;
+        }
+        self.lanes.retain(|_, lane| !lane.is_done());
         if !done.is_empty() {
             // What is not said here is delivered again by the next netd, and known by its id.
             let line = Line::Done(done).written();
@@ -432,11 +446,7 @@ impl Queue {
         let mut all = true;
         for id in ids {
             all &= self.write_loss(&id);
-            if self
-                .lanes
-                .get(&id)
-                .is_some_and(|lane| lane.is_empty() && !lane.is_stale)
-            {
+            if self.lanes.get(&id).is_some_and(Lane::is_done) {
                 self.lanes.remove(&id);
             }
         }
@@ -539,6 +549,11 @@ impl Queue {
 
 #[cfg(test)]
 impl Queue {
+    /// Whether nothing is known of any sandbox.
+    pub(super) fn is_forgotten(&self) -> bool {
+        self.lanes.is_empty()
+    }
+
     /// As if the disk had become full.
     pub(super) fn break_disk(&mut self) {
         self.spool.break_disk();

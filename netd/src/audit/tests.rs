@@ -183,6 +183,28 @@ fn under_fail_closed_a_full_lane_refuses_new_flows_and_loses_nothing() {
 }
 
 #[test]
+fn what_is_being_delivered_is_still_the_sandboxes_share() {
+    let place = Place::new();
+    let audit = place.audit();
+    let owner = owner(1, FailureMode::FailClosed);
+    let count = fill(&audit, &owner);
+    drop(audit);
+    // The next netd begins by trying to deliver, and nobody takes it.
+    let audit = place.audit();
+    assert!(!audit.has_room(&owner));
+    let batch = audit.lock().queue.batch(100).to_vec();
+    assert_eq!(batch.len(), 100);
+    assert!(
+        !audit.has_room(&owner),
+        "a batch that nobody has taken makes room"
+    );
+    audit.lock().queue.delivered();
+    assert!(audit.has_room(&owner));
+    assert_eq!(repeated(&take_all(&audit)), count - 100);
+    assert!(audit.lock().queue.is_forgotten());
+}
+
+#[test]
 fn under_fail_open_the_oldest_goes_and_a_gap_says_how_many() {
     let place = Place::new();
     let audit = place.audit();
