@@ -216,35 +216,22 @@ fn respond<B>(request: &Request<B>, id: &SandboxId) -> Result<Response<Full<Byte
 mod tests {
     use std::net::Ipv4Addr;
 
-    use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
-    use rustls::{ClientConfig, RootCertStore, pki_types::ServerName};
-    use sandgate_api::credential::{CaLease, Sensitive};
+    use rustls::{ClientConfig, pki_types::ServerName};
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
     use tokio_rustls::TlsConnector;
 
     use super::*;
-    use crate::intercept::provider;
+    use crate::intercept::{authority, provider};
 
     /// A sandbox's authority, and a client that trusts it.
     fn trust() -> (Authority, TlsConnector) {
-        let key = KeyPair::generate().expect("a key");
-        let mut params = CertificateParams::default();
-        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-        let certificate = params.self_signed(&key).expect("a certificate");
-        let lease = CaLease {
-            certificate_pem: certificate.pem(),
-            key_pem: Sensitive::new(key.serialize_pem()),
-            generation: 0,
-        };
-        let mut roots = RootCertStore::empty();
-        roots.add(certificate.der().clone()).expect("a root");
+        let (authority, roots) = authority::tests::authority();
         let mut client = ClientConfig::builder_with_provider(provider())
             .with_safe_default_protocol_versions()
             .expect("versions")
             .with_root_certificates(roots)
             .with_no_client_auth();
         client.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-        let authority = Authority::new(&lease, provider()).expect("an authority");
         (authority, TlsConnector::from(Arc::new(client)))
     }
 

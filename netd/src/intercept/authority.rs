@@ -138,7 +138,7 @@ impl Authority {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use rcgen::{BasicConstraints, IsCa};
     use rustls::{
         ClientConfig, ClientConnection, RootCertStore, ServerConnection,
@@ -162,7 +162,8 @@ mod tests {
         }
     }
 
-    fn authority() -> (Authority, RootCertStore) {
+    /// A sandbox's authority, and what a client has that trusts it.
+    pub(crate) fn authority() -> (Authority, RootCertStore) {
         let key = KeyPair::generate().expect("a key");
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
