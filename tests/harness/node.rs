@@ -44,6 +44,8 @@ const API: &str = "127.0.0.1:8080";
 const START: Duration = Duration::from_secs(120);
 /// Longest wait for the end of a program, or for the one that takes its place.
 const REPLACED: Duration = Duration::from_secs(60);
+/// Longest time that a process which is about to end is seen.
+const MOMENT: Duration = Duration::from_secs(5);
 /// The programs that run on a node outside sandboxes.
 const PROGRAMS: [&str; 3] = ["controller", "netd", "tunnel-proxy"];
 /// Lines of the log that a failure shows.
@@ -456,6 +458,19 @@ impl Node {
         lock(&self.log).clear();
     }
 
+    /// The traces, but for processes that end within a moment: they are not left behind.
+    fn left_behind(&self) -> Vec<String> {
+        let mut left = self.traces();
+        wait::within(MOMENT, || {
+            let may_end = !left.is_empty() && left.iter().all(|trace| trace.starts_with("process "));
+            if may_end {
+                left = self.traces();
+            }
+            (!may_end).then_some(())
+        });
+        left
+    }
+
     /// The end of the log, for failures.
     pub fn report(&self) -> String {
         let lines = self.log_lines();
@@ -478,7 +493,7 @@ impl Drop for Node {
             Ok(())
         };
         let down = self.down();
-        let left = self.traces();
+        let left = self.left_behind();
         if let Some(file) = env::var_os("SANDGATE_TEST_LOG") {
             // Only for whoever looks for something in it.
             fs::write(file, self.log_lines().join("\n")).ok();

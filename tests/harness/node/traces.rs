@@ -148,11 +148,23 @@ impl Node {
             process.cgroups.contains("/sandgate/") && !process.cgroups.contains(&format!("/{instance}-"))
         };
         let processes = self.processes().into_iter().filter(|process| {
-            !super::PROGRAMS.iter().any(|name| process.is(name, None)) && !is_foreign(process)
+            !super::PROGRAMS.iter().any(|name| process.is(name, None))
+                && !is_foreign(process)
+                && !is_commanded(process)
         });
         traces.extend(processes.map(|process| format!("process {process:?}")));
         traces
     }
+}
+
+/// A running netd waits for it: it sets the network up and ends at once. Also that of another instance on the same node,
+/// which looks whenever the node's firewall changes.
+fn is_commanded(process: &Process) -> bool {
+    let parent = status_field(process.pid, "PPid:").and_then(|number| number.parse().ok());
+    ["ip", "nft", "tc"].iter().any(|name| process.is(name, None))
+        && parent
+            .and_then(read)
+            .is_some_and(|parent| parent.is("netd", None))
 }
 
 /// Last resort of a teardown: control groups outlive their processes and have no owner.
