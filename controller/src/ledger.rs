@@ -12,24 +12,26 @@ use std::{
 
 use jiff::Timestamp;
 use sandgate_api::{id::OrgId, rest::AuditVerification};
-use tokio::sync::Semaphore;
 
 use crate::{
     chain::{Chain, ChainKey, Head, Place},
     installation::InstallationKey,
+    places::Turns,
     store::{Store, StoreError},
 };
 
 /// Name of the file in the data directory.
 const FILE: &str = "audit.heads";
+/// Organisations whose records are read at once: each takes a connection to the database that others may want.
+const VERIFYING: usize = 2;
 
 /// What is needed to sign and to verify.
 pub struct Ledger {
     store: Store,
     key: ChainKey,
     path: PathBuf,
-    /// One at a time reads all of an organisation's records.
-    verifying: Semaphore,
+    /// Reading all of an organisation's records.
+    verifying: Turns,
 }
 
 /// The chains cannot be signed or verified.
@@ -55,7 +57,7 @@ impl Ledger {
             store,
             key: ChainKey::new(installation),
             path: data_dir.join(FILE),
-            verifying: Semaphore::new(1),
+            verifying: Turns::new(VERIFYING),
         }
     }
 
@@ -69,8 +71,7 @@ impl Ledger {
     /// # Errors
     /// When the database or the file of heads cannot be read.
     pub async fn verify(&self, org_id: &OrgId) -> Result<AuditVerification, LedgerError> {
-        // Never closed: without a place it is not worse than without the limit.
-        let _place = self.verifying.acquire().await.ok();
+        let _turn = self.verifying.take(org_id).await;
         let heads = self.heads()?;
         Ok(self
             .store

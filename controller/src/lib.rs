@@ -15,6 +15,7 @@
 //! | [`binding`], [`presets`], [`placeholder`] | what secrets and their bindings look like, pure |
 //! | [`vault`], [`authority`], [`installation`] | keys: sealing secrets, sandboxes' certificate authorities |
 //! | [`chain`], [`ledger`] | what makes the audit tamper-evident |
+//! | [`places`] | what organisations may have at once, so that none takes it all |
 //! | [`broker`] | what a node gets on demand |
 //! | [`up`], [`down`], [`app`], [`verify`] | the commands |
 //!
@@ -40,6 +41,7 @@ pub mod lifecycle;
 pub mod metrics;
 pub mod node;
 pub mod placeholder;
+pub mod places;
 pub mod pool;
 pub mod presets;
 pub mod service;

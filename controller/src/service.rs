@@ -54,6 +54,7 @@ use crate::{
     lifecycle::Cause,
     metrics::{Metrics, Present, StatusLabels},
     node::{DialFailure, LOCAL_NODE, NodeLink},
+    places::Places,
     store::{Conflict, Store, StoreError},
     vault::Vault,
 };
@@ -77,6 +78,8 @@ struct Shared {
     keepers: Mutex<HashMap<SandboxId, keeper::Keeper>>,
     metrics: Metrics,
     pool: pool::Pool,
+    /// Streams of audit records.
+    streams: Places,
 }
 
 /// Whether sandboxes can be made.
@@ -131,6 +134,9 @@ pub enum ServiceError {
     /// Larger than is possible here.
     #[error("{0}")]
     TooLarge(String),
+    /// The organisation has as many at once as it may; one of them must end first.
+    #[error("{0}")]
+    TooMany(String),
     /// A part of the system is not there at the moment; nothing was begun.
     #[error("{0}")]
     Unavailable(String),
@@ -232,6 +238,7 @@ impl Service {
             backend,
             keepers: Mutex::new(HashMap::new()),
             metrics: Metrics::default(),
+            streams: Places::new(audit::STREAMS),
         };
         Self {
             shared: Arc::new(shared),

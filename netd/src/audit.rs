@@ -17,7 +17,7 @@ use std::{
 
 use jiff::Timestamp;
 use sandgate_api::{
-    audit::AuditEvent,
+    audit::{AuditEvent, AuditGap},
     id::{OrgId, SandboxId},
 };
 use sandgate_policy::{FailureMode, Reason};
@@ -257,6 +257,7 @@ fn event(owner: &Owner, decision: &Decision, attempt: Attempt, passed: Passed, r
         duration_ms: u64::try_from(passed.lasted.as_millis()).unwrap_or(u64::MAX),
         repeated,
         detail: attempt.detail,
+        gap: None,
     };
     tracing::info!(
         target: "audit",
@@ -299,7 +300,10 @@ fn gap(sandbox_id: &SandboxId, org_id: &OrgId, lost: u64) -> AuditEvent {
         up: 0,
         down: 0,
     };
-    event(&owner, &Decision::of(Reason::Quota), attempt, passed, lost)
+    AuditEvent {
+        gap: Some(AuditGap::default()),
+        ..event(&owner, &Decision::of(Reason::Quota), attempt, passed, lost)
+    }
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use axum::{Json, extract::State, response::Response};
 use http::{HeaderMap, HeaderValue};
 use sandgate_api::{
     audit::AuditVerdict,
+    error::ErrorEnvelope,
     id::SandboxId,
     rest::{AuditPage, AuditRecord, AuditVerification},
 };
@@ -14,15 +15,28 @@ use crate::{
     store::AuditFilter,
 };
 
+/// Which records are wanted. Never constructed: [`filter`] reads them one by one.
+#[derive(utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
+#[expect(dead_code, reason = "a description, not values")]
+struct Selection {
+    /// Of one sandbox
+    sandbox_id: Option<String>,
+    /// For one name
+    host: Option<String>,
+    /// `allow` or `deny`
+    decision: Option<String>,
+    /// `false`: what went through although a tier in audit mode denies it
+    enforced: Option<bool>,
+    /// Not before: RFC 3339, or seconds since 1970
+    since: Option<String>,
+}
+
 /// Lists what sandboxes tried to reach, and what was decided.
 #[utoipa::path(
     get, path = "/egress/audit", operation_id = "list_egress_audit", tag = "network",
     params(
-        ("sandbox_id" = Option<String>, Query, description = "Of one sandbox"),
-        ("host" = Option<String>, Query, description = "For one name"),
-        ("decision" = Option<String>, Query, description = "`allow` or `deny`"),
-        ("enforced" = Option<bool>, Query, description = "`false`: what went through although a tier in audit mode denies it"),
-        ("since" = Option<String>, Query, description = "Not before: RFC 3339, or seconds since 1970"),
+        Selection,
         ("until" = Option<String>, Query, description = "Before"),
         ("offset" = Option<u32>, Query, description = "How many to skip"),
         ("limit" = Option<u32>, Query, description = "At most so many, 1 to 1000"),
@@ -45,15 +59,14 @@ pub(super) async fn list(
 #[utoipa::path(
     get, path = "/egress/audit/stream", operation_id = "stream_egress_audit", tag = "network",
     params(
-        ("sandbox_id" = Option<String>, Query, description = "Of one sandbox"),
-        ("host" = Option<String>, Query, description = "For one name"),
-        ("decision" = Option<String>, Query, description = "`allow` or `deny`"),
-        ("enforced" = Option<bool>, Query, description = "`false`: what went through although a tier in audit mode denies it"),
-        ("since" = Option<String>, Query, description = "Not before: RFC 3339, or seconds since 1970"),
+        Selection,
         ("cursor" = Option<String>, Query, description = "The id of the last event that was seen"),
         ("Last-Event-ID" = Option<String>, Header, description = "The same; it wins")
     ),
-    responses((status = 200, description = "Records, one an event", body = AuditRecord, content_type = "text/event-stream"))
+    responses(
+        (status = 200, description = "Records, one an event", body = AuditRecord, content_type = "text/event-stream"),
+        (status = 429, description = "The organisation follows 16 streams already", body = ErrorEnvelope)
+    )
 )]
 pub(super) async fn stream(
     State(service): State<Service>,

@@ -7,6 +7,9 @@ use serde_json::{Map, Value};
 
 use crate::service::ServiceError;
 
+/// Seconds after which whoever has too much at once may try again: what it has ends when it likes.
+const RETRY_AFTER: &str = "5";
+
 /// An answer that is not 2xx. [`super::request`] writes its body, which names the request.
 #[derive(Debug, Clone)]
 pub(crate) struct ApiError {
@@ -74,6 +77,11 @@ impl ApiError {
                 .headers_mut()
                 .insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
+        if status == StatusCode::TOO_MANY_REQUESTS {
+            response
+                .headers_mut()
+                .insert(header::RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER));
+        }
         response
     }
 }
@@ -103,6 +111,7 @@ impl From<ServiceError> for ApiError {
                 Self::new(ErrorCode::Conflict, message).detail("revision", current)
             }
             ServiceError::TooLarge(_) => Self::new(ErrorCode::PayloadTooLarge, message),
+            ServiceError::TooMany(_) => Self::new(ErrorCode::RateLimited, message),
             ServiceError::Unavailable(_) => Self::new(ErrorCode::Unavailable, message),
             ServiceError::Store(error) => {
                 tracing::error!(

@@ -59,6 +59,7 @@ fn event(org: &OrgId, number: i64) -> AuditEvent {
         duration_ms: 0,
         repeated: 1,
         detail: None,
+        gap: None,
     }
 }
 

@@ -14,11 +14,15 @@ use tokio_util::sync::CancellationToken;
 use super::{Service, ServiceError};
 use crate::{
     ledger::LedgerError,
+    places::Place,
     store::{AuditFilter, AuditRow, Store, StoreError},
 };
 
 /// Records that a stream reads at once.
 const READ: u32 = 200;
+
+/// Streams of records that one organisation may follow at once: each asks the store anew for every record of anybody.
+pub(super) const STREAMS: usize = 16;
 
 /// How often the ends of the audit's chains are signed.
 const SIGNING: Duration = Duration::from_secs(60);
@@ -42,13 +46,21 @@ impl Service {
     /// from the oldest.
     ///
     /// # Errors
-    /// When the store fails.
+    /// When the organisation follows as many already as it may, or the store fails.
     pub async fn follow_audit(
         &self,
         org_id: &OrgId,
         filter: AuditFilter,
         after: Option<i64>,
     ) -> Result<Trail, ServiceError> {
+        let streams = &self.shared.streams;
+        let place = streams.take(org_id).ok_or_else(|| {
+            ServiceError::TooMany(format!(
+                "this organization follows {} streams of audit records at the moment, and that is as many as it may; \
+                 close one first",
+                streams.each()
+            ))
+        })?;
         let store = self.shared.store.clone();
         let recorded = store.watch_audit();
         let at = match (after, filter.since) {
@@ -67,6 +79,7 @@ impl Service {
             read: VecDeque::new(),
             end: self.shared.tasks.shutdown(),
             store,
+            _place: place,
         })
     }
 
@@ -113,6 +126,8 @@ pub struct Trail {
     filter: AuditFilter,
     read: VecDeque<AuditRow>,
     end: CancellationToken,
+    /// Among the organisation's streams.
+    _place: Place,
 }
 
 impl Trail {

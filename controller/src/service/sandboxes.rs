@@ -398,7 +398,7 @@ fn refused(error: &ServiceError) -> Creation {
         | ServiceError::Conflict(_)
         | ServiceError::Stale { .. }
         | ServiceError::TooLarge(_) => Creation::Invalid,
-        ServiceError::Quota(_) => Creation::Quota,
+        ServiceError::Quota(_) | ServiceError::TooMany(_) => Creation::Quota,
         ServiceError::Unavailable(_) => Creation::Unavailable,
         ServiceError::Store(_) | ServiceError::Internal(_) => Creation::Failed,
     }

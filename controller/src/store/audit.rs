@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, btree_map::Entry};
 use futures_util::TryStreamExt as _;
 use jiff::Timestamp;
 use sandgate_api::{
-    audit::{AuditEvent, AuditVerdict},
+    audit::{AuditEvent, AuditGap, AuditVerdict},
     id::{OrgId, SandboxId},
     rest::{AuditProblemKind, AuditVerification},
 };
@@ -64,7 +64,10 @@ impl Store {
                     vacant.insert_entry(end)
                 }
             };
-            let text = to_document("audit record", event)?;
+            let text = match &event.gap {
+                None => to_document("audit record", event)?,
+                Some(_) => to_document("audit record", &behind(event, end.get()))?,
+            };
             let place = key.next(&event.org_id, end.get(), &text);
             let done = sqlx::query(
                 "INSERT INTO egress_audit (id, org_id, sandbox_id, time, verdict, host, document, epoch, position, mac) \
@@ -450,6 +453,17 @@ fn to_row(row: &SqliteRow) -> Result<AuditRow, StoreError> {
         sequence: row.try_get("sequence")?,
         event: document("audit record", row.try_get("document")?)?,
     })
+}
+
+/// A gap with what the chain ends with before it: what came before is then in the record itself, for whoever has only that.
+fn behind(gap: &AuditEvent, end: &Place) -> AuditEvent {
+    AuditEvent {
+        gap: Some(AuditGap {
+            position: Some(end.position),
+            mac: Some(hex::encode(end.mac)),
+        }),
+        ..gap.clone()
+    }
 }
 
 /// Where the organisation's chain ends; begun, if there is none for this key.

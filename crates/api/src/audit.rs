@@ -94,6 +94,22 @@ pub struct AuditEvent {
     /// What netd adds for people, for example the error of an upstream connect.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub detail: Option<String>,
+    /// Only in a record that stands for others which found no room.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gap: Option<AuditGap>,
+}
+
+/// What the organisation's chain of records ended with when a gap was stored: the last that is known before it. netd
+/// leaves it empty.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditGap {
+    /// Position of the record before it; 0: there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub position: Option<i64>,
+    /// The hash of the chain there, in hexadecimal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<String>,
 }
 
 fn one() -> u64 {

@@ -84,6 +84,24 @@ impl Lane {
         self.is_empty() && !self.is_stale && self.in_flight == 0
     }
 
+    /// What is to be written down of what was lost: a line, or nothing.
+    fn loss(&self, id: &SandboxId) -> Option<Vec<u8>> {
+        let org_id = self.org_id.as_ref().filter(|_| self.is_stale)?;
+        let line = Line::Lost {
+            sandbox_id: Cow::Borrowed(id),
+            org_id: Cow::Borrowed(org_id),
+            count: self.lost,
+            gone: runs(self.gone.clone()),
+        };
+        line.written().ok()
+    }
+
+    /// That line is written.
+    fn is_told(&mut self) {
+        self.gone.clear();
+        self.is_stale = false;
+    }
+
     fn lose(&mut self, repeated: u64) {
         self.lost = self.lost.saturating_add(repeated);
         self.is_stale = true;
@@ -378,7 +396,7 @@ impl Queue {
 
     /// Does what waits for room on the disk, or for a moment without hurry. Now and then.
     pub(super) fn settle(&mut self) {
-        if self.spool.is_failing() && self.spool.try_again().is_ok() {
+        if self.spool.is_failing() && (self.spool.try_again().is_ok() || self.recycle()) {
             self.write_memory();
             if !self.spool.is_failing() {
                 tracing::info!("the audit's spool takes records again");
@@ -454,22 +472,45 @@ impl Queue {
     }
 
     fn write_loss(&mut self, id: &SandboxId) -> bool {
-        let Some(lane) = self.lanes.get_mut(id).filter(|lane| lane.is_stale) else {
+        let Some(lane) = self.lanes.get_mut(id) else {
             return true;
         };
-        let Some(org_id) = &lane.org_id else { return true };
-        let line = Line::Lost {
-            sandbox_id: Cow::Borrowed(id),
-            org_id: Cow::Borrowed(org_id),
-            count: lane.lost,
-            gone: runs(lane.gone.clone()),
-        };
-        let written = line.written().and_then(|line| self.spool.append(&line)).is_ok();
+        let Some(line) = lane.loss(id) else { return true };
+        let written = self.spool.append(&line).is_ok();
         if written {
-            lane.gone.clear();
-            lane.is_stale = false;
+            lane.is_told();
         }
         written
+    }
+
+    /// Takes the room of the oldest segment, if nobody waits for anything in it. Removing it would have to wait for room in
+    /// which what it says of losses is said again; so that is said in its place. True: there is room.
+    fn recycle(&mut self) -> bool {
+        let Some(room) = self.spool.reusable() else {
+            return false;
+        };
+        let mut lines = Vec::new();
+        let mut said = Vec::new();
+        for (id, lane) in &mut self.lanes {
+            // Those for whom there is no room here are told of next.
+            lane.is_stale |= lane.lost > 0;
+            let Some(line) = lane.loss(id) else { continue };
+            if bytes(lines.len() + line.len()) <= room {
+                lines.extend(line);
+                said.push(id.clone());
+            }
+        }
+        if let Err(error) = self.spool.recycle(&lines) {
+            tracing::debug!(%error, "no room in the oldest segment of the audit's spool either");
+            return false;
+        }
+        for id in said {
+            if let Some(lane) = self.lanes.get_mut(&id) {
+                lane.is_told();
+            }
+        }
+        self.lanes.retain(|_, lane| !lane.is_done());
+        true
     }
 
     /// Removes segments that nobody waits for. What they say of losses is said again.

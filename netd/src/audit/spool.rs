@@ -318,6 +318,54 @@ impl Spool {
         Ok(())
     }
 
+    /// Whether nothing in the oldest segment is waited for, and so its room could be had ([`Self::recycle`]); how many
+    /// bytes that is.
+    pub(super) fn reusable(&self) -> Option<u64> {
+        let oldest = self.segments.values().next()?;
+        (oldest.live == 0).then_some(self.segment)
+    }
+
+    /// Makes the oldest segment, in which nothing is waited for, the next one, beginning with these lines: on a full disk
+    /// there may be no other room. They are written over what it held, which needs none.
+    ///
+    /// Whoever is killed in between leaves the lines before the others of the log, where older ones about the same may
+    /// count more: what was lost in the last seconds may then be told too low.
+    ///
+    /// # Errors
+    /// When it cannot be written, or its room is gone to somebody else. Nothing that was waited for is touched.
+    pub(super) fn recycle(&mut self, lines: &[u8]) -> io::Result<()> {
+        let oldest = self
+            .segments
+            .first_key_value()
+            .filter(|(_, oldest)| oldest.live == 0);
+        let (number, file) = oldest
+            .map(|(number, oldest)| (*number, Arc::clone(&oldest.file)))
+            .ok_or(io::ErrorKind::NotFound)?;
+        let length = u64::try_from(lines.len()).unwrap_or(u64::MAX);
+        file.write_all_at(lines, 0)?;
+        file.set_len(length)?;
+        let next = self.highest + 1;
+        fs::rename(self.path(number), self.path(next))?;
+        self.segments.remove(&number);
+        self.segments.insert(
+            next,
+            Segment {
+                file: Arc::clone(&file),
+                length,
+                live: 0,
+            },
+        );
+        self.highest = next;
+        self.open = true;
+        self.unsynced.push(Arc::clone(&file));
+        self.unsynced
+            .extend(File::open(&self.directory).ok().map(Arc::new));
+        // What lay behind its end went with its length.
+        allocate(&file, self.segment)?;
+        self.failing = false;
+        Ok(())
+    }
+
     /// What a record says.
     ///
     /// # Errors

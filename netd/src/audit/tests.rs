@@ -3,6 +3,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use nix::{
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sched::{CloneFlags, unshare},
+};
 use proptest::prelude::*;
 
 use super::{spool::SMALLEST, *};
@@ -216,6 +220,8 @@ fn under_fail_open_the_oldest_goes_and_a_gap_says_how_many() {
     }
     let events = take_all(&audit);
     assert_eq!(events[0].reason, Reason::Quota);
+    assert_eq!(events[0].gap, Some(AuditGap::default()));
+    assert!(events[1..].iter().all(|event| event.gap.is_none()));
     assert_eq!(repeated(&events), room + 10);
     let gap = events[0].repeated;
     assert!((10..20).contains(&gap), "{gap}");
@@ -403,6 +409,100 @@ fn a_write_that_finds_no_room_is_noticed_and_made_up_for() {
     allow(&audit, &owner, 2);
     assert!(!audit.has_room(&owner));
     assert_eq!(take_all(&audit).last().and_then(|event| event.port), Some(2));
+}
+
+/// Runs a test with a spool of its own on a disk of so many bytes, which nobody else sees. Not without root.
+fn on_a_small_disk(bytes: u32, test: impl FnOnce(&Place) + Send) {
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNS).expect("mounts of its own");
+            let nothing = None::<&str>;
+            let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+            mount(nothing, "/", nothing, private, nothing).expect("private");
+            let place = Place::new();
+            fs::create_dir(place.path()).expect("a folder");
+            let size = format!("size={bytes}");
+            let flags = MsFlags::empty();
+            mount(nothing, &place.path(), Some("tmpfs"), flags, Some(size.as_str())).expect("a disk");
+            test(&place);
+            umount2(&place.path(), MntFlags::MNT_DETACH).expect("unmounted");
+        });
+        thread
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    });
+}
+
+#[test]
+fn a_disk_that_only_its_own_dead_segments_fill_is_used_again() {
+    // Less than the spool may have, and room for what it keeps in memory besides.
+    on_a_small_disk(256 << 10, |place| {
+        let audit = place.audit();
+        let closed = owner(9, FailureMode::FailClosed);
+        for round in 0_u64..3 {
+            let lost = audit.lost();
+            let mut pushed = 0_u64;
+            // Until all of them have lost something, so that every segment says so of somebody.
+            for sandbox in (0..4).cycle() {
+                allow(&audit, &owner(sandbox, FailureMode::FailOpen), 443);
+                pushed += 1;
+                if audit.lost() - lost > 100 {
+                    break;
+                }
+                assert!(pushed < 100_000, "the disk is never full");
+            }
+            assert!(!audit.has_room(&closed), "{round}: there is room on a full disk");
+            assert_eq!(repeated(&take_all(&audit)), pushed, "{round}");
+            // All is delivered, and what fills the disk is its own.
+            audit.settle();
+            assert!(
+                audit.has_room(&closed),
+                "{round}: the disk is full of what nobody waits for"
+            );
+        }
+        allow(&audit, &closed, 7);
+        drop(audit);
+        // The next netd tells what was not told, and nothing twice.
+        let audit = place.audit();
+        let ports: Vec<_> = take_all(&audit).iter().map(|event| event.port).collect();
+        assert_eq!(ports, [Some(7)]);
+        audit.settle();
+        assert_eq!(place.size(), 0);
+    });
+}
+
+#[test]
+fn what_was_lost_is_not_forgotten_with_the_segment_that_said_so() {
+    on_a_small_disk(256 << 10, |place| {
+        let audit = place.audit();
+        let mut pushed = 0_u64;
+        while audit.lost() < 100 {
+            for sandbox in 0..4 {
+                allow(&audit, &owner(sandbox, FailureMode::FailOpen), 443);
+                pushed += 1;
+            }
+        }
+        let told = repeated(&take_all(&audit));
+        // Nobody takes anything from here on, and there is more than the disk and the memory hold.
+        let lost = audit.lost();
+        audit.settle();
+        let mut later = 0_u64;
+        while audit.lost() < lost + 100 {
+            for sandbox in 0..4 {
+                allow(&audit, &owner(sandbox, FailureMode::FailOpen), 443);
+                later += 1;
+            }
+        }
+        audit.settle();
+        let rest = repeated(&take_all(&audit));
+        assert_eq!((told, rest), (pushed, later));
+        audit.settle();
+        drop(audit);
+        assert_eq!(place.audit().waiting(), 0);
+    });
 }
 
 proptest! {

@@ -104,6 +104,62 @@ async fn a_stream_replays_from_its_cursor_and_then_follows() {
 }
 
 #[tokio::test]
+async fn streams_at_once_are_counted_by_organisation() {
+    let world = world().await;
+    let (tenant, stranger) = (world.tenant("a@b").await, world.tenant("c@d").await);
+    let mut streams = Vec::new();
+    for _ in 0..16 {
+        streams.push(Stream::open(&world, &tenant, "", None).await);
+    }
+    let another = || Request::get("/api/v1/egress/audit/stream").header("x-api-key", &tenant.key);
+    let request = another().body(Body::empty()).expect("a request");
+    let refusal = world.send(request).await;
+    assert_eq!(refusal.refusal(), (429, "RATE_LIMITED", None));
+    let message = refusal.body["error"]["message"].as_str().unwrap_or_default();
+    assert!(message.contains("16 streams"), "{message}");
+    assert!(refusal.headers.contains_key("retry-after"));
+    // What is wrong is said before, and others have places of their own.
+    let request = another().header("last-event-id", "x");
+    let request = request.body(Body::empty()).expect("a request");
+    assert_eq!(world.send(request).await.status, StatusCode::BAD_REQUEST);
+    let mut other = Stream::open(&world, &stranger, "", None).await;
+    streams.pop();
+    let mut again = Stream::open(&world, &tenant, "", None).await;
+    store(&world, &[event(&tenant, 1, "deny"), event(&stranger, 2, "deny")]).await;
+    assert_eq!(again.next().await.1, "event-1");
+    assert_eq!(other.next().await.1, "event-2");
+}
+
+#[tokio::test]
+async fn a_gap_shows_what_the_chain_ended_with_before_it() {
+    let world = world().await;
+    let tenant = world.tenant("a@b").await;
+    store(&world, &[event(&tenant, 0, "deny"), event(&tenant, 1, "deny")]).await;
+    let verify = async || {
+        let answer = world
+            .call(&tenant, "GET", "/egress/audit/verify", &Value::Null)
+            .await;
+        assert_eq!(answer.body["verified"], true, "{}", answer.body);
+        answer.body
+    };
+    let before = verify().await;
+    let mut gap = serde_json::to_value(event(&tenant, 2, "deny")).expect("JSON");
+    gap["gap"] = json!({});
+    store(&world, &[serde_json::from_value(gap).expect("a record")]).await;
+    let stored = world
+        .call(&tenant, "GET", "/egress/audit?limit=2", &Value::Null)
+        .await;
+    let events = &stored.body["events"];
+    assert_eq!(
+        events[0]["gap"],
+        json!({ "position": before["position"], "mac": before["mac"] })
+    );
+    assert_eq!(before["position"], 2);
+    assert!(events[1].get("gap").is_none(), "{events}");
+    assert_eq!(verify().await["position"], 3);
+}
+
+#[tokio::test]
 async fn a_position_that_is_none_is_refused() {
     let world = world().await;
     let tenant = world.tenant("a@b").await;

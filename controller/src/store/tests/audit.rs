@@ -32,6 +32,7 @@ fn event(world: &World, host: &str, verdict: AuditVerdict, age_seconds: i64) -> 
         duration_ms: 3,
         repeated: 1,
         detail: None,
+        gap: None,
     }
 }
 
