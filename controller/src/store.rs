@@ -14,6 +14,8 @@ mod feed;
 mod keys;
 mod policies;
 mod pool;
+#[cfg(test)]
+pub(crate) mod samples;
 mod sandboxes;
 mod secrets;
 mod tunnels;

@@ -1,6 +1,6 @@
 //! The link against the other end of its own sockets: the test speaks as tunnel-proxy does.
 
-use std::{collections::BTreeMap, os::fd::AsFd as _};
+use std::os::fd::AsFd as _;
 
 use http_body_util::{BodyExt as _, Full};
 use hyper::client::conn::http1;
@@ -8,9 +8,7 @@ use hyper_util::rt::TokioIo;
 use jiff::{SignedDuration, Timestamp};
 use sandgate_api::{
     control::Open,
-    feed::Endpoint,
-    id::{ApiKeyId, OrgId, SandboxId},
-    rest::Isolation,
+    id::{OrgId, SandboxId},
     tunnel::{Access, TunnelError, TunnelFrame, TunnelProtocol},
 };
 use sandgate_daemon::handover;
@@ -18,10 +16,7 @@ use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
-use crate::{
-    spec::{SandboxSpec, Size},
-    store::{NewAccount, NewKey, NewSandbox, SecretChoice, TunnelLimits, TunnelRecord},
-};
+use crate::store::{TunnelLimits, TunnelRecord, samples};
 
 const SOON: Duration = Duration::from_secs(5);
 const SHORT: Duration = Duration::from_millis(50);
@@ -37,76 +32,28 @@ struct World {
 }
 
 async fn world() -> World {
-    let directory = tempfile::tempdir().expect("a directory");
-    let store = Store::open(&directory.path().join("test.db"))
-        .await
-        .expect("a store");
+    let (store, directory) = samples::store().await;
     let (ours, theirs) = handover::pair().expect("a pair");
     let tasks = Tasks::new(CancellationToken::new());
     let channel = Channel::from_fd(ours).expect("a channel");
-    let link = ProxyLink::start(channel, store.clone(), &tasks);
-    let org = OrgId::random();
-    let sandbox = running(&store, &org).await;
+    let org = samples::organization(&store, "a@b").await;
     World {
-        link,
+        link: ProxyLink::start(channel, store.clone(), &tasks),
+        sandbox: running(&store, &org).await,
         store,
         org,
-        sandbox,
         proxy: Channel::from_fd(theirs).expect("a channel"),
         _directory: directory,
     }
 }
 
 async fn running(store: &Store, org: &OrgId) -> SandboxId {
-    let account = NewAccount {
-        email: "a@b".to_owned(),
-        organization: "Acme".to_owned(),
-        first_name: None,
-        last_name: None,
-        use_case: None,
-    };
-    let key = NewKey {
-        id: ApiKeyId::random(),
-        org_id: org.clone(),
-        name: "x".to_owned(),
-        prefix: "x".to_owned(),
-        hash: [0; 32],
-        scopes: vec![],
-        expires_at: None,
-    };
-    let now = Timestamp::now();
-    store
-        .register(&account, "acme", &key, now)
-        .await
-        .expect("registered");
-    let new = NewSandbox {
-        id: SandboxId::random(),
-        org_id: org.clone(),
-        spec: SandboxSpec {
-            cpus: "1".parse().expect("cpus"),
-            memory: Size::memory("1Gi").expect("memory"),
-            disk: Size::disk("1Gi").expect("disk"),
-            pids: 64,
-            timeout_seconds: 60,
-            env: BTreeMap::new(),
-            isolation: Isolation::Container,
-        },
-        policy: None,
-        secrets: SecretChoice::None,
-        authority: None,
-        created_at: now,
-        expires_at: now + SignedDuration::from_secs(60),
-    };
+    let new = samples::sandbox(org, None);
     let id = store.insert_sandbox(&new, 9).await.expect("inserted").id;
-    let endpoint = Endpoint {
-        ifindex: 7,
-        interface: "sg7".to_owned(),
-        address: std::net::Ipv4Addr::new(10, 213, 0, 7),
-        address6: None,
-        mac: [2, 83, 71, 1, 0, 7],
-        agent_port: 9111,
-    };
-    store.announce(&id, &endpoint).await.expect("announced");
+    store
+        .announce(&id, &samples::endpoint(7))
+        .await
+        .expect("announced");
     store.mark_running(&id).await.expect("running");
     id
 }

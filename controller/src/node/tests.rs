@@ -1,17 +1,16 @@
 //! The link against the other end of its own sockets: the test speaks as netd does.
 
-use std::{collections::BTreeMap, os::fd::AsFd as _};
+use std::os::fd::AsFd as _;
 
 use http_body_util::{BodyExt as _, Full};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use sandgate_api::{
     control::{DialError, DialReply, DialRequest, MAX_PACKET, Open},
     credential::{CaLease, CaRequest, CredentialLease, CredentialRequest, Sensitive},
-    feed::{Endpoint, FeedError, FeedFrame},
-    id::{ApiKeyId, OrgId, SecretId},
-    rest::Isolation,
+    feed::{FeedError, FeedFrame},
+    id::{OrgId, SecretId},
 };
 use sandgate_daemon::handover;
 use tokio::{
@@ -23,8 +22,7 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 use crate::{
     installation::InstallationKey,
-    spec::{SandboxSpec, Size},
-    store::{AuditFilter, AuthorityRecord, NewAccount, NewKey, NewSandbox, NewSecret, SecretChoice},
+    store::{AuditFilter, AuthorityRecord, NewSandbox, NewSecret, SecretChoice, samples},
     vault::Vault,
 };
 
@@ -42,43 +40,18 @@ struct World {
 }
 
 async fn world() -> World {
-    let directory = tempfile::tempdir().expect("a directory");
-    let store = Store::open(&directory.path().join("test.db"))
-        .await
-        .expect("a store");
+    let (store, directory) = samples::store().await;
     let (ours, theirs) = handover::pair().expect("a pair");
     let tasks = Tasks::new(CancellationToken::new());
     let key = InstallationKey::open(&directory.path().join("installation.key")).expect("a key");
     let vault = Arc::new(Vault::open(None, None, directory.path()).expect("a vault"));
     let broker = Broker::new(store.clone(), Arc::clone(&vault), key);
     let channel = Channel::from_fd(ours).expect("a channel");
-    let link = NodeLink::start(channel, store.clone(), broker, &tasks);
-    let org = OrgId::random();
-    let account = NewAccount {
-        email: "a@b".to_owned(),
-        organization: "Acme".to_owned(),
-        first_name: None,
-        last_name: None,
-        use_case: None,
-    };
-    let key = NewKey {
-        id: ApiKeyId::random(),
-        org_id: org.clone(),
-        name: "x".to_owned(),
-        prefix: "x".to_owned(),
-        hash: [0; 32],
-        scopes: vec![],
-        expires_at: None,
-    };
-    store
-        .register(&account, "acme", &key, Timestamp::now())
-        .await
-        .expect("registered");
     World {
-        link,
+        link: NodeLink::start(channel, store.clone(), broker, &tasks),
+        org: samples::organization(&store, "a@b").await,
         store,
         vault,
-        org,
         netd: Channel::from_fd(theirs).expect("a channel"),
         _directory: directory,
     }
@@ -86,40 +59,17 @@ async fn world() -> World {
 
 impl World {
     async fn announced(&self) -> (SandboxId, Revision) {
-        let now = Timestamp::now();
-        let spec = SandboxSpec {
-            cpus: "1".parse().expect("cpus"),
-            memory: Size::memory("1Gi").expect("memory"),
-            disk: Size::disk("1Gi").expect("disk"),
-            pids: 64,
-            timeout_seconds: 60,
-            env: BTreeMap::new(),
-            isolation: Isolation::Container,
-        };
         let new = NewSandbox {
-            id: SandboxId::random(),
-            org_id: self.org.clone(),
-            spec,
-            policy: None,
             secrets: SecretChoice::All,
             authority: Some(AuthorityRecord {
                 generation: 1,
                 certificate: "certificate".to_owned(),
             }),
-            created_at: now,
-            expires_at: now + SignedDuration::from_secs(60),
+            ..samples::sandbox(&self.org, None)
         };
         let id = self.store.insert_sandbox(&new, 9).await.expect("inserted").id;
-        let endpoint = Endpoint {
-            ifindex: 7,
-            interface: "sg7".to_owned(),
-            address: std::net::Ipv4Addr::new(10, 213, 0, 7),
-            address6: None,
-            mac: [2, 83, 71, 1, 0, 7],
-            agent_port: 9111,
-        };
-        let revision = self.store.announce(&id, &endpoint).await.expect("announced");
-        (id, revision)
+        let announced = self.store.announce(&id, &samples::endpoint(7)).await;
+        (id, announced.expect("announced"))
     }
 
     /// What netd does to speak HTTP to the controller.

@@ -2,17 +2,19 @@
 
 use std::collections::BTreeMap;
 
-use jiff::{SignedDuration, Timestamp};
+use jiff::SignedDuration;
 use sandgate_api::{
-    feed::{Endpoint, FeedFrame, FeedSandbox, TierName},
-    id::{ApiKeyId, OrgId, SandboxId},
-    rest::{Isolation, SandboxStatus},
+    feed::{FeedFrame, FeedSandbox, TierName},
+    id::{OrgId, SandboxId},
+    rest::SandboxStatus,
 };
 use sandgate_policy::Policy;
 use serde_json::json;
 
-use super::*;
-use crate::spec::{SandboxSpec, Size};
+use super::{
+    samples::{account, endpoint, key, now, organization, sandbox as new_sandbox},
+    *,
+};
 
 mod audit;
 mod feed;
@@ -27,86 +29,12 @@ struct World {
 }
 
 async fn world() -> World {
-    let directory = tempfile::tempdir().expect("a directory");
-    let store = Store::open(&directory.path().join("test.db"))
-        .await
-        .expect("a store");
+    let (store, directory) = samples::store().await;
     let org = organization(&store, "first@example.org").await;
     World {
         store,
         directory,
         org,
-    }
-}
-
-async fn organization(store: &Store, email: &str) -> OrgId {
-    let org_id = OrgId::random();
-    store
-        .register(&account(email), "acme", &key(&org_id), now())
-        .await
-        .expect("registered");
-    org_id
-}
-
-fn account(email: &str) -> NewAccount {
-    NewAccount {
-        email: email.to_owned(),
-        organization: "Acme".to_owned(),
-        first_name: None,
-        last_name: None,
-        use_case: None,
-    }
-}
-
-fn key(org_id: &OrgId) -> NewKey {
-    NewKey {
-        id: ApiKeyId::random(),
-        org_id: org_id.clone(),
-        name: "default".to_owned(),
-        prefix: "sk_sandbox_x".to_owned(),
-        hash: [7; 32],
-        scopes: vec!["*".to_owned()],
-        expires_at: None,
-    }
-}
-
-/// To the millisecond, as stored.
-fn now() -> Timestamp {
-    Timestamp::from_millisecond(Timestamp::now().as_millisecond()).expect("now")
-}
-
-fn new_sandbox(org_id: &OrgId, policy: Option<Policy>) -> NewSandbox {
-    let spec = SandboxSpec {
-        cpus: "500m".parse().expect("cpus"),
-        memory: Size::memory("512Mi").expect("memory"),
-        disk: Size::disk("1Gi").expect("disk"),
-        pids: 64,
-        timeout_seconds: 60,
-        env: BTreeMap::from([("A".to_owned(), "b".to_owned())]),
-        isolation: Isolation::Container,
-    };
-    let created_at = now();
-    let expires_at = created_at + SignedDuration::from_secs(60);
-    NewSandbox {
-        id: SandboxId::random(),
-        org_id: org_id.clone(),
-        spec,
-        policy,
-        secrets: SecretChoice::None,
-        authority: None,
-        created_at,
-        expires_at,
-    }
-}
-
-fn endpoint(last: u8) -> Endpoint {
-    Endpoint {
-        ifindex: u32::from(last),
-        interface: format!("sg{last}"),
-        address: std::net::Ipv4Addr::new(10, 213, 0, last),
-        address6: None,
-        mac: [2, 83, 71, 1, 0, last],
-        agent_port: 9111,
     }
 }
 

@@ -5,7 +5,7 @@ use std::{
     fs::{self, File},
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    os::fd::AsRawFd as _,
+    os::fd::{AsRawFd as _, RawFd},
     thread,
 };
 
@@ -27,7 +27,7 @@ use crate::{
 };
 
 const ROUTER_END: &str = "sgcanary";
-pub(super) const INNER_END: &str = "eth0";
+const INNER_END: &str = "eth0";
 const MAC: [u8; 6] = [0x02, 0x53, 0x47, 0x02, 0x00, 0x01];
 
 /// The endpoint.
@@ -70,35 +70,8 @@ impl Throwaway {
     ) -> Result<Self, ThrowawayError> {
         let namespace = new_namespace()?;
         let inner = namespace.as_raw_fd();
-        let ifindex = router.run(|| {
-            blocking(async |handle| {
-                // One that an earlier netd left behind.
-                if let Ok(index) = index_of(handle, ROUTER_END).await {
-                    handle
-                        .link()
-                        .del(index)
-                        .execute()
-                        .await
-                        .map_err(netlink("removing an old canary"))?;
-                }
-                let peer = LinkMessageBuilder::<LinkUnspec>::new()
-                    .name(INNER_END)
-                    .address(MAC.to_vec())
-                    .setns_by_fd(inner)
-                    .build();
-                let pair = LinkVeth::new(ROUTER_END, INNER_END)
-                    .address(netd_common::GATEWAY_MAC.to_vec())
-                    .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))
-                    .build();
-                handle
-                    .link()
-                    .add(pair)
-                    .execute()
-                    .await
-                    .map_err(netlink("making its interfaces"))?;
-                index_of(handle, ROUTER_END).await
-            })
-        })??;
+        let outer = (ROUTER_END, netd_common::GATEWAY_MAC);
+        let ifindex = router.run(|| blocking(async |handle| pair(handle, outer, inner, MAC).await))??;
         let interface = ROUTER_END.to_owned();
         let endpoint = Endpoint {
             ifindex,
@@ -121,37 +94,9 @@ impl Throwaway {
         self.inside(|| {
             switch_ipv6("all", address6.is_some())?;
             if let Some(address) = address6 {
-                let gateway = written(netd_common::GATEWAY_MAC);
-                enable_ipv6(INNER_END)?;
-                ipv6(&format!(
-                    "link set {INNER_END} up\n\
-                     address add {address}/128 dev {INNER_END} nodad\n\
-                     neighbour replace {GATEWAY6} lladdr {gateway} dev {INNER_END} nud permanent\n\
-                     route add default via {GATEWAY6} dev {INNER_END} onlink\n"
-                ))?;
+                settle6(address, &GATEWAY6.to_string(), netd_common::GATEWAY_MAC)?;
             }
-            blocking(async |handle| {
-                let index = index_of(handle, INNER_END).await?;
-                let addresses = handle.address();
-                addresses
-                    .add(index, IpAddr::V4(address), 32)
-                    .execute()
-                    .await
-                    .map_err(netlink("its address"))?;
-                up(handle, index).await?;
-                neighbour(handle, index, GATEWAY, &netd_common::GATEWAY_MAC).await?;
-                let route = RouteMessageBuilder::<Ipv4Addr>::new()
-                    .gateway(GATEWAY)
-                    .output_interface(index)
-                    .onlink()
-                    .build();
-                handle
-                    .route()
-                    .add(route)
-                    .execute()
-                    .await
-                    .map_err(netlink("its route"))
-            })
+            settle(address, GATEWAY, netd_common::GATEWAY_MAC)
         })??;
         let index = self.endpoint.ifindex;
         router.run(|| {
@@ -189,17 +134,73 @@ impl Throwaway {
     /// Removes everything.
     pub(super) fn remove(self, router: &RouterNamespace) -> Result<(), ThrowawayError> {
         let index = self.endpoint.ifindex;
-        router.run(|| {
-            blocking(async |handle| {
-                handle
-                    .link()
-                    .del(index)
-                    .execute()
-                    .await
-                    .map_err(netlink("removing its interfaces"))
-            })
-        })?
+        router.run(|| blocking(async |handle| remove(handle, index).await))?
     }
+}
+
+/// Makes a pair of interfaces, one here and one inside a namespace, in the place of a pair that an earlier netd left
+/// behind. Gives the index of the one here.
+pub(super) async fn pair(
+    handle: &Handle,
+    (outer, outer_mac): (&str, [u8; 6]),
+    inside: RawFd,
+    inner_mac: [u8; 6],
+) -> Result<u32, ThrowawayError> {
+    if let Ok(index) = index_of(handle, outer).await {
+        remove(handle, index).await?;
+    }
+    let peer = LinkMessageBuilder::<LinkUnspec>::new()
+        .name(INNER_END)
+        .address(inner_mac.to_vec())
+        .setns_by_fd(inside)
+        .build();
+    let pair = LinkVeth::new(outer, INNER_END)
+        .address(outer_mac.to_vec())
+        .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))
+        .build();
+    let made = handle.link().add(pair).execute().await;
+    made.map_err(netlink("making its interfaces"))?;
+    index_of(handle, outer).await
+}
+
+/// Removes a pair by either end.
+pub(super) async fn remove(handle: &Handle, index: u32) -> Result<(), ThrowawayError> {
+    let removed = handle.link().del(index).execute().await;
+    removed.map_err(netlink("removing its interfaces"))
+}
+
+/// Gives the inner end its address and the way to everything: by a next hop that is known beforehand. In its namespace.
+pub(super) fn settle(address: Ipv4Addr, hop: Ipv4Addr, hop_mac: [u8; 6]) -> Result<(), ThrowawayError> {
+    blocking(async |handle| {
+        let index = index_of(handle, INNER_END).await?;
+        let added = handle
+            .address()
+            .add(index, IpAddr::V4(address), 32)
+            .execute()
+            .await;
+        added.map_err(netlink("its address"))?;
+        up(handle, index).await?;
+        neighbour(handle, index, hop, &hop_mac).await?;
+        let route = RouteMessageBuilder::<Ipv4Addr>::new()
+            .gateway(hop)
+            .output_interface(index)
+            .onlink()
+            .build();
+        let added = handle.route().add(route).execute().await;
+        added.map_err(netlink("its route"))
+    })
+}
+
+/// The same of IPv6.
+pub(super) fn settle6(address: Ipv6Addr, hop: &str, hop_mac: [u8; 6]) -> Result<(), ThrowawayError> {
+    let mac = written(hop_mac);
+    enable_ipv6(INNER_END)?;
+    ipv6(&format!(
+        "link set {INNER_END} up\n\
+         address add {address}/128 dev {INNER_END} nodad\n\
+         neighbour replace {hop} lladdr {mac} dev {INNER_END} nud permanent\n\
+         route add default via {hop} dev {INNER_END} onlink\n"
+    ))
 }
 
 /// Gives an interface of the calling thread's namespace IPv6, without an address of the kernel's own.

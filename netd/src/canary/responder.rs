@@ -12,15 +12,12 @@ use std::{
     time::Duration,
 };
 
-use rtnetlink::{
-    Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
-    packet_route::link::{InfoData, InfoVeth},
-};
+use rtnetlink::{Handle, RouteMessageBuilder};
 use socket2::{Domain, Socket, Type};
 
 use super::endpoint::{
-    INNER_END, ThrowawayError, blocking, enable_ipv6, index_of, ipv6, neighbour, netlink, new_namespace,
-    on_thread_in, system, up,
+    ThrowawayError, blocking, enable_ipv6, index_of, ipv6, neighbour, netlink, new_namespace, on_thread_in,
+    pair, remove, settle, settle6, system, up,
 };
 use crate::{
     router::pass::HOP6,
@@ -56,22 +53,7 @@ impl Responder {
         let namespace = new_namespace()?;
         let (inner, interface) = (namespace.as_raw_fd(), names.canary.clone());
         let address = blocking(async |handle| {
-            // One that an earlier netd left behind.
-            if let Ok(index) = index_of(handle, &interface).await {
-                remove(handle, index).await?;
-            }
-            let peer = LinkMessageBuilder::<LinkUnspec>::new()
-                .name(INNER_END)
-                .address(MAC.to_vec())
-                .setns_by_fd(inner)
-                .build();
-            let pair = LinkVeth::new(&interface, INNER_END)
-                .address(NODE_MAC.to_vec())
-                .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))
-                .build();
-            let made = handle.link().add(pair).execute().await;
-            made.map_err(netlink("making the responder's interfaces"))?;
-            let index = index_of(handle, &interface).await?;
+            let index = pair(handle, (&interface, NODE_MAC), inner, MAC).await?;
             let led = if by_ipv6 {
                 lead6(&interface, names.number).map(IpAddr::V6)
             } else {
@@ -150,11 +132,6 @@ impl Responder {
     }
 }
 
-async fn remove(handle: &Handle, index: u32) -> Result<(), ThrowawayError> {
-    let removed = handle.link().del(index).execute().await;
-    removed.map_err(netlink("removing the responder's interfaces"))
-}
-
 /// Leads an address to the responder that leads nowhere else.
 async fn lead(handle: &Handle, index: u32, number: u32) -> Result<Ipv4Addr, ThrowawayError> {
     let mut refused = None;
@@ -214,17 +191,8 @@ fn switch(interface: &str, by_ipv6: bool) -> String {
 /// In the responder's namespace.
 fn listen(at: SocketAddr, patience: Duration) -> Result<Socket, ThrowawayError> {
     match at.ip() {
-        IpAddr::V4(address) => settle(address)?,
-        IpAddr::V6(address) => {
-            enable_ipv6(INNER_END)?;
-            let node = written(NODE_MAC);
-            ipv6(&format!(
-                "link set {INNER_END} up\n\
-                 address add {address}/128 dev {INNER_END} nodad\n\
-                 neighbour replace {HOP6} lladdr {node} dev {INNER_END} nud permanent\n\
-                 route add default via {HOP6} dev {INNER_END} onlink\n"
-            ))?;
-        }
+        IpAddr::V4(address) => settle(address, HOP, NODE_MAC)?,
+        IpAddr::V6(address) => settle6(address, HOP6, NODE_MAC)?,
     }
     let open = || -> io::Result<Socket> {
         let socket = Socket::new(Domain::for_address(at), Type::STREAM, None)?;
@@ -235,26 +203,4 @@ fn listen(at: SocketAddr, patience: Duration) -> Result<Socket, ThrowawayError> 
         Ok(socket)
     };
     open().map_err(system("the responder's socket"))
-}
-
-/// Gives the responder its address and the way back to the node.
-fn settle(address: Ipv4Addr) -> Result<(), ThrowawayError> {
-    blocking(async |handle| {
-        let index = index_of(handle, INNER_END).await?;
-        let added = handle
-            .address()
-            .add(index, IpAddr::V4(address), 32)
-            .execute()
-            .await;
-        added.map_err(netlink("the responder's address"))?;
-        up(handle, index).await?;
-        neighbour(handle, index, HOP, &NODE_MAC).await?;
-        let route = RouteMessageBuilder::<Ipv4Addr>::new()
-            .gateway(HOP)
-            .output_interface(index)
-            .onlink()
-            .build();
-        let added = handle.route().add(route).execute().await;
-        added.map_err(netlink("the responder's route"))
-    })
 }
