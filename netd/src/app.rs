@@ -400,6 +400,7 @@ fn keep_tidy(tasks: &Tasks, datapath: &Arc<Datapath>, sandboxes: &Arc<Sandboxes>
             for sandbox in sandboxes.all() {
                 sandbox.sweep_pins();
                 sandbox.leases.sweep();
+                sandbox.upstreams.sweep();
                 tokio::task::yield_now().await;
             }
         }

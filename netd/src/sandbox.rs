@@ -34,7 +34,7 @@ pub use self::{
 };
 use crate::{
     dns::budget::Budget,
-    intercept::{bindings::Bindings, leases::Leases},
+    intercept::{bindings::Bindings, leases::Leases, pool::Pool},
     kernel::{Datapath, DatapathError, EndpointHandle},
     pins::{PIN_LIFETIME, Seconds, log::PinLog, room::Room},
 };
@@ -64,6 +64,8 @@ pub struct Sandbox {
     pub limits: Limits,
     /// What it has on lease.
     pub leases: Leases,
+    /// Connections to servers that wait for its next flow.
+    pub upstreams: Arc<Pool>,
     /// What it has said by asking for names.
     dns_budget: Mutex<Budget>,
     /// The same as tiers in audit mode count it.
@@ -197,6 +199,7 @@ impl Sandbox {
             handle,
             limits,
             leases: Leases::default(),
+            upstreams: Arc::default(),
             dns_budget: Mutex::default(),
             dns_audited: Mutex::default(),
             state: Mutex::new(State {
@@ -358,6 +361,7 @@ impl Sandbox {
         let written = rules.install(&self.datapath, self.handle);
         let mut state = self.lock();
         self.leases.retain(rules.bindings(), rules.generation());
+        self.upstreams.renew();
         let replaced = state.enforced.replace(rules, seconds());
         state.forget(&self.datapath, self.handle, &self.id, &replaced.unbound);
         drop(state);
@@ -427,6 +431,7 @@ impl Sandbox {
         let cut = state.enforced.close(&reason);
         drop(state);
         self.leases.end();
+        self.upstreams.end();
         cut
     }
 

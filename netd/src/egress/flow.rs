@@ -17,7 +17,7 @@ use tokio::{
 };
 
 use super::{
-    Egress, clear,
+    Egress,
     hello::Hides,
     refuse,
     retry::{self, Unsettled},
@@ -25,8 +25,8 @@ use super::{
 };
 use crate::{
     audit::{Attempt, Owner, Passed},
-    intercept::{Target, inject::is_marked_in_clear},
-    sandbox::{Admitted, AdmittedRequest, CutReason, Decision, Facts, FirstLook, RequestFacts, Sandbox},
+    intercept::{Channel, Target, inject::is_marked_in_clear},
+    sandbox::{Admitted, CutReason, Decision, Facts, FirstLook, Sandbox},
 };
 
 /// A flow in which nothing moves for this long is closed.
@@ -39,9 +39,9 @@ const WATCH_BYTES: usize = 4096;
 
 /// A flow that was counted in, and not yet judged.
 pub(super) struct Entry {
-    sandbox: Arc<Sandbox>,
+    pub(super) sandbox: Arc<Sandbox>,
     pub(super) owner: Owner,
-    to: SocketAddr,
+    pub(super) to: SocketAddr,
     look: FirstLook,
     pub(super) began: Timestamp,
     pub(super) clock: Instant,
@@ -49,14 +49,19 @@ pub(super) struct Entry {
     _slot: OwnedSemaphorePermit,
 }
 
+impl Entry {
+    /// Whom it is for.
+    pub(super) fn target(&self, name: Option<DomainName>, channel: Channel) -> Target {
+        let to = self.to;
+        Target { name, to, channel }
+    }
+}
+
 /// What a flow says of itself.
 pub(super) struct Said {
     protocol: &'static str,
     host: Option<String>,
     name: Option<DomainName>,
-    /// Of a request in clear.
-    method: Option<String>,
-    path: Option<String>,
     detail: Option<String>,
     /// What is wrong with it, where nothing of that ends it.
     fault: Option<Box<Decision>>,
@@ -68,10 +73,16 @@ impl Said {
             protocol: "tcp",
             host: None,
             name: None,
-            method: None,
-            path: None,
             detail: None,
             fault: None,
+        }
+    }
+
+    /// Of HTTP whose requests are not known.
+    fn clear() -> Self {
+        Self {
+            protocol: "http",
+            ..Self::nothing()
         }
     }
 
@@ -81,8 +92,6 @@ impl Said {
             host: self.host.clone(),
             ip: Some(to.ip()),
             port: Some(to.port()),
-            method: self.method.clone(),
-            path: self.path.clone(),
             detail: self.detail.clone(),
             ..Attempt::default()
         }
@@ -93,9 +102,10 @@ impl Said {
 enum Manner {
     /// Every byte both ways; these were read already.
     Splice(Vec<u8>),
-    /// One request in clear, of which these bytes of the body were read already. Beside them every byte read so far,
-    /// where the flow may go on as it is.
-    Clear(Box<Head>, Vec<u8>, Option<Vec<u8>>),
+    /// Requests in clear, of which the first begins with this head. Every byte was read already of these.
+    Clear(Box<Head>, Vec<u8>),
+    /// The same by HTTP/2, of which no request is known.
+    ClearHttp2(Vec<u8>),
     /// Every byte both ways, unread.
     Opaque,
     /// The same, after a look for a name that found none or does not count: these bytes were read already.
@@ -151,6 +161,9 @@ impl Egress {
                 return;
             }
         };
+        if let Manner::ClearHttp2(received) = manner {
+            return Box::pin(self.read_http2_in_clear(entry, near, received)).await;
+        }
         let (mut admitted, manner) = match admit(&entry, &mut said, manner) {
             Ok(admitted) => admitted,
             Err(decision) => {
@@ -163,50 +176,30 @@ impl Egress {
         // By the rules that admitted it or later ones: those of the first look may be gone, after a beginning that was
         // long in coming.
         let audit = matches!(entry.sandbox.first_look(entry.to), FirstLook::Audit(_));
-        let (manner, _request) = match (manner, &said.name) {
+        // Boxed: the states of such a flow are large, and most flows are others.
+        let manner = match (manner, &said.name) {
             (Manner::Splice(received), Some(name)) if admitted.intercept => {
-                let target = Target {
-                    name: name.clone(),
-                    to: entry.to,
-                };
+                let target = entry.target(Some(name.clone()), Channel::Tls);
                 let begun = (near, received);
-                // Boxed: the states of such a flow are large, and most flows are others.
                 return Box::pin(self.intercept(entry, admitted, target, begun, said.detail)).await;
             }
             // On its way through here it would lose the other protocol that it asks for.
-            (Manner::Clear(head, _, Some(whole)), _) if audit && head.asks_for_upgrade() => {
-                (Manner::Named(whole), None)
+            (Manner::Clear(head, received), _) if audit && head.asks_for_upgrade() => Manner::Named(received),
+            // All else that is denied in clear is denied by rules in force.
+            (Manner::Clear(head, received), _)
+                if audit && admitted.intercept && NormalPath::parse(head.target()).is_err() =>
+            {
+                said.detail = Some("a path that can be read in two ways".to_owned());
+                admitted.decision = Decision::of(Reason::Malformed).audited();
+                Manner::Named(received)
             }
-            (Manner::Clear(head, begun, whole), _) => match judge_in_clear(&admitted, &mut said, *head) {
-                Ok((head, request)) => {
-                    if let Some(request) = &request
-                        && request.judgement.decision.is_audited()
-                    {
-                        admitted.decision = request.judgement.decision.clone();
-                    }
-                    (Manner::Clear(Box::new(head), begun, whole), request)
-                }
-                // All else that is denied here is denied by rules in force.
-                Err(decision)
-                    if audit
-                        && decision.reason == Reason::Malformed
-                        && let Some(whole) = whole =>
-                {
-                    admitted.decision = decision.audited();
-                    (Manner::Named(whole), None)
-                }
-                Err(decision) => {
-                    let attempt = said.attempt(entry.to);
-                    let why = decision.reason.as_str();
-                    let rule = decision.rule.clone();
-                    self.audit.deny(&entry.owner, &decision, attempt, 1);
-                    clear::refuse_in_words(&mut near, why, rule.as_deref()).await;
-                    return;
-                }
-            },
+            (Manner::Clear(_, received), name) => {
+                let target = entry.target(name.clone(), Channel::Clear);
+                return Box::pin(self.read_in_clear(entry, admitted, target, near, received)).await;
+            }
             // Whatever its handshake comes to, nothing of it ends the flow.
-            (Manner::Splice(received), _) if audit => (Manner::Named(received), None),
-            (manner, _) => (manner, None),
+            (Manner::Splice(received), _) if audit => Manner::Named(received),
+            (manner, _) => manner,
         };
         let traffic = Traffic::default();
         let end = self.tasks.shutdown();
@@ -315,6 +308,9 @@ impl Egress {
                 }
                 Ok((said, Manner::Splice(received)))
             }
+            // In audit mode nothing that is said on it may end it.
+            Spoken::Http2 if glance || audit => Ok((Said::clear(), Manner::Begun(received))),
+            Spoken::Http2 => Ok((Said::clear(), Manner::ClearHttp2(received))),
             Spoken::Http(head) => {
                 let said = host_said(&head.host);
                 if is_marked_in_clear(&head) {
@@ -333,9 +329,7 @@ impl Egress {
                     )
                     .map_err(|refused| *refused);
                 }
-                let begun = received[head.length..].to_vec();
-                let whole = audit.then_some(received);
-                Ok((said, Manner::Clear(Box::new(head), begun, whole)))
+                Ok((said, Manner::Clear(Box::new(head), received)))
             }
         }
     }
@@ -354,17 +348,8 @@ impl Egress {
             Err(error) => return Ended::Failed(error.reason(), error.to_string()),
         };
         let ended = match manner {
-            Manner::Clear(head, begun, _) => {
-                match clear::one_request(&mut *near, &mut far, &head, &begun, IDLE, traffic).await {
-                    clear::End::Closed => Ended::Well,
-                    clear::End::Idle => Ended::Stopped("nothing moved for an hour"),
-                    clear::End::NearFailed => Ended::Stopped("the client went away"),
-                    clear::End::FarFailed => Ended::Stopped("the server went away"),
-                    clear::End::Malformed => {
-                        Ended::Failed(Reason::Malformed, "a broken request body".to_owned())
-                    }
-                }
-            }
+            // Taken elsewhere.
+            Manner::Clear(..) | Manner::ClearHttp2(_) => Ended::Stopped("it cannot be read here"),
             Manner::Splice(received) => self.handshake(near, &mut far, &received, said, traffic).await,
             Manner::Begun(received) | Manner::Named(received) => {
                 match send_first(&mut far, &received).await {
@@ -477,40 +462,6 @@ fn admit_as_shown(entry: &Entry, said: &mut Said, manner: Manner) -> Result<(Adm
     }
 }
 
-/// Judges a request in clear by the lists of its rule. No secret goes into it: a rule that wants one denies it.
-fn judge_in_clear(
-    admitted: &Admitted,
-    said: &mut Said,
-    head: Head,
-) -> Result<(Head, Option<AdmittedRequest>), Decision> {
-    if !admitted.intercept {
-        return Ok((head, None));
-    }
-    said.method = Some(head.method().to_owned());
-    let Ok((path, query)) = NormalPath::parse(head.target()) else {
-        said.detail = Some("a path that can be read in two ways".to_owned());
-        return Err(Decision::of(Reason::Malformed));
-    };
-    said.path = Some(path.as_str().chars().take(1024).collect());
-    let target = match query {
-        Some(query) => format!("{path}?{query}"),
-        None => path.as_str().to_owned(),
-    };
-    let facts = RequestFacts {
-        method: head.method().to_owned(),
-        path,
-        // The field is taken out on the way: no other protocol follows.
-        upgrade: false,
-    };
-    let request = admitted.admit_request(facts)?;
-    if !request.judgement.credentials.is_empty() {
-        said.detail = Some("its rule wants a secret, which never goes out in clear".to_owned());
-        let decision = request.judgement.decision.clone();
-        return Err(decision.because(Reason::CredentialUnavailable));
-    }
-    Ok((head.with_target(target), Some(request)))
-}
-
 async fn splice_on(near: &TcpStream, far: &TcpStream, traffic: &Traffic) -> Ended {
     match splice::both_ways(near, far, IDLE, traffic).await {
         copy::End::Closed => Ended::Well,
@@ -553,6 +504,7 @@ async fn observe(near: &TcpStream, far: &TcpStream, said: &mut Said) {
             said.protocol = protocol;
             said.host = host;
         }
+        Some(Spoken::Http2) => said.protocol = "http",
         Some(Spoken::Unreadable(_)) | None => {}
     }
 }
@@ -569,7 +521,7 @@ fn host_said(host: &Host) -> Said {
 }
 
 /// How a Host field contradicts the destination, if it does.
-fn mismatch(host: &Host, to: SocketAddr) -> Option<&'static str> {
+pub(super) fn mismatch(host: &Host, to: SocketAddr) -> Option<&'static str> {
     if host.port.is_some_and(|port| port != to.port()) {
         return Some("the Host field names another port");
     }

@@ -1,7 +1,14 @@
-//! A flow whose requests are read: what [`crate::intercept`] needs of the rest of netd, and the flow's own
+//! A flow by TLS whose requests are read: what [`crate::intercept`] needs of the rest of netd, and the flow's own
 //! records. Decides nothing.
 
-use std::sync::Arc;
+use std::{
+    future::Future,
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use futures_util::future::BoxFuture;
 use jiff::Timestamp;
@@ -19,24 +26,41 @@ use super::{
 use crate::{
     audit::{Attempt, Owner, Passed},
     intercept::{
-        self, End, Leave, Target, World,
+        self, Channel, End, Leave, Target, World,
         account::Exchange,
         leases::{Lease, Unavailable},
         near::{Meter, Near},
+        pool::Pool,
     },
     metrics::InterceptionEnd,
     sandbox::{Admitted, CutReason, Decision, RequestFacts, Sandbox},
 };
 
-/// The surroundings of one intercepted flow.
-struct Surroundings {
+/// The surroundings of one flow that is read.
+pub(super) struct Surroundings {
     egress: Arc<Egress>,
     admitted: Admitted,
     owner: Owner,
     target: Target,
+    has_recorded: AtomicBool,
 }
 
 impl Surroundings {
+    pub(super) fn new(egress: Arc<Egress>, admitted: Admitted, owner: Owner, target: Target) -> Arc<Self> {
+        Arc::new(Self {
+            egress,
+            admitted,
+            owner,
+            target,
+            has_recorded: AtomicBool::new(false),
+        })
+    }
+
+    /// Whether a request of the flow is in the records.
+    pub(super) fn has_recorded(&self) -> bool {
+        self.has_recorded.load(Ordering::Relaxed)
+    }
+
     fn sandbox(&self) -> &Arc<Sandbox> {
         self.admitted.sandbox()
     }
@@ -70,8 +94,15 @@ impl World for Surroundings {
             path: exchange.path,
             credential: exchange.credential,
             detail: exchange.detail,
-            ..said(&self.target, "https")
+            ..said(
+                &self.target,
+                match self.target.channel {
+                    Channel::Tls => "https",
+                    Channel::Clear | Channel::ClearHttp2 => "http",
+                },
+            )
         };
+        self.has_recorded.store(true, Ordering::Relaxed);
         if !decision.is_allowed() && !self.has_room() {
             // Refused whether it can be recorded or not: counted, without a record of its own.
             self.egress.audit.deny(&self.owner, decision, attempt, 1);
@@ -99,15 +130,22 @@ impl World for Surroundings {
         self.sandbox().leases.needles()
     }
 
+    fn pool(&self) -> Arc<Pool> {
+        Arc::clone(&self.sandbox().upstreams)
+    }
+
     fn dial(&self) -> BoxFuture<'_, Result<TcpStream, NotDialled>> {
         Box::pin(self.egress.dialer.dial(&self.admitted, self.target.to))
     }
 }
 
-fn said(target: &Target, protocol: &'static str) -> Attempt {
+pub(super) fn said(target: &Target, protocol: &'static str) -> Attempt {
     Attempt {
         protocol,
-        host: Some(target.name.as_str().to_owned()),
+        host: Some(match &target.name {
+            Some(name) => name.as_str().to_owned(),
+            None => target.to.ip().to_string(),
+        }),
         ip: Some(target.to.ip()),
         port: Some(target.to.port()),
         ..Attempt::default()
@@ -145,27 +183,10 @@ impl Egress {
         self.audit
             .begun(&entry.owner, &decision, opened, Passed::nothing(entry.began));
         let meter = Arc::new(Meter::default());
-        let world = Arc::new(Surroundings {
-            egress: Arc::clone(self),
-            admitted,
-            owner: entry.owner.clone(),
-            target: target.clone(),
-        });
+        let world = Surroundings::new(Arc::clone(self), admitted, entry.owner.clone(), target.clone());
         let near = Near::new(near, received, Arc::clone(&meter));
-        let mut work = Box::pin(self.read_requests(&sandbox, world, near, &target, &meter));
-        let end = self.tasks.shutdown();
-        let ended = tokio::select! {
-            ended = &mut work => ended,
-            reason = cut.cut() => match reason {
-                CutReason::Forbidden(decision) => Ended::Cut(decision),
-                CutReason::SandboxGone => Ended::Stopped("the sandbox ended"),
-            },
-            () = end.cancelled() => Ended::Stopped("netd ended"),
-        };
-        if !matches!(ended, Ended::Well) {
-            meter.reset();
-        }
-        drop(work);
+        let work = Box::pin(self.read_requests(&sandbox, world, near, &target, &meter));
+        let ended = self.until_cut(work, cut.cut(), &meter).await;
         self.metrics.intercepted(match ended {
             Ended::Well => InterceptionEnd::Closed,
             Ended::Stopped(_) => InterceptionEnd::Stopped,
@@ -199,9 +220,10 @@ impl Egress {
     ) -> Ended {
         let generation = sandbox.generation();
         let leased = sandbox.leases.authority(&*self.broker, &sandbox.id, generation);
-        let server = match leased.await {
-            Ok(authority) => authority.server(&target.name).map_err(|error| error.to_string()),
-            Err(error) => Err(error.to_string()),
+        let server = match (leased.await, &target.name) {
+            (Ok(authority), Some(name)) => authority.server(name).map_err(|error| error.to_string()),
+            (Ok(_), None) => Err("a certificate needs a name".to_owned()),
+            (Err(error), _) => Err(error.to_string()),
         };
         let server = match server {
             Ok(server) => server,
@@ -215,15 +237,45 @@ impl Egress {
             Arc::clone(&self.upstream),
             self.tasks.clone(),
         );
-        match intercept::serve_until_idle(serving, meter, IDLE).await {
-            None => Ended::Stopped("nothing moved for an hour"),
-            Some(End::Closed) => Ended::Well,
-            Some(End::Client(how)) => Ended::Client(how),
-            Some(End::AnotherName) => Ended::Failed(
-                Reason::HostMismatch,
-                "the handshake names another server than its first message".to_owned(),
-            ),
+        ended(intercept::serve_until_idle(serving, meter, IDLE).await)
+    }
+
+    /// Takes the work of a flow to its end, which new rules or netd's own end may bring. The connection is reset unless
+    /// it ended well.
+    pub(super) async fn until_cut(
+        &self,
+        work: impl Future<Output = Ended>,
+        cut: impl Future<Output = CutReason>,
+        meter: &Meter,
+    ) -> Ended {
+        let end = self.tasks.shutdown();
+        let work = pin!(work);
+        let ended = tokio::select! {
+            ended = work => ended,
+            reason = cut => match reason {
+                CutReason::Forbidden(decision) => Ended::Cut(decision),
+                CutReason::SandboxGone => Ended::Stopped("the sandbox ended"),
+            },
+            () = end.cancelled() => Ended::Stopped("netd ended"),
+        };
+        // The work still has the connection: it is dropped behind this.
+        if !matches!(ended, Ended::Well) {
+            meter.reset();
         }
+        ended
+    }
+}
+
+/// How a flow that was read ended; nothing: by silence.
+pub(super) fn ended(end: Option<End>) -> Ended {
+    match end {
+        None => Ended::Stopped("nothing moved for too long"),
+        Some(End::Closed) => Ended::Well,
+        Some(End::Client(how)) => Ended::Client(how),
+        Some(End::AnotherName) => Ended::Failed(
+            Reason::HostMismatch,
+            "the handshake names another server than its first message".to_owned(),
+        ),
     }
 }
 

@@ -14,6 +14,7 @@ pub const SNIFF_BYTES: usize = 16 * 1024;
 pub const SNIFF_TIME: Duration = Duration::from_secs(5);
 
 const FIRST_READ: usize = 2 * 1024;
+const HTTP2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// The beginning of a flow.
 #[derive(Debug, PartialEq, Eq)]
@@ -31,6 +32,8 @@ pub enum Spoken {
     Tls(ClientHello),
     /// HTTP/1.x in clear, with its first request's head.
     Http(Head),
+    /// HTTP/2 in clear: whom it is for, its requests say.
+    Http2,
     /// Something else, or nothing in time; the word says what, for the audit record.
     Unreadable(&'static str),
 }
@@ -74,7 +77,14 @@ pub fn read(received: &[u8]) -> Option<Spoken> {
             hello::Reading::Complete(hello) => Some(Spoken::Tls(hello)),
         };
     }
-    match head::read(received) {
+    // RFC 9113 3.4. No request line of HTTP/1.x begins with all of it.
+    if received.starts_with(HTTP2_PREFACE) {
+        return Some(Spoken::Http2);
+    }
+    if HTTP2_PREFACE.starts_with(received) {
+        return None;
+    }
+    match head::read_for(received, "http") {
         head::Reading::Incomplete => None,
         head::Reading::Malformed(why) => Some(Spoken::Unreadable(why)),
         head::Reading::Complete(head) => Some(Spoken::Http(head)),
@@ -133,6 +143,27 @@ mod tests {
         let beginning = sniff(&mut inside).await.expect("no failure");
         assert_eq!(beginning.received.len(), SNIFF_BYTES);
         assert!(matches!(beginning.protocol, Spoken::Unreadable(_)));
+    }
+
+    #[tokio::test]
+    async fn http2_in_clear_is_known_by_its_preface_and_by_nothing_less() {
+        for piece in 1..=HTTP2_PREFACE.len() {
+            let (mut client, mut inside) = tokio::io::duplex(piece);
+            let (beginning, written) = tokio::join!(sniff(&mut inside), client.write_all(HTTP2_PREFACE));
+            written.expect("written");
+            let beginning = beginning.expect("read");
+            assert_eq!(
+                (beginning.protocol, beginning.received),
+                (Spoken::Http2, HTTP2_PREFACE.to_vec())
+            );
+        }
+        assert_eq!(read(b"P"), None);
+        let almost = read(b"PRI * HTTP/2.0\r\n\r\nXX");
+        assert!(matches!(almost, Some(Spoken::Unreadable(_))), "{almost:?}");
+        assert!(matches!(
+            read(b"POST / HTTP/1.1\r\nHost: ok.test\r\n\r\n"),
+            Some(Spoken::Http(_))
+        ));
     }
 
     #[tokio::test]

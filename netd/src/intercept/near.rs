@@ -1,4 +1,4 @@
-//! The client's half of an intercepted flow as one stream. Owns: that what the sniffer read comes first, the
+//! The client's half of a flow that is read, as one stream. Owns: that what the sniffer read comes first, the
 //! count of bytes on the wire, and how the connection closes (in order, or by a reset).
 
 use std::{
@@ -18,6 +18,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
 };
+use tokio_util::sync::CancellationToken;
 
 /// What is known of a flow's connection while others hold its stream.
 #[derive(Debug, Default)]
@@ -27,12 +28,18 @@ pub struct Meter {
     /// When something last moved.
     pub activity: Activity,
     resets: AtomicBool,
+    half_closed: CancellationToken,
 }
 
 impl Meter {
     /// From here on closing is a reset: the client learns that this was no ordinary end.
     pub fn reset(&self) {
         self.resets.store(true, Ordering::Relaxed);
+    }
+
+    /// Waits until the client has closed its half.
+    pub async fn half_closed(&self) {
+        self.half_closed.cancelled().await;
     }
 }
 
@@ -78,7 +85,11 @@ impl AsyncRead for Near {
         }
         let before = buf.filled().len();
         std::task::ready!(Pin::new(&mut this.stream).poll_read(cx, buf))?;
-        this.meter.traffic.add_up(buf.filled().len() - before);
+        let length = buf.filled().len() - before;
+        if length == 0 && buf.remaining() > 0 {
+            this.meter.half_closed.cancel();
+        }
+        this.meter.traffic.add_up(length);
         this.meter.activity.touch();
         Poll::Ready(Ok(()))
     }

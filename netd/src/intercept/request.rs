@@ -4,7 +4,7 @@
 use std::{
     collections::BTreeMap,
     pin::Pin,
-    sync::{Arc, OnceLock},
+    sync::{Arc, LazyLock, OnceLock},
     task::{Context, Poll},
     time::Duration,
 };
@@ -18,11 +18,11 @@ use http::{
 };
 use http_body_util::BodyExt as _;
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
-use sandgate_policy::{DomainName, NormalPath, Reason};
+use sandgate_policy::{NormalPath, Reason};
 use sandgate_relay::{headers, redact::Needles};
 
 use super::{
-    Body, BodyError, Flow, FlowTasks,
+    Body, BodyError, Flow, FlowTasks, HEADERS_MAX,
     account::Account,
     answer::Refusal,
     bindings::Bindings,
@@ -85,20 +85,33 @@ async fn exchange(
         fate: Arc::clone(&fate),
         tail: Vec::new(),
     };
-    let (path, query) = path(&parts)?;
-    account.path(path.as_str());
+    if parts.headers.len() > HEADERS_MAX {
+        return Err(Refusal::malformed("more than 100 fields"));
+    }
+    let (path, readable) = path(flow, &parts)?;
     let facts = RequestFacts {
         method: method_text(&parts.method),
         path,
         upgrade: upgrades,
     };
     let leave = flow.world.admit(facts.clone()).map_err(|decision| {
+        account.path(facts.path.as_str());
         let message = match &decision.rule {
             Some(rule) => format!("{} {} is not allowed by {rule}", facts.method, facts.path),
             None => format!("{} {} is not allowed", facts.method, facts.path),
         };
         Refusal::denied(decision, message)
     })?;
+    // In clear, what no rule looks at goes on as it came, and is nobody's business.
+    let is_read = flow.target.is_secure() || leave.judgement.intercept;
+    if is_read && readable.is_ok() {
+        account.path(facts.path.as_str());
+    }
+    let (path, query) = match readable {
+        Ok(query) if is_read => (facts.path.as_str().to_owned(), query),
+        Err(why) if is_read => return Err(Refusal::malformed(&why)),
+        Ok(_) | Err(_) => as_sent(&parts),
+    };
     if doh::is_question(&facts.path, &parts.headers) {
         let message = "DNS goes by the resolver of the sandbox, not by HTTPS";
         return Err(Refusal::of(StatusCode::FORBIDDEN, Reason::DnsRefused, message));
@@ -112,7 +125,7 @@ async fn exchange(
         ));
     }
     let mut outgoing = Outgoing {
-        path: facts.path.as_str().to_owned(),
+        path,
         query,
         headers: parts.headers,
     };
@@ -120,8 +133,8 @@ async fn exchange(
     // The client gets its 100 from us once the body is wanted.
     outgoing.headers.remove(EXPECT);
     // What was judged is the method, not one in disguise.
-    for name in METHOD_OVERRIDES {
-        outgoing.headers.remove(name);
+    for name in METHOD_OVERRIDES.iter().filter(|_| is_read) {
+        outgoing.headers.remove(*name);
     }
     let needles = inject(
         flow,
@@ -169,13 +182,7 @@ fn check_authority(flow: &Flow, request: &Request<Incoming>) -> Result<(), Refus
         (Some(said), _) | (None, Some(said)) => said,
         (None, None) => return Err(malformed()),
     };
-    let (name, port) = match said.rsplit_once(':') {
-        Some((name, port)) => (name, Some(port)),
-        None => (said, None),
-    };
-    let is_port = port.is_none_or(|port| port.parse() == Ok(flow.target.to.port()));
-    let is_name = DomainName::parse(name).is_ok_and(|name| name == flow.target.name);
-    if is_name && is_port {
+    if flow.target.is_meant_by(said) {
         return Ok(());
     }
     Err(Refusal::of(
@@ -185,12 +192,26 @@ fn check_authority(flow: &Flow, request: &Request<Incoming>) -> Result<(), Refus
     ))
 }
 
-fn path(parts: &Parts) -> Result<(NormalPath, Option<String>), Refusal> {
+/// The canonical path, and the query or why there is no such path. In clear, where perhaps no rule looks at paths, one
+/// that can be read in two ways is judged as `/`; a rule that does look then refuses the request.
+fn path(flow: &Flow, parts: &Parts) -> Result<(NormalPath, Result<Option<String>, String>), Refusal> {
     let target = parts.uri.path_and_query().map_or("", PathAndQuery::as_str);
+    let broken = |error| Refusal::malformed(&format!("the path {error}"));
     match NormalPath::parse(target) {
-        Ok((path, query)) => Ok((path, query.map(str::to_owned))),
-        Err(error) => Err(Refusal::malformed(&format!("the path {error}"))),
+        Ok((path, query)) => Ok((path, Ok(query.map(str::to_owned)))),
+        Err(error) if flow.target.is_secure() => Err(broken(error)),
+        Err(error) => {
+            let (root, _) = NormalPath::parse("/").map_err(broken)?;
+            Ok((root, Err(format!("the path {error}"))))
+        }
     }
+}
+
+/// Path and query as the client wrote them.
+fn as_sent(parts: &Parts) -> (String, Option<String>) {
+    let target = parts.uri.path_and_query();
+    let path = target.map_or("/", PathAndQuery::path).to_owned();
+    (path, target.and_then(PathAndQuery::query).map(str::to_owned))
 }
 
 fn target(outgoing: &Outgoing) -> Result<Uri, Refusal> {
@@ -212,7 +233,11 @@ async fn inject(
     judgement: &Judgement,
 ) -> Result<Arc<Needles>, Refusal> {
     let port = flow.target.to.port();
-    let own = bindings.for_request(&flow.target.name, port, &facts.head());
+    let name = flow.target.name.as_ref().filter(|_| flow.target.is_secure());
+    let Some(name) = name else {
+        return in_clear(outgoing, bindings, judgement);
+    };
+    let own = bindings.for_request(name, port, &facts.head());
     let plan = outgoing
         .plan(bindings, &own, &judgement.credentials)
         .map_err(|misuse| misused(&misuse))?;
@@ -225,11 +250,7 @@ async fn inject(
     account.credential(&needed.iter().copied().collect::<Vec<_>>());
     let written = needed.clone();
     // A server that had a value from another request must not hand it back in the answer to this one.
-    needed.extend(
-        bindings
-            .for_host(&flow.target.name, port)
-            .map(|bound| bound.secret.as_str()),
-    );
+    needed.extend(bindings.for_host(name, port).map(|bound| bound.secret.as_str()));
     let mut values = BTreeMap::new();
     for secret in needed {
         let version = bindings.version(secret).unwrap_or_default();
@@ -254,6 +275,24 @@ async fn inject(
         headers::prepare_redacted_request(&mut outgoing.headers);
     }
     Ok(needles)
+}
+
+/// No secret goes out in clear, so that none can come back: a rule that wants one denies the request.
+fn in_clear(
+    outgoing: &mut Outgoing,
+    bindings: &Bindings,
+    judgement: &Judgement,
+) -> Result<Arc<Needles>, Refusal> {
+    static NONE: LazyLock<Arc<Needles>> = LazyLock::new(|| Arc::new(Needles::new(Vec::new())));
+    if !judgement.credentials.is_empty() {
+        let decision = judgement.decision.clone().because(Reason::CredentialUnavailable);
+        let message = "its rule wants a secret, which never goes out in clear";
+        return Err(Refusal::denied(decision, message.to_owned()));
+    }
+    outgoing
+        .plan(bindings, &[], &[])
+        .map_err(|misuse| misused(&misuse))?;
+    Ok(Arc::clone(&NONE))
 }
 
 fn misused(misuse: &Misuse) -> Refusal {

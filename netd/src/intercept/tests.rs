@@ -1,5 +1,9 @@
 //! A client, netd's interception and a server in one process.
 
+mod clear;
+mod limits;
+mod reuse;
+mod streams;
 mod world;
 
 use std::{sync::atomic::Ordering, time::Duration};

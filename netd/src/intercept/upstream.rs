@@ -1,20 +1,17 @@
-//! Connections to the server of an intercepted flow. Owns: that they are verified TLS to the address the sandbox
-//! chose, and their reuse within the flow. Never falls back to anything weaker, never follows a redirect.
+//! Connections to the server of a flow whose requests are read. Owns: that they lead to the address the sandbox chose,
+//! by verified TLS where the client came by TLS, and which of them a request goes over. Never falls back to anything
+//! weaker, never follows a redirect.
 
-use std::{
-    fs,
-    path::Path,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{fs, path::Path, sync::Arc, time::Duration};
 
 use http::{
-    HeaderValue, Request, Response, Uri, Version,
+    HeaderMap, HeaderValue, Method, Request, Response, Uri, Version,
     header::{COOKIE, HOST, TE},
     uri::{Authority, Scheme},
 };
+use http_body_util::{BodyExt as _, Empty};
 use hyper::{
-    body::Incoming,
+    body::{Body as _, Incoming},
     client::conn::{http1, http2},
 };
 use hyper_util::rt::TokioIo;
@@ -25,14 +22,16 @@ use rustls::{
 };
 use sandgate_policy::Reason;
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::TcpStream,
     sync::{OwnedSemaphorePermit, Semaphore},
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use super::{
-    Body, CONNECTION_WINDOW, FlowTasks, HEADER_LIST_MAX, HTTP1_BUFFER, SEND_BUFFER, STREAM_WINDOW, Target,
-    World,
+    Body, CONNECTION_WINDOW, Channel, FlowTasks, HEADER_LIST_MAX, HTTP1_BUFFER, SEND_BUFFER, STREAM_WINDOW,
+    Target, World,
+    pool::{Connection, Epoch, Link, Pool},
 };
 use crate::egress::dial::NotDialled;
 
@@ -163,29 +162,21 @@ impl UpstreamError {
     }
 }
 
-/// The connections of one flow.
+/// What a flow has of connections.
 pub(crate) struct Upstream {
     world: Arc<dyn World>,
-    tls: Arc<UpstreamTls>,
+    tls: Option<Arc<UpstreamTls>>,
     target: Target,
     tasks: FlowTasks,
-    /// Of HTTP/1.1, between two requests.
-    idle: Idle,
-    /// Held while a connection is made, so that the first one tells the others what the server speaks.
-    shared: tokio::sync::Mutex<Option<http2::SendRequest<Body>>>,
+    pool: Arc<Pool>,
+    /// Of HTTP/2. Held while a connection is made, so that the first one tells the others what the server speaks.
+    shared: tokio::sync::Mutex<Option<Connection>>,
     places: Arc<Semaphore>,
 }
 
-type Idle = Arc<Mutex<Vec<http1::SendRequest<Body>>>>;
-
-enum Link {
-    One(http1::SendRequest<Body>),
-    Many(http2::SendRequest<Body>),
-}
-
-/// Where a connection goes when the answer on it has ended.
+/// Where a connection goes when the answer on it has ended. Dropped before, the connection ends.
 pub(crate) struct Home {
-    back: Option<(Idle, http1::SendRequest<Body>)>,
+    back: Option<(Arc<Pool>, Target, Connection)>,
     /// Streams of HTTP/2 share one connection, whose own limits hold.
     _place: Option<OwnedSemaphorePermit>,
 }
@@ -193,27 +184,68 @@ pub(crate) struct Home {
 impl Home {
     /// The answer has ended well: the connection may be used again.
     pub(crate) fn go(self) {
-        if let Some((idle, sender)) = self.back
-            && !sender.is_closed()
-        {
-            idle.lock().unwrap_or_else(PoisonError::into_inner).push(sender);
+        if let Some((pool, target, connection)) = self.back {
+            pool.give(target, connection);
         }
     }
 }
 
+/// Over what a request goes.
+enum Way {
+    Own(Connection, Option<OwnedSemaphorePermit>),
+    Shared {
+        sender: http2::SendRequest<Body>,
+        is_used: bool,
+    },
+}
+
+/// What it takes to send a request again of which the server may have seen a part.
+struct Again {
+    method: Method,
+    uri: Uri,
+    headers: HeaderMap,
+}
+
+impl Again {
+    /// Of a request that changes nothing and has no body (RFC 9110 9.2.2).
+    fn of(request: &Request<Body>) -> Option<Self> {
+        let repeatable = request.method().is_safe() && request.body().is_end_stream();
+        repeatable.then(|| Self {
+            method: request.method().clone(),
+            uri: request.uri().clone(),
+            headers: request.headers().clone(),
+        })
+    }
+
+    fn request(self) -> Request<Body> {
+        let body = Empty::new().map_err(|never| match never {}).boxed_unsync();
+        let mut request = Request::new(body);
+        *request.method_mut() = self.method;
+        *request.uri_mut() = self.uri;
+        *request.headers_mut() = self.headers;
+        request
+    }
+}
+
 impl Upstream {
+    /// For a flow; `tls` says how its server is verified, where the client came by TLS.
     pub(crate) fn new(
         world: Arc<dyn World>,
-        tls: Arc<UpstreamTls>,
+        tls: Option<Arc<UpstreamTls>>,
         target: Target,
         tasks: FlowTasks,
     ) -> Self {
+        // In clear a connection costs a packet there and back: none is kept that nobody uses.
+        let pool = match target.channel {
+            Channel::Tls => world.pool(),
+            Channel::Clear | Channel::ClearHttp2 => Arc::default(),
+        };
         Self {
+            pool,
             world,
             tls,
             target,
             tasks,
-            idle: Arc::default(),
             shared: tokio::sync::Mutex::new(None),
             places: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
         }
@@ -224,33 +256,56 @@ impl Upstream {
         &self,
         mut request: Request<Body>,
     ) -> Result<(Response<Incoming>, Home), UpstreamError> {
+        let mut again = Again::of(&request);
         let mut attempt = 1;
         loop {
-            let (place, link) = self.link().await?;
-            let (sent, back) = match link {
-                Link::Many(mut sender) => {
+            // What cannot be sent again takes no connection that may be closing.
+            let way = self.way(again.is_none()).await?;
+            let (sent, is_used, home) = match way {
+                Way::Shared { mut sender, is_used } => {
                     self.for_http2(&mut request);
-                    (sender.try_send_request(request).await, None)
+                    let sent = sender.try_send_request(request).await;
+                    (
+                        sent,
+                        is_used,
+                        Home {
+                            back: None,
+                            _place: None,
+                        },
+                    )
                 }
-                Link::One(mut sender) => {
-                    self.for_http1(&mut request);
-                    (sender.try_send_request(request).await, Some(sender))
+                Way::Own(mut connection, place) => {
+                    let sent = match &mut connection.link {
+                        Link::One(sender) => {
+                            self.for_http1(&mut request);
+                            sender.try_send_request(request).await
+                        }
+                        Link::Many(sender) => {
+                            self.for_http2(&mut request);
+                            sender.try_send_request(request).await
+                        }
+                    };
+                    let is_used = connection.is_used;
+                    let back = Some((Arc::clone(&self.pool), self.target.clone(), connection));
+                    (sent, is_used, Home { back, _place: place })
                 }
             };
-            match sent {
-                Ok(answer) => {
-                    let back = back.map(|sender| (Arc::clone(&self.idle), sender));
-                    return Ok((answer, Home { back, _place: place }));
+            let mut error = match sent {
+                Ok(answer) => return Ok((answer, home)),
+                Err(error) => error,
+            };
+            drop(home);
+            // Given back whole: the connection ended before a byte of it was sent. Else a server that closes a
+            // connection it believes to be idle has perhaps seen it.
+            request = match (error.take_message(), again.take()) {
+                (Some(unsent), kept) if attempt < ATTEMPTS => {
+                    again = kept;
+                    unsent
                 }
-                // Given back whole: the connection ended before a byte of it was sent.
-                Err(mut error) => match error.take_message() {
-                    Some(unsent) if attempt < ATTEMPTS => {
-                        attempt += 1;
-                        request = unsent;
-                    }
-                    Some(_) | None => return Err(error.into_error().into()),
-                },
-            }
+                (None, Some(kept)) if is_used => kept.request(),
+                (Some(_), _) | (None, _) => return Err(error.into_error().into()),
+            };
+            attempt += 1;
         }
     }
 
@@ -260,49 +315,88 @@ impl Upstream {
         mut request: Request<Body>,
     ) -> Result<(Response<Incoming>, Home), UpstreamError> {
         let place = self.place().await;
-        let mut sender = self.http1(self.connect(&self.tls.http1).await?).await?;
+        let stream = self.world.dial().await?;
+        let mut sender = match self.target.channel {
+            Channel::Tls => {
+                self.upgradable(self.secure(stream, |tls| &tls.http1).await?)
+                    .await?
+            }
+            Channel::Clear | Channel::ClearHttp2 => self.upgradable(stream).await?,
+        };
         self.for_http1(&mut request);
         let answer = sender.send_request(request).await?;
-        let back = Some((Arc::clone(&self.idle), sender));
-        Ok((answer, Home { back, _place: place }))
+        Ok((
+            answer,
+            Home {
+                back: None,
+                _place: place,
+            },
+        ))
     }
 
-    /// A connection that is ready, and the place it takes.
-    async fn link(&self) -> Result<(Option<OwnedSemaphorePermit>, Link), UpstreamError> {
-        let mut shared = self.shared.lock().await;
-        if let Some(sender) = &mut *shared {
-            if !sender.is_closed() && sender.ready().await.is_ok() {
-                return Ok((None, Link::Many(sender.clone())));
-            }
-            *shared = None;
+    /// The flow has ended well: what it shared may serve another one.
+    pub(crate) async fn give_back(&self) {
+        if let Some(connection) = self.shared.lock().await.take() {
+            self.pool.give(self.target.clone(), connection);
         }
-        drop(shared);
+    }
+
+    /// A connection that is ready.
+    async fn way(&self, is_sure: bool) -> Result<Way, UpstreamError> {
+        if let Some(way) = shared(&mut *self.shared.lock().await).await {
+            return Ok(way);
+        }
         let place = self.place().await;
-        while let Some(mut sender) = self.idle() {
-            if let Ok(Ok(())) = tokio::time::timeout(READY_TIME, sender.ready()).await {
-                return Ok((place, Link::One(sender)));
+        while let Some(mut connection) = self.pool.take(&self.target, is_sure) {
+            match &mut connection.link {
+                Link::One(sender) => {
+                    if let Ok(Ok(())) = tokio::time::timeout(READY_TIME, sender.ready()).await {
+                        return Ok(Way::Own(connection, place));
+                    }
+                }
+                Link::Many(_) => {
+                    let mut slot = self.shared.lock().await;
+                    // Another request of the flow may have been faster.
+                    if slot.is_none() {
+                        *slot = Some(connection);
+                    }
+                    if let Some(way) = shared(&mut slot).await {
+                        return Ok(way);
+                    }
+                }
             }
         }
-        let mut shared = self.shared.lock().await;
-        if let Some(sender) = shared.as_ref().filter(|sender| !sender.is_closed()) {
-            return Ok((None, Link::Many(sender.clone())));
+        let mut slot = self.shared.lock().await;
+        if let Some(way) = shared(&mut slot).await {
+            return Ok(way);
         }
-        let stream = self.connect(&self.tls.either).await?;
-        if stream.get_ref().1.alpn_protocol() != Some(b"h2") {
-            drop(shared);
-            return Ok((place, Link::One(self.http1(stream).await?)));
+        let epoch = self.pool.epoch();
+        let stream = self.world.dial().await?;
+        let connection = match self.target.channel {
+            Channel::Tls => {
+                let stream = self.secure(stream, |tls| &tls.either).await?;
+                if stream.get_ref().1.alpn_protocol() == Some(b"h2") {
+                    self.many(stream, epoch).await?
+                } else {
+                    drop(slot);
+                    return Ok(Way::Own(self.one(stream, epoch).await?, place));
+                }
+            }
+            Channel::Clear => {
+                drop(slot);
+                return Ok(Way::Own(self.one(stream, epoch).await?, place));
+            }
+            Channel::ClearHttp2 => self.many(stream, epoch).await?,
+        };
+        *slot = Some(connection);
+        match shared(&mut slot).await {
+            Some(way) => Ok(way),
+            // It closed at once: the request fails on it, and says why.
+            None => Ok(match slot.take() {
+                Some(connection) => Way::Own(connection, None),
+                None => Way::Own(self.one(self.world.dial().await?, epoch).await?, place),
+            }),
         }
-        let mut builder = http2::Builder::new(self.tasks.clone());
-        builder
-            .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
-            .max_send_buf_size(SEND_BUFFER)
-            .max_header_list_size(HEADER_LIST_MAX);
-        let (mut sender, connection) = builder.handshake(TokioIo::new(stream)).await?;
-        self.tasks.spawn("server connection", connection);
-        sender.ready().await?;
-        *shared = Some(sender.clone());
-        Ok((None, Link::Many(sender)))
     }
 
     /// Waits for its turn among the connections of the flow.
@@ -311,26 +405,66 @@ impl Upstream {
         Arc::clone(&self.places).acquire_owned().await.ok()
     }
 
-    fn idle(&self) -> Option<http1::SendRequest<Body>> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop()
-    }
-
-    async fn connect(&self, config: &Arc<ClientConfig>) -> Result<TlsStream<TcpStream>, UpstreamError> {
-        let stream = self.world.dial().await?;
-        let name = self.target.name.as_str();
+    async fn secure(
+        &self,
+        stream: TcpStream,
+        config: impl FnOnce(&UpstreamTls) -> &Arc<ClientConfig>,
+    ) -> Result<TlsStream<TcpStream>, UpstreamError> {
+        let name = self.target.host();
         let failed = |problem: String| UpstreamError::Tls {
-            name: name.to_owned(),
+            name: name.clone(),
             problem,
         };
-        let server = ServerName::try_from(name.to_owned()).map_err(|error| failed(error.to_string()))?;
-        let connecting = TlsConnector::from(Arc::clone(config)).connect(server, stream);
+        let Some(tls) = &self.tls else {
+            return Err(failed("no way to verify it".to_owned()));
+        };
+        let server = ServerName::try_from(name.clone()).map_err(|error| failed(error.to_string()))?;
+        let connecting = TlsConnector::from(Arc::clone(config(tls))).connect(server, stream);
         match tokio::time::timeout(HANDSHAKE_TIME, connecting).await {
             Ok(connected) => connected.map_err(|error| failed(error.to_string())),
             Err(_elapsed) => Err(failed("no answer during the handshake".to_owned())),
         }
     }
 
-    async fn http1(&self, stream: TlsStream<TcpStream>) -> Result<http1::SendRequest<Body>, UpstreamError> {
+    /// A connection of HTTP/1.1 that the pool may have.
+    async fn one<S>(&self, stream: S, epoch: Epoch) -> Result<Connection, UpstreamError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let mut builder = http1::Builder::new();
+        builder.max_buf_size(HTTP1_BUFFER);
+        let (mut sender, connection) = builder.handshake(TokioIo::new(stream)).await?;
+        let end = self.tasks.apart();
+        end.spawn("server connection", connection);
+        let guard = end.drop_guard();
+        sender.ready().await?;
+        Ok(Connection::new(Link::One(sender), epoch, guard))
+    }
+
+    /// One of HTTP/2.
+    async fn many<S>(&self, stream: S, epoch: Epoch) -> Result<Connection, UpstreamError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let end = self.tasks.apart();
+        let mut builder = http2::Builder::new(end.clone());
+        builder
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_send_buf_size(SEND_BUFFER)
+            .max_header_list_size(HEADER_LIST_MAX);
+        let (mut sender, connection) = builder.handshake(TokioIo::new(stream)).await?;
+        end.spawn("server connection", connection);
+        let guard = end.drop_guard();
+        sender.ready().await?;
+        Ok(Connection::new(Link::Many(sender), epoch, guard))
+    }
+
+    /// One of HTTP/1.1 that ends with the flow.
+    async fn upgradable<S>(&self, stream: S) -> Result<http1::SendRequest<Body>, UpstreamError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
         let mut builder = http1::Builder::new();
         builder.max_buf_size(HTTP1_BUFFER);
         let (mut sender, connection) = builder.handshake(TokioIo::new(stream)).await?;
@@ -368,10 +502,30 @@ impl Upstream {
         *request.version_mut() = Version::HTTP_2;
         request.headers_mut().remove(HOST);
         let mut parts = std::mem::take(request.uri_mut()).into_parts();
-        parts.scheme = Some(Scheme::HTTPS);
+        parts.scheme = Some(match self.target.channel {
+            Channel::Tls => Scheme::HTTPS,
+            Channel::Clear | Channel::ClearHttp2 => Scheme::HTTP,
+        });
         parts.authority = Authority::try_from(self.target.authority()).ok();
         if let Ok(uri) = Uri::from_parts(parts) {
             *request.uri_mut() = uri;
         }
     }
+}
+
+/// A way over the connection that the flow's requests share, if it still serves.
+async fn shared(slot: &mut Option<Connection>) -> Option<Way> {
+    let is_used = slot.as_ref()?.is_used;
+    if let Some(Connection {
+        link: Link::Many(sender),
+        ..
+    }) = slot
+        && !sender.is_closed()
+        && sender.ready().await.is_ok()
+    {
+        let sender = sender.clone();
+        return Some(Way::Shared { sender, is_used });
+    }
+    *slot = None;
+    None
 }

@@ -72,6 +72,12 @@ pub fn read(received: &[u8]) -> Reading {
     read_either(received, Wanted::Request)
 }
 
+/// The same where a target may also be an absolute URI of this scheme (RFC 9112 3.2.2), `http` or `https`. It must name
+/// what the Host field names, letter by letter but for their case; [`Head::target`] is its path.
+pub fn read_for(received: &[u8], scheme: &'static str) -> Reading {
+    read_either(received, Wanted::Scheme(scheme))
+}
+
 /// The same where nothing but `CONNECT` is served (RFC 9110 9.3.6): its target is an authority, and it has no body.
 pub fn read_connect(received: &[u8]) -> Reading {
     read_either(received, Wanted::Connect)
@@ -88,6 +94,8 @@ fn read_either(received: &[u8], wanted: Wanted) -> Reading {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Wanted {
     Request,
+    /// Also with an absolute URI of this scheme as its target.
+    Scheme(&'static str),
     Connect,
 }
 
@@ -161,7 +169,12 @@ fn try_read(received: &[u8], wanted: Wanted) -> Result<Option<Head>, &'static st
     let Some(line) = next_line(&mut rest)? else {
         return started_well(received).map(|()| None);
     };
-    let (method, target, minor) = request_line(line, wanted)?;
+    let Line {
+        method,
+        target,
+        authority,
+        minor,
+    } = request_line(line, wanted)?;
     let mut fields = Vec::new();
     loop {
         let Some(line) = next_line(&mut rest)? else {
@@ -182,6 +195,11 @@ fn try_read(received: &[u8], wanted: Wanted) -> Result<Option<Head>, &'static st
     }
     let framing = framing(&fields, minor)?;
     let host = host(&fields)?;
+    if let Some(authority) = authority
+        && !values(&fields, "host").any(|said| said.eq_ignore_ascii_case(authority.as_bytes()))
+    {
+        return Err("a target for another host than the Host field");
+    }
     Ok(Some(Head {
         method,
         target,
@@ -219,7 +237,15 @@ fn next_line<'a>(rest: &mut &'a [u8]) -> Result<Option<&'a [u8]>, &'static str> 
     }
 }
 
-fn request_line(line: &[u8], wanted: Wanted) -> Result<(String, String, u8), &'static str> {
+struct Line {
+    method: String,
+    target: String,
+    /// Of an absolute URI.
+    authority: Option<String>,
+    minor: u8,
+}
+
+fn request_line(line: &[u8], wanted: Wanted) -> Result<Line, &'static str> {
     let mut parts = line.split(|byte| *byte == b' ');
     let (Some(method), Some(target), Some(version), None) =
         (parts.next(), parts.next(), parts.next(), parts.next())
@@ -235,26 +261,54 @@ fn request_line(line: &[u8], wanted: Wanted) -> Result<(String, String, u8), &'s
     if method.is_empty() || method.len() > 32 || !method.iter().all(|byte| is_token(*byte)) {
         return Err("a broken method");
     }
+    let line = |target: String, authority| Line {
+        method: text(method),
+        target,
+        authority,
+        minor,
+    };
     match (method.eq_ignore_ascii_case(b"CONNECT"), wanted) {
-        (true, Wanted::Request) => return Err("CONNECT"),
+        (true, Wanted::Request | Wanted::Scheme(_)) => return Err("CONNECT"),
         (false, Wanted::Connect) => return Err("not CONNECT"),
         (true, Wanted::Connect) => {
             let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b".-_:[]".contains(byte);
             if target.is_empty() || !target.iter().all(plain) {
                 return Err("a broken authority");
             }
-            return Ok((text(method), text(target), minor));
+            return Ok(line(text(target), None));
         }
-        (false, Wanted::Request) => {}
+        (false, Wanted::Request | Wanted::Scheme(_)) => {}
     }
     if !target.iter().all(u8::is_ascii_graphic) {
         return Err("a broken request target");
     }
     let asterisk = target == b"*" && method == b"OPTIONS";
-    if !target.starts_with(b"/") && !asterisk {
-        return Err("an absolute URI as request target");
+    if target.starts_with(b"/") || asterisk {
+        return Ok(line(text(target), None));
     }
-    Ok((text(method), text(target), minor))
+    let Wanted::Scheme(scheme) = wanted else {
+        return Err("an absolute URI as request target");
+    };
+    let (authority, path) = absolute(&text(target), scheme)?;
+    Ok(line(path, Some(authority)))
+}
+
+/// Authority and path of an absolute URI. Nothing may stand between them that some parsers take for a part of either.
+fn absolute(target: &str, scheme: &str) -> Result<(String, String), &'static str> {
+    let (found, rest) = target
+        .split_once("://")
+        .ok_or("neither a path nor an absolute URI as request target")?;
+    if !found.eq_ignore_ascii_case(scheme) {
+        return Err("an absolute URI of another scheme");
+    }
+    let end = rest.find('/').unwrap_or(rest.len());
+    let (authority, path) = rest.split_at(end);
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b".-_:[]".contains(&byte);
+    if authority.is_empty() || !authority.bytes().all(plain) {
+        return Err("a broken absolute URI");
+    }
+    let path = if path.is_empty() { "/" } else { path };
+    Ok((authority.to_owned(), path.to_owned()))
 }
 
 fn field(line: &[u8]) -> Result<(String, Vec<u8>), &'static str> {
@@ -304,48 +358,59 @@ fn framing(fields: &[(String, Vec<u8>)], minor: u8) -> Result<Framing, &'static 
 
 fn host(fields: &[(String, Vec<u8>)]) -> Result<Host, &'static str> {
     let mut hosts = values(fields, "host");
-    let (Some(host), None) = (hosts.next(), hosts.next()) else {
-        return Err("not exactly one Host field");
-    };
-    let plain =
-        |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_' | b':' | b'[' | b']');
-    if host.is_empty() || !host.iter().all(plain) {
-        return Err("a broken Host field");
+    match (hosts.next(), hosts.next()) {
+        (Some(host), None) => Host::parse(host),
+        (None | Some(_), _) => Err("not exactly one Host field"),
     }
-    let host = text(host);
-    if let Some((inside, after)) = host.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
-        let address: Ipv6Addr = inside
-            .parse()
-            .map_err(|_not_one| "a Host field that is not an address")?;
-        let port = match after.strip_prefix(':') {
-            Some(digits) => Some(port_of(digits)?),
-            None if after.is_empty() => None,
-            None => return Err("a broken Host field"),
+}
+
+impl Host {
+    /// Reads the value of a Host field, or an authority (RFC 9110 7.2).
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn parse(host: &[u8]) -> Result<Self, &'static str> {
+        let plain = |byte: &u8| {
+            byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_' | b':' | b'[' | b']')
         };
-        return Ok(Host {
-            name: None,
-            address: Some(address.into()),
-            port,
-        });
-    }
-    let (name, port) = match host.split_once(':') {
-        None => (host.as_str(), None),
-        Some((name, digits)) => (name, Some(port_of(digits)?)),
-    };
-    if let Ok(address) = name.parse::<Ipv4Addr>() {
-        return Ok(Host {
-            name: None,
-            address: Some(address.into()),
-            port,
-        });
-    }
-    match DomainName::parse(name) {
-        Ok(name) => Ok(Host {
-            name: Some(name),
-            address: None,
-            port,
-        }),
-        Err(_) => Err("a Host field that is not a name"),
+        if host.is_empty() || !host.iter().all(plain) {
+            return Err("a broken Host field");
+        }
+        let host = text(host);
+        if let Some((inside, after)) = host.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+            let address: Ipv6Addr = inside
+                .parse()
+                .map_err(|_not_one| "a Host field that is not an address")?;
+            let port = match after.strip_prefix(':') {
+                Some(digits) => Some(port_of(digits)?),
+                None if after.is_empty() => None,
+                None => return Err("a broken Host field"),
+            };
+            return Ok(Self {
+                name: None,
+                address: Some(address.into()),
+                port,
+            });
+        }
+        let (name, port) = match host.split_once(':') {
+            None => (host.as_str(), None),
+            Some((name, digits)) => (name, Some(port_of(digits)?)),
+        };
+        if let Ok(address) = name.parse::<Ipv4Addr>() {
+            return Ok(Self {
+                name: None,
+                address: Some(address.into()),
+                port,
+            });
+        }
+        match DomainName::parse(name) {
+            Ok(name) => Ok(Self {
+                name: Some(name),
+                address: None,
+                port,
+            }),
+            Err(_) => Err("a Host field that is not a name"),
+        }
     }
 }
 
@@ -580,6 +645,44 @@ mod tests {
             "X: y\r\n".repeat(101)
         );
         assert!(matches!(read(many.as_bytes()), Reading::Malformed(_)));
+    }
+
+    #[test]
+    fn an_absolute_target_is_read_where_it_says_what_the_host_field_says() {
+        let read = |line: &str| {
+            let head = format!("{line} HTTP/1.1\r\nHost: ok.test:8080\r\n\r\n");
+            assert!(!matches!(read(head.as_bytes()), Reading::Complete(_)), "{line}");
+            read_for(head.as_bytes(), "http")
+        };
+        for (line, path) in [
+            ("GET http://ok.test:8080/a?b", "/a?b"),
+            ("GET HTTP://OK.test:8080", "/"),
+        ] {
+            let Reading::Complete(head) = read(line) else {
+                panic!("{line}: {:?}", read(line))
+            };
+            assert_eq!(head.target(), path);
+            assert_eq!(head.host.port, Some(8080));
+        }
+        for line in [
+            "GET http://evil.test:8080/a",
+            "GET http://ok.test/a",
+            "GET https://ok.test:8080/a",
+            "GET http://ok.test:8080@evil.test/a",
+            "GET http://ok.test:8080?@evil.test/a",
+            "GET http://ok.test:8080#/a",
+            "GET http:///a",
+            "GET http:ok.test:8080/a",
+            "GET ok.test:8080",
+            "GET ok.test/a?http://ok.test:8080/",
+            "CONNECT ok.test:8080",
+        ] {
+            assert!(
+                matches!(read(line), Reading::Malformed(_)),
+                "{line}: {:?}",
+                read(line)
+            );
+        }
     }
 
     proptest::proptest! {

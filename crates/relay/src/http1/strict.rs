@@ -45,6 +45,7 @@ pub struct Strict<S> {
     heads: u64,
     ended: bool,
     upgrades: Upgrades,
+    scheme: Option<&'static str>,
     hides_end: bool,
     head_time: Option<Duration>,
     /// Runs while a head has begun and not ended.
@@ -151,6 +152,7 @@ impl<S> Strict<S> {
             heads: 0,
             ended: false,
             upgrades: Upgrades::WebSocket,
+            scheme: None,
             hides_end: false,
             head_time: None,
             deadline: None,
@@ -162,6 +164,15 @@ impl<S> Strict<S> {
     #[must_use]
     pub fn with_upgrades(self, upgrades: Upgrades) -> Self {
         Self { upgrades, ..self }
+    }
+
+    /// The same for requests whose targets may also be absolute URIs of this scheme, `http` or `https`.
+    #[must_use]
+    pub fn with_absolute(self, scheme: &'static str) -> Self {
+        Self {
+            scheme: Some(scheme),
+            ..self
+        }
     }
 
     /// The same for clients that close their half after the last request: what is behind learns of it only when every
@@ -227,7 +238,11 @@ impl<S> Strict<S> {
         if !line_ended && self.inbox.len() > 64 && self.inbox.len() < HEAD_MAX {
             return;
         }
-        match head::read(&self.inbox) {
+        let reading = match self.scheme {
+            Some(scheme) => head::read_for(&self.inbox, scheme),
+            None => head::read(&self.inbox),
+        };
+        match reading {
             Reading::Incomplete if self.inbox.len() >= HEAD_MAX => self.broken(TOO_LONG),
             Reading::Incomplete => {}
             Reading::Malformed(why) => self.broken(why),

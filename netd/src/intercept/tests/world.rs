@@ -14,7 +14,7 @@ use futures_util::future::BoxFuture;
 use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body_util::{BodyExt as _, Empty, Full, StreamBody, combinators::UnsyncBoxBody};
 use hyper::{
-    body::{Frame, Incoming},
+    body::{Body, Frame, Incoming},
     client::conn::{http1, http2},
     service::service_fn,
 };
@@ -34,7 +34,7 @@ use sandgate_policy::{DomainName, Flow as PolicyFlow, Platform, Policy, Protocol
 use sandgate_relay::redact::Needles;
 use serde_json::Value;
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
     sync::Semaphore,
 };
@@ -42,13 +42,14 @@ use tokio_rustls::{TlsAcceptor, TlsConnector, client::TlsStream};
 use tokio_util::sync::CancellationToken;
 
 use super::super::{
-    Leave, Target, World,
+    Channel, End, Leave, Target, World,
     account::Exchange,
     authority::Authority,
     bindings::Bindings,
     leases::{Broker, BrokerError, Lease, Leases, Unavailable},
     near::{Meter, Near},
-    provider, serve,
+    pool::Pool,
+    provider, serve, serve_http2_in_clear, serve_in_clear,
     upstream::UpstreamTls,
 };
 use crate::{
@@ -142,7 +143,9 @@ pub(super) struct Surroundings {
     rules: Mutex<Rules>,
     leases: Leases,
     pub(super) vault: Vault,
-    server: SocketAddr,
+    pub(super) pool: Arc<Pool>,
+    /// Where its connections really go.
+    pub(super) server: Mutex<SocketAddr>,
     to: SocketAddr,
     pub(super) records: Mutex<Vec<(Decision, Exchange)>>,
     pub(super) fails_open: AtomicBool,
@@ -199,9 +202,14 @@ impl World for Surroundings {
         self.leases.needles()
     }
 
+    fn pool(&self) -> Arc<Pool> {
+        Arc::clone(&self.pool)
+    }
+
     fn dial(&self) -> BoxFuture<'_, Result<TcpStream, NotDialled>> {
         *self.dialled.lock().expect("whole") += 1;
-        Box::pin(async { Ok(TcpStream::connect(self.server).await.expect("the server listens")) })
+        let server = *self.server.lock().expect("whole");
+        Box::pin(async move { Ok(TcpStream::connect(server).await.expect("the server listens")) })
     }
 }
 
@@ -220,6 +228,8 @@ pub(super) struct Plan {
     pub(super) server_alpn: &'static [&'static str],
     /// The server's certificate is signed by somebody nobody trusts.
     pub(super) bad_certificate: bool,
+    /// How client and server speak.
+    pub(super) channel: Channel,
 }
 
 /// The whole world.
@@ -228,6 +238,8 @@ pub(super) struct Place {
     near: SocketAddr,
     trust: RootCertStore,
     pub(super) seen: Arc<Mutex<Vec<Seen>>>,
+    /// How flows ended.
+    pub(super) ends: Arc<Mutex<Vec<End>>>,
     /// Each permit lets `/stream` send one more part.
     pub(super) go: Arc<Semaphore>,
     pub(super) tasks: Tasks,
@@ -253,6 +265,16 @@ pub(super) fn open_world(bindings: Vec<Binding>) -> Plan {
         bindings,
         server_alpn: &["http/1.1"],
         bad_certificate: false,
+        channel: Channel::Tls,
+    }
+}
+
+/// The same without TLS.
+pub(super) fn clear_world(channel: Channel, policy: Value) -> Plan {
+    Plan {
+        policy,
+        channel,
+        ..open_world(vec![binding(vec![Inject::Bearer], 1)])
     }
 }
 
@@ -284,7 +306,8 @@ impl Place {
         };
         let seen = Arc::new(Mutex::new(Vec::new()));
         let go = Arc::new(Semaphore::new(0));
-        let tls = signer.server(plan.server_alpn);
+        let is_secure = plan.channel == Channel::Tls;
+        let tls = is_secure.then(|| signer.server(plan.server_alpn));
         let server = serve_world(&tasks, tls, Arc::clone(&seen), Arc::clone(&go), answer).await;
 
         let sandbox_ca = Ca::new("sandbox");
@@ -294,7 +317,7 @@ impl Place {
             generation: 0,
         };
         let authority = Arc::new(Authority::new(&lease, provider()).expect("an authority"));
-        let to = SocketAddr::from(([203, 0, 113, 10], 443));
+        let to = SocketAddr::from(([203, 0, 113, 10], if is_secure { 443 } else { 80 }));
         let world = Arc::new(Surroundings {
             id: SandboxId::random(),
             rules: Mutex::new(rules(&plan.policy, &plan.bindings)),
@@ -303,7 +326,8 @@ impl Place {
                 lease: Mutex::new((CANARY.to_owned(), 1)),
                 away: AtomicBool::new(false),
             },
-            server,
+            pool: Arc::default(),
+            server: Mutex::new(server),
             to,
             records: Mutex::default(),
             fails_open: AtomicBool::new(false),
@@ -313,18 +337,29 @@ impl Place {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
         let near = listener.local_addr().expect("bound");
         let (around, flows) = (Arc::clone(&world), tasks.clone());
+        let (channel, ends) = (plan.channel, Arc::new(Mutex::new(Vec::new())));
+        let ended = Arc::clone(&ends);
         tasks.spawn("near", async move {
             while let Ok((stream, _)) = listener.accept().await {
-                let target = Target {
-                    name: DomainName::parse(NAME).expect("a name"),
-                    to,
-                };
-                let server = authority.server(&target.name).expect("a certificate");
+                let name = DomainName::parse(NAME).expect("a name");
+                let server = authority.server(&name).expect("a certificate");
+                let name = Some(name);
+                let target = Target { name, to, channel };
                 let near = Near::new(stream, Vec::new(), Arc::new(Meter::default()));
                 let world = Arc::clone(&around) as Arc<dyn World>;
-                let serving = serve(near, server, target, world, Arc::clone(&tls), flows.clone());
+                let (tls, tasks, ended) = (Arc::clone(&tls), flows.clone(), Arc::clone(&ended));
                 flows.spawn("flow", async move {
-                    let _end = serving.await;
+                    let end = match channel {
+                        Channel::Tls => serve(near, server, target, world, tls, tasks).await,
+                        Channel::Clear => serve_in_clear(near, target, world, tasks).await,
+                        Channel::ClearHttp2 => {
+                            let open = move |authority: &str| {
+                                (authority == NAME).then(|| (target.clone(), Arc::clone(&world)))
+                            };
+                            serve_http2_in_clear(near, open, tasks).await
+                        }
+                    };
+                    ended.lock().expect("whole").push(end);
                 });
             }
         });
@@ -333,6 +368,7 @@ impl Place {
             near,
             trust: sandbox_ca.roots(),
             seen,
+            ends,
             go,
             tasks,
         }
@@ -342,27 +378,55 @@ impl Place {
     pub(super) fn replace(&self, policy: &Value, bindings: &[Binding]) {
         let rules = rules(policy, bindings);
         self.world.leases.retain(rules.bindings(), 0);
+        self.world.pool.renew();
         *self.world.rules.lock().expect("whole") = rules;
     }
 
+    /// Connections made to the server so far.
+    pub(super) fn dialled(&self) -> usize {
+        *self.world.dialled.lock().expect("whole")
+    }
+
+    /// A connection without TLS.
+    pub(super) async fn plain(&self) -> TcpStream {
+        TcpStream::connect(self.near).await.expect("connected")
+    }
+
     pub(super) async fn connect(&self, alpn: &str) -> TlsStream<TcpStream> {
-        let mut config = ClientConfig::builder_with_provider(provider())
-            .with_safe_default_protocol_versions()
-            .expect("versions")
-            .with_root_certificates(self.trust.clone())
-            .with_no_client_auth();
-        config.alpn_protocols = vec![alpn.as_bytes().to_vec()];
-        let stream = TcpStream::connect(self.near).await.expect("connected");
-        let name = ServerName::try_from(NAME).expect("a name");
-        let stream = TlsConnector::from(Arc::new(config)).connect(name, stream).await;
+        let stream = self.connect_trusting(self.trust.clone(), alpn).await;
         let stream = stream.expect("the sandbox trusts its authority");
         assert_eq!(stream.get_ref().1.alpn_protocol(), Some(alpn.as_bytes()));
         stream
     }
 
+    /// By TLS, trusting these alone.
+    pub(super) async fn connect_trusting(
+        &self,
+        trust: RootCertStore,
+        alpn: &str,
+    ) -> std::io::Result<TlsStream<TcpStream>> {
+        let mut config = ClientConfig::builder_with_provider(provider())
+            .with_safe_default_protocol_versions()
+            .expect("versions")
+            .with_root_certificates(trust)
+            .with_no_client_auth();
+        config.alpn_protocols = vec![alpn.as_bytes().to_vec()];
+        let name = ServerName::try_from(NAME).expect("a name");
+        TlsConnector::from(Arc::new(config))
+            .connect(name, self.plain().await)
+            .await
+    }
+
     pub(super) async fn http1(&self) -> http1::SendRequest<Full<Bytes>> {
-        let stream = TokioIo::new(self.connect("http/1.1").await);
-        let (sender, connection) = http1::handshake(stream).await.expect("HTTP");
+        self.http1_over(self.connect("http/1.1").await).await
+    }
+
+    pub(super) async fn http1_over<S, B>(&self, stream: S) -> http1::SendRequest<B>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        B: Body<Data = Bytes, Error = Infallible> + Send + 'static,
+    {
+        let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.expect("HTTP");
         self.tasks.spawn("client", async move {
             let _ended = connection.with_upgrades().await;
         });
@@ -370,8 +434,15 @@ impl Place {
     }
 
     pub(super) async fn http2(&self) -> http2::SendRequest<Full<Bytes>> {
-        let stream = TokioIo::new(self.connect("h2").await);
-        let (sender, connection) = http2::handshake(TokioExecutor::new(), stream)
+        self.http2_over(self.connect("h2").await).await
+    }
+
+    pub(super) async fn http2_over<S, B>(&self, stream: S) -> http2::SendRequest<B>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        B: Body<Data = Bytes, Error = Infallible> + Send + Unpin + 'static,
+    {
+        let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
             .await
             .expect("HTTP");
         self.tasks.spawn("client", async move {
@@ -392,7 +463,7 @@ impl Place {
 
 async fn serve_world<A>(
     tasks: &Tasks,
-    tls: Arc<ServerConfig>,
+    tls: Option<Arc<ServerConfig>>,
     seen: Arc<Mutex<Vec<Seen>>>,
     go: Arc<Semaphore>,
     answer: A,
@@ -405,12 +476,9 @@ where
     let connections = tasks.clone();
     tasks.spawn("server", async move {
         while let Ok((stream, _)) = listener.accept().await {
-            let (tls, seen, answer) = (Arc::clone(&tls), Arc::clone(&seen), answer.clone());
+            let (tls, seen, answer) = (tls.clone(), Arc::clone(&seen), answer.clone());
             let (upgraded, go) = (connections.clone(), Arc::clone(&go));
             connections.spawn("connection", async move {
-                let Ok(stream) = TlsAcceptor::from(tls).accept(stream).await else {
-                    return;
-                };
                 let service = service_fn(move |mut request: Request<Incoming>| {
                     let (seen, answer) = (Arc::clone(&seen), answer.clone());
                     let (tasks, go) = (upgraded.clone(), Arc::clone(&go));
@@ -418,7 +486,13 @@ where
                         if request.uri().path() == "/ws" {
                             return Ok(websocket(&tasks, &mut request));
                         }
+                        if request.uri().path() == "/echo" {
+                            return Ok(echoed(request.into_body()));
+                        }
                         let (parts, body) = request.into_parts();
+                        if parts.uri.path() == "/swallow" {
+                            return Ok(swallowed(body).await);
+                        }
                         let body = body.collect().await?.to_bytes();
                         let this = Seen {
                             target: parts
@@ -432,21 +506,58 @@ where
                         if this.target == "/stream" {
                             return Ok(streamed(&this, go));
                         }
-                        let response = answer(&this).map(|body| body.boxed_unsync());
+                        let response =
+                            answer(&this).map(|body| body.map_err(|never| match never {}).boxed_unsync());
                         seen.lock().expect("whole").push(this);
                         Ok::<_, hyper::Error>(response)
                     }
                 });
                 let builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
-                let serving = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
-                let _ended = serving.await;
+                let Some(tls) = tls else {
+                    let stream = TokioIo::new(stream);
+                    let _ended = builder.serve_connection_with_upgrades(stream, service).await;
+                    return;
+                };
+                let Ok(stream) = TlsAcceptor::from(tls).accept(stream).await else {
+                    return;
+                };
+                let stream = TokioIo::new(stream);
+                let _ended = builder.serve_connection_with_upgrades(stream, service).await;
             });
         }
     });
     address
 }
 
-type Reply = Response<UnsyncBoxBody<Bytes, Infallible>>;
+type Reply = Response<UnsyncBoxBody<Bytes, hyper::Error>>;
+
+/// Returns each piece as it comes, and a status behind them, as a call of gRPC does that streams both ways.
+fn echoed(body: Incoming) -> Reply {
+    let parts = futures_util::stream::unfold(Some(body), |body| async move {
+        let mut body = body?;
+        match body.frame().await {
+            Some(frame) => Some((frame, Some(body))),
+            None => {
+                let status = (
+                    http::HeaderName::from_static("grpc-status"),
+                    HeaderValue::from_static("0"),
+                );
+                Some((Ok(Frame::trailers(HeaderMap::from_iter([status]))), None))
+            }
+        }
+    });
+    Response::new(StreamBody::new(parts).boxed_unsync())
+}
+
+/// Counts a body and keeps nothing of it.
+async fn swallowed(mut body: Incoming) -> Reply {
+    let mut length = 0;
+    while let Some(Ok(frame)) = body.frame().await {
+        length += frame.data_ref().map_or(0, Bytes::len);
+    }
+    let text = Full::from(length.to_string()).map_err(|never| match never {});
+    Response::new(text.boxed_unsync())
+}
 
 /// Sends the request's credential in two parts, the second when the test lets it, and again in a trailer.
 fn streamed(seen: &Seen, go: Arc<Semaphore>) -> Reply {
@@ -473,7 +584,7 @@ fn streamed(seen: &Seen, go: Arc<Semaphore>) -> Reply {
                 )])),
                 _ => return None,
             };
-            Some((Ok::<_, Infallible>(frame), part + 1))
+            Some((Ok::<_, hyper::Error>(frame), part + 1))
         }
     });
     let mut reply = Response::new(StreamBody::new(parts).boxed_unsync());
@@ -502,7 +613,7 @@ fn websocket(tasks: &Tasks, request: &mut Request<Incoming>) -> Reply {
         stream.write_all(&said).await.expect("written");
         stream.shutdown().await.expect("closed");
     });
-    let mut reply = Response::new(Empty::new().boxed_unsync());
+    let mut reply = Response::new(Empty::new().map_err(|never| match never {}).boxed_unsync());
     *reply.status_mut() = http::StatusCode::SWITCHING_PROTOCOLS;
     let headers = reply.headers_mut();
     headers.insert("connection", HeaderValue::from_static("Upgrade"));
