@@ -20,7 +20,7 @@ TOOLCHAIN_DIR=${SANDGATE_TOOLCHAIN_DIR:-/opt/sandgate}
 IMAGE_DIR=${SANDGATE_IMAGE_DIR:-/var/lib/sandgate/images}
 export SANDGATE_IMAGE_DIR=$IMAGE_DIR
 
-MIN_KERNEL=6.6
+MIN_KERNEL=5.13 # older ones surely lack something; of newer ones netd finds out itself (`netd --check`)
 MIN_RUST=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$here/../Cargo.toml")
 BPF_LINKER_VERSION=0.13.0
 BPF_LINKER_LLVM="21 22 23" # LLVM majors that this bpf-linker can be built with
@@ -71,7 +71,7 @@ machine_problems() {
   release=$(</proc/sys/kernel/osrelease)
   IFS=.- read -r major minor _ <<<"$release"
   ((major > ${MIN_KERNEL%.*} || (major == ${MIN_KERNEL%.*} && minor >= ${MIN_KERNEL#*.}))) ||
-    echo "the kernel is $release; Sandgate needs $MIN_KERNEL or newer (its eBPF wall hangs on TCX links). On Debian 12: enable bookworm-backports, 'apt-get install -t bookworm-backports linux-image-$(dpkg --print-architecture)', reboot"
+    echo "the kernel is $release; Sandgate needs $MIN_KERNEL or newer (batches of entries in BPF_MAP_TYPE_LPM_TRIE, which hold the policies). Debian 12's own kernel is newer: 'apt-get install linux-image-$(dpkg --print-architecture)', reboot"
 
   # CAP_NET_ADMIN is bit 12, CAP_SYS_ADMIN bit 21: an ordinary container has neither.
   caps=$((16#$(awk '/^CapEff:/ { print $2 }' /proc/self/status)))

@@ -16,7 +16,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
     os::{fd::OwnedFd, unix::fs::DirBuilderExt as _},
     path::Path,
-    process::ExitCode,
+    process::{Command, ExitCode, Output, Stdio},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -41,10 +41,6 @@ use child::{Child, Verdict};
 /// The program, and its directory in the run directory: the only place where its user may write.
 const TUNNEL_PROXY: &str = "tunnel-proxy";
 
-/// The oldest kernel whose traffic control takes our programs at the head of the chain and pins their links
-/// (TCX, since 6.6).
-const OLDEST_KERNEL: (u32, u32) = (6, 6);
-
 /// Runs until a signal, or until a child refuses its configuration.
 ///
 /// # Errors
@@ -54,11 +50,13 @@ pub fn run(config: &Config, settings: &Settings) -> Result<ExitCode> {
         rustix::process::geteuid().is_root(),
         "`controller up` must run as root"
     );
-    check_kernel(&rustix::system::uname().release().to_string_lossy())?;
     let own = std::env::current_exe().context("finding this program's own file")?;
     let netd = app::beside("netd")?;
     let tunnel_proxy = app::beside(TUNNEL_PROXY)?;
     app::beside("sandboxd")?;
+    if let Some(refusal) = refused_by(&netd, settings)? {
+        return Ok(refusal);
+    }
     app::make_directory(&config.run_dir)?;
     app::make_directory(&config.data_dir)?;
     let _locks = InstanceLock::take(config)?;
@@ -255,39 +253,74 @@ fn reachable(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(ip, address.port())
 }
 
-fn check_kernel(release: &str) -> Result<()> {
-    let mut numbers = release
-        .split(|character: char| !character.is_ascii_digit())
-        .map(str::parse::<u32>);
-    let (Some(Ok(major)), Some(Ok(minor))) = (numbers.next(), numbers.next()) else {
-        bail!("the kernel release `{release}` is not understood");
-    };
-    let (oldest_major, oldest_minor) = OLDEST_KERNEL;
-    ensure!(
-        (major, minor) >= OLDEST_KERNEL,
-        "this kernel is {release}; sandboxes need Linux {oldest_major}.{oldest_minor} or newer, \
-         whose traffic control can hold our program in place (TCX)"
-    );
-    Ok(())
+/// Has netd find out, before anything is made, whether it can work here: by its configuration, and by trying out what it
+/// needs of the kernel. Gives how to end when its configuration is wrong, which it has then said.
+///
+/// # Errors
+/// What the kernel lacks.
+fn refused_by(netd: &Path, settings: &Settings) -> Result<Option<ExitCode>> {
+    let mut check = Command::new(netd);
+    check.arg("--check").envs(settings.variables());
+    for variable in FOR_CONTROLLER {
+        check.env_remove(variable);
+    }
+    let checked = check
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .output()
+        .with_context(|| format!("running {}", netd.display()))?;
+    judged(&checked)
+}
+
+fn judged(checked: &Output) -> Result<Option<ExitCode>> {
+    let said = String::from_utf8_lossy(&checked.stderr);
+    match checked.status.code() {
+        Some(0) => Ok(None),
+        Some(code) if code == i32::from(EXIT_USAGE) => {
+            // When nobody can read it, the status says enough.
+            io::stderr().write_all(said.as_bytes()).ok();
+            Ok(Some(ExitCode::from(EXIT_USAGE)))
+        }
+        Some(_) | None => bail!(
+            "{} (Linux {}; {})",
+            said.trim(),
+            rustix::system::uname().release().to_string_lossy(),
+            checked.status
+        ),
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::{os::unix::process::ExitStatusExt as _, process::ExitStatus};
+
     use super::*;
 
     #[test]
-    fn an_old_kernel_is_refused_by_name() {
-        for release in ["6.6.0", "6.6", "6.18.3-0-generic", "7.0.0-rc1", "10.1"] {
-            assert!(check_kernel(release).is_ok(), "{release}");
-        }
-        for release in ["6.5.0-1-amd64", "6.1.0-18-amd64", "5.15.0", "", "x.y"] {
-            assert!(check_kernel(release).is_err(), "{release}");
-        }
-        let message = check_kernel("6.1.0-18-amd64").expect_err("refused").to_string();
-        assert!(
-            message.contains("6.1.0-18-amd64") && message.contains("6.6"),
-            "{message}"
+    fn what_netd_finds_missing_ends_the_start() {
+        let ended = |wait_status, said: &str| {
+            judged(&Output {
+                status: ExitStatus::from_raw(wait_status),
+                stdout: Vec::new(),
+                stderr: said.into(),
+            })
+        };
+        assert!(ended(0, "").expect("it can work").is_none());
+        let misconfigured = ended(
+            i32::from(EXIT_USAGE) << 8,
+            "netd: SANDGATE_ATTACH: no such means\n",
         );
+        assert!(misconfigured.expect("it has said what").is_some());
+        let release = rustix::system::uname().release().to_string_lossy().into_owned();
+        for wait_status in [1 << 8, libc::SIGKILL] {
+            let refused = ended(wait_status, "netd: this kernel has no ring buffers\n");
+            let said = refused.expect_err("refused").to_string();
+            assert!(
+                said.contains("no ring buffers (Linux ") && said.contains(&release),
+                "{said}"
+            );
+        }
     }
 
     #[test]

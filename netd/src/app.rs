@@ -101,7 +101,7 @@ impl Ground {
             run_dir: config.run_dir.clone(),
             sandbox_cidr: config.sandbox_cidr,
             sandbox_cidr6: config.sandbox_cidr6,
-            force_clsact: false,
+            attach: config.attach,
         };
         let datapath = Datapath::open(&place, &platform).context("cannot set up the kernel half")?;
         let listeners = Listeners::open(datapath.router())?;

@@ -11,7 +11,7 @@ use ipnet::{Ipv4Net, Ipv6Net};
 use sandgate_daemon::metrics::{InvalidPlace, Place};
 use sandgate_policy::{PrivateException, Range6};
 
-use crate::{audit::spool, metrics::ADDRESS_VARIABLE};
+use crate::{audit::spool, kernel::Attach, metrics::ADDRESS_VARIABLE};
 
 /// Enforces the egress of every sandbox on this node. Started by `controller up`.
 #[derive(Debug, Parser)]
@@ -73,6 +73,10 @@ pub struct Arguments {
         value_name = "MODE"
     )]
     pub kernel_pass: String,
+    /// How the programs hang on interfaces: `auto` (TCX links where the kernel has them, else clsact filters), `tcx` or
+    /// `clsact`
+    #[arg(long, env = "SANDGATE_ATTACH", default_value = "auto", value_name = "MEANS")]
+    pub attach: String,
     /// PEM file of roots that servers are verified against besides the system's, where requests are read
     #[arg(long, env = "SANDGATE_UPSTREAM_CA_FILE", value_name = "FILE")]
     pub upstream_ca_file: Option<PathBuf>,
@@ -91,6 +95,9 @@ pub struct Arguments {
     /// `controller down`
     #[arg(long)]
     pub remove_uplink: bool,
+    /// Find out whether this kernel can carry the wall, and end. For `controller up`
+    #[arg(long)]
+    pub check: bool,
 }
 
 /// What netd runs with.
@@ -112,6 +119,8 @@ pub struct Config {
     pub sandbox_cidr6: Option<Ipv6Net>,
     /// Whether what address and port alone allow may leave without passing netd.
     pub kernel_pass: KernelPass,
+    /// How the programs hang on interfaces.
+    pub attach: Attach,
     /// Roots that servers are verified against besides the system's.
     pub upstream_ca_file: Option<PathBuf>,
     /// Where its metrics are shown.
@@ -177,6 +186,17 @@ impl TryFrom<Arguments> for Config {
                 ));
             }
         };
+        let attach = match arguments.attach.trim() {
+            "" | "auto" => Attach::Auto,
+            "tcx" => Attach::Tcx,
+            "clsact" => Attach::Clsact,
+            other => {
+                return Err(invalid(
+                    "SANDGATE_ATTACH",
+                    format!("`{other}` is none of `auto`, `tcx` and `clsact`"),
+                ));
+            }
+        };
         let node = arguments.node;
         let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_');
         if node.is_empty() || node.len() > 253 || !node.bytes().all(plain) {
@@ -197,6 +217,7 @@ impl TryFrom<Arguments> for Config {
             sandbox_cidr: sandbox_cidr(&arguments.sandbox_cidr)?,
             sandbox_cidr6: range6.network(),
             kernel_pass,
+            attach,
             upstream_ca_file: arguments
                 .upstream_ca_file
                 .filter(|path| !path.as_os_str().is_empty()),
@@ -344,10 +365,12 @@ mod tests {
             sandbox_cidr: "10.213.0.0/16".into(),
             sandbox_cidr6: String::new(),
             kernel_pass: "auto".into(),
+            attach: "auto".into(),
             upstream_ca_file: None,
             metrics_addr: "off".into(),
             node: "local".into(),
             remove_uplink: false,
+            check: false,
         }
     }
 
@@ -357,6 +380,7 @@ mod tests {
         assert_eq!(config.dns_upstream.len(), 2);
         assert_eq!(config.allow_private.len(), 1);
         assert_eq!(config.kernel_pass, KernelPass::Auto);
+        assert_eq!(config.attach, Attach::Auto);
         assert_eq!(config.spool_bytes, 256 << 20);
         assert!(config.sandbox_cidr6.is_some());
     }
@@ -364,7 +388,7 @@ mod tests {
     #[test]
     fn what_is_wrong_is_named() {
         type Spoil = fn(&mut Arguments);
-        let cases: [(&str, Spoil); 16] = [
+        let cases: [(&str, Spoil); 17] = [
             ("SANDGATE_RUN_DIR", |arguments| arguments.run_dir = "run".into()),
             ("SANDGATE_DATA_DIR", |arguments| arguments.data_dir = "lib".into()),
             ("SANDGATE_AUDIT_SPOOL", |arguments| {
@@ -403,6 +427,7 @@ mod tests {
             ("SANDGATE_KERNEL_PASS", |arguments| {
                 arguments.kernel_pass = "on".into()
             }),
+            ("SANDGATE_ATTACH", |arguments| arguments.attach = "TCX".into()),
             ("SANDGATE_NETD_METRICS_ADDR", |arguments| {
                 arguments.metrics_addr = "9465".into()
             }),
@@ -413,6 +438,26 @@ mod tests {
             spoil(&mut arguments);
             let error = Config::try_from(arguments).expect_err(variable);
             assert_eq!(error.variable, variable, "{error}");
+        }
+    }
+
+    #[test]
+    fn the_means_of_attachment_are_the_operators() {
+        for (text, means) in [
+            ("auto", Attach::Auto),
+            ("", Attach::Auto),
+            ("tcx", Attach::Tcx),
+            (" clsact ", Attach::Clsact),
+        ] {
+            let chosen = Arguments {
+                attach: text.into(),
+                ..arguments()
+            };
+            assert_eq!(
+                Config::try_from(chosen).expect("accepted").attach,
+                means,
+                "{text:?}"
+            );
         }
     }
 

@@ -30,13 +30,16 @@ use self::{
     programs::{Means, Programs},
     tables::Tables,
 };
-pub use self::{error::DatapathError, events::EventReader, policies::PolicyContent, programs::Guarded};
+pub use self::{
+    error::DatapathError, events::EventReader, features::prove, policies::PolicyContent, programs::Guarded,
+};
 use crate::router::RouterNamespace;
 
 mod address;
 mod batch;
 mod error;
 mod events;
+mod features;
 mod flows;
 mod pins;
 mod platform;
@@ -54,8 +57,19 @@ pub struct DatapathConfig {
     pub sandbox_cidr: Ipv4Net,
     /// Their IPv6 addresses, if they have any.
     pub sandbox_cidr6: Option<Ipv6Net>,
-    /// Attach by `clsact` filters, as on a kernel before 6.6, also where TCX links are to be had. For tests.
-    pub force_clsact: bool,
+    /// How the programs hang on interfaces.
+    pub attach: Attach,
+}
+
+/// By what means the programs hang on interfaces.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Attach {
+    /// By TCX links where the kernel has them, else by clsact filters.
+    Auto,
+    /// By TCX links (Linux 6.6), or not at all.
+    Tcx,
+    /// By filters of the `clsact` queueing discipline, as on a kernel before 6.6.
+    Clsact,
 }
 
 /// The way out of the router namespace, for what the kernel forwards itself.
@@ -189,10 +203,13 @@ impl Datapath {
         if !pins.adoptable() {
             pins.discard_maps()?;
         }
-        let means = Means::probe(&router, config.force_clsact)?;
+        features::check()?;
+        let means = router.run(|| Means::here(config.attach))??;
+        tracing::info!(means = means.name(), "how the programs hang on interfaces");
         let mut programs = Programs::load(&pins, means)?;
         let sweep = SharedSweep::open(&pins)?;
         let mut tables = Tables::open(&pins)?;
+        features::check_batches(&pins.map("POLICIES")?)?;
         let flows = Flows::open(&pins)?;
         let ranges = Ranges {
             denied: always_denied(),

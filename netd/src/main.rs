@@ -6,6 +6,7 @@ use clap::Parser as _;
 use netd::{
     app,
     config::{Arguments, Config},
+    kernel,
     metrics::ADDRESS_VARIABLE,
     uplink::Uplink,
 };
@@ -40,6 +41,7 @@ fn main() -> ExitCode {
             }
         };
     }
+    let check = arguments.check;
     let config = match Config::try_from(arguments) {
         Ok(config) => config,
         Err(error) => {
@@ -47,6 +49,15 @@ fn main() -> ExitCode {
             return ExitCode::from(USAGE);
         }
     };
+    if check {
+        return match kernel::prove(config.attach) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("netd: {error}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     let shown = match metrics::listen(ADDRESS_VARIABLE, config.metrics_addr) {
         Ok(shown) => shown,
         Err(error) => {

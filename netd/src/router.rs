@@ -94,6 +94,17 @@ impl RouterNamespace {
         namespace::remove(&run_dir.join("netns").join("router"))
     }
 
+    /// Makes such a namespace for as long as the call lasts and runs a closure inside it: can it be had?
+    ///
+    /// # Errors
+    /// When it cannot be made, or a setting is not taken.
+    pub fn try_out<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T, RouterError> {
+        namespace::on_thread_of_its_own(|| {
+            settings::apply()?;
+            Ok(work())
+        })
+    }
+
     /// Where the namespace is bound.
     pub fn path(&self) -> &Path {
         &self.path

@@ -24,8 +24,19 @@ pub(crate) struct Machine {
 
 impl Fixture for Machine {
     fn start() -> Result<Self> {
+        Self::with(&[])
+    }
+
+    fn report(&self) -> String {
+        self.node.report()
+    }
+}
+
+impl Machine {
+    /// With further environment variables.
+    pub(crate) fn with(settings: &[(&str, &str)]) -> Result<Self> {
         let world = World::fixture().build()?;
-        let node = Node::start(&world)?;
+        let node = Node::start_with(&world, settings)?;
         let organization = node.register("acme");
         let mayfly = node.register("mayfly").sandbox(&json!({ "timeout_seconds": 60 }));
         Ok(Self {
@@ -34,10 +45,6 @@ impl Fixture for Machine {
             node,
             world,
         })
-    }
-
-    fn report(&self) -> String {
-        self.node.report()
     }
 }
 

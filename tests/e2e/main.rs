@@ -8,6 +8,7 @@ use harness::{cases, suite::Suite};
 mod attacks;
 mod audit;
 mod bad_input;
+mod clsact;
 mod dns;
 mod execution;
 mod flow;
@@ -275,6 +276,17 @@ fn main() -> ExitCode {
                 passes::one_that_goes_leaves_its_guard_to_one_that_stays,
                 passes::switched_off_it_leaves_the_node_alone,
                 passes::the_node_is_as_it_was_when_all_is_taken_down,
+            ],
+        )
+        .group(
+            "clsact",
+            cases![
+                clsact::nothing_but_what_is_allowed_gets_out,
+                clsact::a_killed_netd_lets_nothing_out_and_recovers,
+                clsact::what_the_kernel_forwards_outlives_netd_and_is_adopted,
+                clsact::filters_that_are_taken_away_let_nothing_out_and_come_back,
+                clsact::a_means_that_is_none_is_refused_by_name,
+                clsact::taken_down_it_leaves_nothing,
             ],
         )
         .group(

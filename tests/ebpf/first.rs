@@ -8,7 +8,7 @@ use aya::{
 };
 use harness::{bpf::pin_open_door, wait};
 use netd::{
-    kernel::{Datapath, DatapathConfig, Uplink},
+    kernel::{Attach, Datapath, DatapathConfig, Uplink},
     router::{RouterNamespace, pass},
 };
 
@@ -23,7 +23,7 @@ const LIST_MAX: usize = 63;
 
 fn clsact(run_dir: &RunDir) -> DatapathConfig {
     DatapathConfig {
-        force_clsact: true,
+        attach: Attach::Clsact,
         ..config(run_dir.path())
     }
 }
@@ -147,6 +147,76 @@ fn a_filter_that_comes_before_ours_is_put_behind() {
 }
 
 #[test]
+fn filters_that_are_taken_away_are_missed_and_put_back() {
+    if !privileged() {
+        return;
+    }
+    let run_dir = RunDir::new();
+    let datapath = Datapath::open(&clsact(&run_dir), &platform()).expect("a datapath");
+    let sandbox = Sandbox::create(datapath.router(), 1);
+    let handle = datapath.attach(&sandbox.endpoint).expect("attached");
+    sandbox.start(datapath.router());
+    datapath.set_policy(handle, &allow_443()).expect("a policy");
+    let _listeners = Listeners::serve(&datapath);
+    assert_wall(&sandbox);
+    let interface = &sandbox.endpoint.interface;
+    for (line, judged) in [
+        (format!("filter del dev {interface} ingress"), false),
+        (format!("filter del dev {interface} egress"), true),
+        (format!("qdisc del dev {interface} clsact"), false),
+    ] {
+        tc(datapath.router(), &line);
+        // What no program has judged goes nowhere.
+        let (allowed, _) = sandbox.run(|| connect(at([203, 0, 113, 10], 443)));
+        assert_eq!(allowed.is_ok(), judged, "{line}");
+        let found = datapath.guard().expect("a look");
+        let [guarded] = &found[..] else {
+            panic!("{line}: {found:?}");
+        };
+        assert_eq!(guarded.ifindex, sandbox.endpoint.ifindex, "{line}");
+        assert!(guarded.outcome.is_ok(), "{line}: {found:?}");
+        assert!(datapath.guard().expect("a look").is_empty(), "{line}");
+        assert_wall(&sandbox);
+    }
+}
+
+#[test]
+fn another_means_takes_the_place_of_the_one_before() {
+    if !privileged() {
+        return;
+    }
+    let run_dir = RunDir::new();
+    let by = |attach| DatapathConfig {
+        attach,
+        ..config(run_dir.path())
+    };
+    let router = RouterNamespace::open(run_dir.path()).expect("a router");
+    let sandbox = Sandbox::create(&router, 1);
+    sandbox.start(&router);
+    let interface = sandbox.endpoint.interface.as_str();
+    // They stay in the map, which every datapath here adopts.
+    let mut listeners = None;
+    for attach in [Attach::Tcx, Attach::Clsact, Attach::Tcx, Attach::Auto] {
+        let datapath = Datapath::open(&by(attach), &platform()).expect("a datapath");
+        let handle = datapath.attach(&sandbox.endpoint).expect("attached");
+        datapath.set_policy(handle, &allow_443()).expect("a policy");
+        listeners.get_or_insert_with(|| Listeners::serve(&datapath));
+        assert_wall(&sandbox);
+        assert!(datapath.guard().expect("a look").is_empty(), "{attach:?}");
+        // Not one of the other kind is left.
+        let filters = tc(&router, &format!("filter show dev {interface} ingress"));
+        let count = filters.matches("handle").count();
+        assert_eq!(
+            count,
+            usize::from(attach == Attach::Clsact),
+            "{attach:?}: {filters}"
+        );
+        let links = if attach == Attach::Clsact { 0 } else { 1 };
+        hang(&datapath, interface, links);
+    }
+}
+
+#[test]
 fn a_program_that_comes_before_ours_is_put_behind() {
     if !privileged() {
         return;
@@ -198,9 +268,9 @@ fn uplink(datapath: &Datapath) -> Uplink {
     uplink
 }
 
-/// The programs on the uplink, in their order.
-fn listed(datapath: &Datapath) -> Vec<String> {
-    let asked = || SchedClassifier::query_tcx(pass::INTERFACE, TcAttachType::Ingress);
+/// The programs of an interface's own list, in their order.
+fn listed(datapath: &Datapath, interface: &str) -> Vec<String> {
+    let asked = || SchedClassifier::query_tcx(interface, TcAttachType::Ingress);
     let (_, programs) = datapath.router().run(asked).expect("the router").expect("a list");
     // Intruders have none.
     let name = |program: &aya::programs::ProgramInfo| program.name_as_str().unwrap_or_default().to_owned();
@@ -209,9 +279,9 @@ fn listed(datapath: &Datapath) -> Vec<String> {
 
 /// Waits until so many programs are there: the kernel lets go of links a moment later.
 #[track_caller]
-fn hangs(datapath: &Datapath, count: usize) {
+fn hang(datapath: &Datapath, interface: &str, count: usize) {
     wait::until("the kernel lets go", Duration::from_secs(20), || {
-        (listed(datapath).len() == count).then_some(())
+        (listed(datapath, interface).len() == count).then_some(())
     });
 }
 
@@ -238,7 +308,7 @@ fn the_uplinks_program_is_put_back_when_it_is_taken_away_or_displaced() {
         assert!(guarded.uplink && guarded.outcome.is_ok(), "{what}: {found:?}");
         assert_eq!(guarded.ifindex, uplink.ifindex, "{what}");
         assert_eq!(
-            listed(&datapath).first().map(String::as_str),
+            listed(&datapath, pass::INTERFACE).first().map(String::as_str),
             Some("from_uplink"),
             "{what}"
         );
@@ -247,7 +317,7 @@ fn the_uplinks_program_is_put_back_when_it_is_taken_away_or_displaced() {
     };
     let link = format!("bpf/links/{}-from_uplink", uplink.ifindex);
     std::fs::remove_file(run_dir.path().join(link)).expect("the pinned link");
-    hangs(&datapath, 0);
+    hang(&datapath, pass::INTERFACE, 0);
     restored("taken away");
     let pinned = run_dir.path().join("bpf/intruder");
     pin_open_door(&pinned).expect("a program");
@@ -280,7 +350,7 @@ fn an_uplink_whose_program_cannot_be_put_first_is_used_no_more() {
     // No longer in use, no longer looked at.
     assert!(datapath.guard().expect("a look").is_empty());
     drop(intruders);
-    hangs(&datapath, 1);
+    hang(&datapath, pass::INTERFACE, 1);
     datapath.attach_uplink(&uplink).expect("attached again");
     datapath.set_uplink(Some(uplink)).expect("used again");
     assert!(datapath.guard().expect("a look").is_empty());

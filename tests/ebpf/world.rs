@@ -13,7 +13,7 @@ use std::{
 
 use ipnet::Ipv4Net;
 use netd::{
-    kernel::{Datapath, DatapathConfig, DenyEvent, EndpointHandle, EventReader},
+    kernel::{Attach, Datapath, DatapathConfig, DenyEvent, EndpointHandle, EventReader},
     router::RouterNamespace,
 };
 use nix::{
@@ -114,7 +114,7 @@ pub(crate) fn config(run_dir: &Path) -> DatapathConfig {
         run_dir: run_dir.to_owned(),
         sandbox_cidr: sandbox_cidr(),
         sandbox_cidr6: Some("fd53:4700::/64".parse().expect("a prefix")),
-        force_clsact: false,
+        attach: Attach::Auto,
     }
 }
 

@@ -20,7 +20,7 @@ use aya::{
 use nix::net::if_::{if_indextoname, if_nametoindex};
 
 use super::{
-    DatapathError,
+    Attach, DatapathError,
     error::{on_file, on_program},
     pins::{self, Pins},
 };
@@ -75,37 +75,57 @@ pub struct Guarded {
 }
 
 impl Means {
-    /// What this kernel has, by asking it and not by its version.
+    /// What is wanted and what this kernel has, by asking it and not by its version. In the calling thread's network
+    /// namespace, whose `lo` may have a clsact queueing discipline afterwards.
     ///
     /// # Errors
-    /// Names what is missing when it has neither.
-    pub(super) fn probe(router: &RouterNamespace, force_clsact: bool) -> Result<Self, DatapathError> {
-        router.run(|| {
-            if !force_clsact && tcx::is_there() {
-                return Ok(Self::Tcx);
-            }
-            let missing = |error| {
+    /// Names what is missing.
+    pub(super) fn here(wanted: Attach) -> Result<Self, DatapathError> {
+        let has_tcx = wanted != Attach::Clsact && tcx::is_there();
+        let filters = || clsact::prepare("lo").map(|()| Self::Clsact);
+        match wanted {
+            Attach::Auto | Attach::Tcx if has_tcx => Ok(Self::Tcx),
+            Attach::Tcx => Err(DatapathError::Unsupported(
+                "it has no TCX links (Linux 6.6, CONFIG_NET_XGRESS), and SANDGATE_ATTACH is `tcx`".to_owned(),
+            )),
+            Attach::Clsact => filters().map_err(|error| {
                 DatapathError::Unsupported(format!(
-                    "programs can be attached to interfaces neither by TCX links (Linux 6.6) nor by filters of a clsact \
-                     queueing discipline (CONFIG_NET_SCH_INGRESS): {error}"
+                    "it has no clsact queueing discipline (CONFIG_NET_SCH_INGRESS), and SANDGATE_ATTACH is `clsact`: {error}"
                 ))
-            };
-            clsact::prepare("lo").map_err(missing)?;
-            Ok(Self::Clsact)
-        })?
+            }),
+            Attach::Auto => filters().map_err(|error| {
+                DatapathError::Unsupported(format!(
+                    "programs can be attached to interfaces neither by TCX links (Linux 6.6, CONFIG_NET_XGRESS) nor by \
+                     filters of a clsact queueing discipline (CONFIG_NET_SCH_INGRESS): {error}"
+                ))
+            }),
+        }
+    }
+
+    /// For people.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Tcx => "TCX links",
+            Self::Clsact => "clsact filters",
+        }
     }
 }
 
 impl Programs {
     /// Loads the object with the pinned maps, pinning those that are not, and verifies the programs.
     pub(super) fn load(pins: &Pins, means: Means) -> Result<Self, DatapathError> {
-        let object = load(pins)?;
+        let object = load(Some(pins))?;
         Ok(Self {
             object,
             means,
             copies: BTreeSet::new(),
             down: BTreeSet::new(),
         })
+    }
+
+    /// Loads the object and verifies the programs, with maps that nobody else sees.
+    pub(super) fn try_load() -> Result<Ebpf, DatapathError> {
+        load(None)
     }
 
     /// Puts our programs wherever an earlier netd's hang. What hung on interfaces that are gone is forgotten. Returns
@@ -290,7 +310,8 @@ impl Programs {
                     .is_some_and(|interface| clsact::replace(program, side, &interface, handle)))
             }
             (Means::Tcx, None) => tcx::replace(program, path, name),
-            // Of another kernel, or of other means by order: made anew.
+            // Of another kernel, or of other means by order: made anew. Until then the router namespace lets nothing
+            // through that no program has marked.
             (Means::Clsact, None) | (Means::Tcx, Some(_)) => Ok(false),
         }
     }
@@ -342,7 +363,7 @@ impl Programs {
         side: TcAttachType,
         interface: &str,
     ) -> Result<(), DatapathError> {
-        let mut fresh = load(pins)?;
+        let mut fresh = load(Some(pins))?;
         let program = program(&mut fresh, name)?;
         let copy = program.info().map_err(on_program("look at", name))?.id();
         self.copies.insert(copy);
@@ -364,9 +385,10 @@ impl Programs {
     }
 }
 
-fn load(pins: &Pins) -> Result<Ebpf, DatapathError> {
+/// With the pinned maps, or with maps of its own.
+fn load(pins: Option<&Pins>) -> Result<Ebpf, DatapathError> {
     let mut loader = EbpfLoader::new();
-    for (name, path) in pins.map_paths() {
+    for (name, path) in pins.into_iter().flat_map(Pins::map_paths) {
         loader.map_pin_path(name, path);
     }
     let mut object = loader
@@ -382,8 +404,10 @@ fn load(pins: &Pins) -> Result<Ebpf, DatapathError> {
 
 /// Takes off what hangs there and forgets it.
 fn take_down(path: &Path, side: Option<TcAttachType>, ifindex: u32) -> Result<(), DatapathError> {
-    if let (Some(handle), Some(side), Some(interface)) = (clsact::handle_at(path), side, name_of(ifindex)) {
-        clsact::remove(side, &interface, handle);
+    match (clsact::handle_at(path), side, name_of(ifindex)) {
+        (Some(handle), Some(side), Some(interface)) => clsact::remove(side, &interface, handle),
+        (Some(_), ..) => {}
+        (None, ..) => tcx::detach(path),
     }
     pins::remove(path)
 }

@@ -44,26 +44,35 @@ pub(super) fn create(path: &Path) -> Result<File, RouterError> {
         fs::create_dir_all(parent).map_err(failed("create", parent))?;
     }
     drop(File::create(path).map_err(failed("create", path))?);
+    on_thread_of_its_own(|| {
+        mount(
+            Some("/proc/thread-self/ns/net"),
+            path,
+            None::<&str>,
+            MsFlags::MS_BIND,
+            None::<&str>,
+        )
+        .map_err(failed("bind the namespace at", path))
+    })?;
+    File::open(path).map_err(failed("open", path))
+}
+
+/// Runs a closure on a thread in a network namespace of its own, which ends with the thread unless somebody holds it.
+pub(super) fn on_thread_of_its_own<T: Send>(
+    work: impl FnOnce() -> Result<T, RouterError> + Send,
+) -> Result<T, RouterError> {
     thread::scope(|scope| {
         thread::Builder::new()
             .name("router-new".to_owned())
             .spawn_scoped(scope, || {
                 // Only this thread leaves the process's namespace, and it ends here.
                 unshare(CloneFlags::CLONE_NEWNET).map_err(|errno| RouterError::Enter(errno.into()))?;
-                mount(
-                    Some("/proc/thread-self/ns/net"),
-                    path,
-                    None::<&str>,
-                    MsFlags::MS_BIND,
-                    None::<&str>,
-                )
-                .map_err(failed("bind the namespace at", path))
+                work()
             })
             .map_err(RouterError::Enter)?
             .join()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    })?;
-    File::open(path).map_err(failed("open", path))
+    })
 }
 
 /// Unbinds whatever is bound at `path` and removes the file.

@@ -1,7 +1,14 @@
 //! TCX links (Linux 6.6): an interface's own list of programs. A link is made once, pinned, and lives until it is
 //! unpinned or its interface goes.
 
-use std::path::Path;
+use std::{
+    ffi::CString,
+    os::{
+        fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
+};
 
 use aya::programs::{
     LinkOrder, SchedClassifier, TcAttachType,
@@ -11,6 +18,10 @@ use aya::programs::{
 
 use super::{super::DatapathError, is_dead};
 use crate::kernel::error::on_program;
+
+/// Commands of `enum bpf_cmd` (linux/bpf.h).
+const OBJECT_GET: libc::c_long = 7;
+const LINK_DETACH: libc::c_long = 34;
 
 /// Whether the kernel has such lists.
 pub(super) fn is_there() -> bool {
@@ -59,6 +70,39 @@ pub(super) fn create(
         path: path.to_owned(),
         source: Box::new(source),
     })
+}
+
+/// Takes a pinned link off its interface at once: without its pin alone it would go a moment later, and until then come
+/// before any filter. That there is none is fine, and so is one whose interface is gone.
+pub(super) fn detach(path: &Path) {
+    let Ok(path) = CString::new(path.as_os_str().as_bytes()) else {
+        return;
+    };
+    // The parts of `union bpf_attr` that the two commands read: a path, a descriptor and flags; a descriptor.
+    let named = [path.as_ptr().addr() as u64, 0];
+    let Some(link) = bpf(OBJECT_GET, &named).and_then(|number| RawFd::try_from(number).ok()) else {
+        return;
+    };
+    #[expect(unsafe_code, reason = "a descriptor that only the kernel knows the owner of")]
+    // SAFETY: the kernel has just made it, for nobody else.
+    let link = unsafe { OwnedFd::from_raw_fd(link) };
+    let _gone = bpf(LINK_DETACH, &[link.as_raw_fd(), 0]);
+}
+
+/// A command of bpf(2) that aya does not have; its answer, if there is one.
+fn bpf<T>(command: libc::c_long, attributes: &[T; 2]) -> Option<libc::c_long> {
+    #[expect(unsafe_code, reason = "a system call")]
+    // SAFETY: the kernel reads as many bytes as are said, of numbers of which one is the address of a path that outlives
+    // the call, and writes nothing.
+    let answer = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            attributes.as_ptr(),
+            size_of_val(attributes),
+        )
+    };
+    (answer >= 0).then_some(answer)
 }
 
 /// The id of what stands first.
