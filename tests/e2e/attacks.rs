@@ -20,7 +20,7 @@ pub(crate) fn ports_outside_the_rule_are_refused(machine: &Machine) {
         probe.try_one(&probe::lookup("ok.test")).addresses,
         [IpAddr::from(OK)]
     );
-    let mark = machine.world.capture().mark();
+    let mark = machine.world.capture().mark_at_rest();
     for port in [22, 8443, 1, 444, 65_535] {
         probe
             .try_one(&probe::tcp(OK, port, "x"))
@@ -270,7 +270,7 @@ pub(crate) fn udp_is_refused_at_once(machine: &Machine) {
 pub(crate) fn icmp_and_ipv6_go_nowhere(machine: &Machine) {
     let sandbox = machine.wide();
     let probe = machine.probe(&sandbox);
-    let mark = machine.world.capture().mark();
+    let mark = machine.world.capture().mark_at_rest();
     let ping = |to: &str, socket: &str| json!({ "kind": "icmp", "to": to, "socket": socket });
     for outcome in probe.try_all(&[ping("203.0.113.66", "raw"), ping("203.0.113.66", "dgram")]) {
         assert!(
@@ -309,7 +309,7 @@ pub(crate) fn icmp_and_ipv6_go_nowhere(machine: &Machine) {
             "{outcome:?}"
         );
     }
-    let sent = machine.world.capture().sent_since(mark_root);
+    let sent = machine.world.capture().begun_since(mark_root);
     assert!(sent.is_empty(), "{sent:#?}");
     let sent = machine.world.capture().sent_since(mark);
     let wrong =

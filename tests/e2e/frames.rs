@@ -67,7 +67,7 @@ pub(crate) fn forged_frames_go_nowhere(machine: &Machine) {
         change(json!({ "source": stolen, "mac": "025347010000" })),
         change(json!({ "source": stolen, "gateway": "ffffffffffff" })),
     ];
-    let mark = machine.world.capture().mark();
+    let mark = machine.world.capture().mark_at_rest();
     for outcome in as_root(&machine.node, &sandbox, &attempts) {
         assert!(
             ["sent", "OSError"].contains(&outcome.outcome.as_str()),

@@ -29,6 +29,9 @@ const ELSEWHERE: [(&str, &str); 6] = [
     ("SANDGATE_SANDBOX_CIDR", "10.214.0.0/16"),
 ];
 
+/// The other one's own programs and mounts are seen from the first one's node, and the first one's probe comes and goes.
+const OWN: [&str; 4] = ["process ", "namespace ", "descriptor ", "BPF map entry "];
+
 /// A node with one instance, to which others come.
 pub(crate) struct First {
     organization: Organization,
@@ -73,7 +76,11 @@ impl Fixture for First {
 }
 
 impl First {
-    /// What an instance that came and went must not have changed.
+    /// What an instance that comes and goes must not change, once nothing of earlier ones is on its way out.
+    fn rest(&self) -> Snapshot {
+        Snapshot::at_rest(&self.node, &OWN, SETTLED)
+    }
+
     fn snapshot(&self) -> Snapshot {
         Snapshot::take(&self.node).expect("a look at the node")
     }
@@ -83,15 +90,7 @@ impl First {
     fn assert_undisturbed(&self, before: &Snapshot, other: &Node) {
         let shown = |path: &Path| format!("mount {}", path.display());
         let (run, data) = (shown(other.run_dir()), shown(other.data_dir()));
-        // The other one's own programs and mounts are seen from here, and the first one's probe comes and goes.
-        let but = [
-            "process ",
-            "namespace ",
-            "descriptor ",
-            "BPF map entry ",
-            &run,
-            &data,
-        ];
+        let but = [&OWN[..], &[&run, &data]].concat();
         let changed = || {
             let its = self.uplink_of(other);
             self.snapshot().since(before).without(&but).without_any(&its)
@@ -131,7 +130,7 @@ impl First {
 
     /// Starts another instance, has it work, ends it and takes it down.
     fn visit(&self, place: &Arc<Namespace>, name: &str, settings: &[(&str, &str)]) {
-        let before = self.snapshot();
+        let before = self.rest();
         let mut attempts = self.goes_on(0);
         let other = Node::start_in(&self.world, place, name, settings).expect("it starts beside the first");
         let organization = other.register("second");
@@ -171,7 +170,7 @@ impl First {
         other.stop().expect("it ends when asked");
         attempts = self.goes_on(attempts);
         other.down().expect("it is taken down");
-        let left = other.traces();
+        let left = other.left_behind();
         assert!(left.is_empty(), "`controller down` left behind: {left:#?}");
         self.goes_on(attempts);
         drop(other);
@@ -179,6 +178,9 @@ impl First {
         let fresh = self.organization.sandbox(&json!({}));
         assert_eq!(fresh.sh_ok("echo fine"), "fine");
         fresh.stop();
+        wait::until("nothing of it is left", SETTLED, || {
+            self.node.traces_of(&fresh.id).is_empty().then_some(())
+        });
     }
 }
 

@@ -27,7 +27,7 @@ pub(crate) fn denied_because(sandbox: &Sandbox, fields: &Value, reasons: &[&str]
 
 /// New connections from the node to an address since a mark.
 #[track_caller]
-fn assert_no_connection(machine: &Machine, to: impl Into<IpAddr>, mark: harness::capture::Mark) {
+pub(crate) fn assert_no_connection(machine: &Machine, to: impl Into<IpAddr>, mark: harness::capture::Mark) {
     let packets = machine.world.capture().sent_to(to, mark);
     assert!(
         !packets.iter().any(|packet| packet.opens),
@@ -179,7 +179,7 @@ pub(crate) fn a_wrong_name_towards_a_pinned_address_is_refused(machine: &Machine
 pub(crate) fn an_address_nobody_resolved_is_refused_whatever_name_is_sent(machine: &Machine) {
     let sandbox = machine.fenced();
     let probe = machine.probe(&sandbox);
-    let mark = machine.world.capture().mark();
+    let mark = machine.world.capture().mark_at_rest();
     for target in [EVIL, OK] {
         probe
             .try_one(&with(

@@ -99,9 +99,10 @@ impl Pool {
     fn members(&self) -> Vec<String> {
         self.wait_full();
         let owned: BTreeSet<String> = self.organization.running().into_iter().collect();
-        let members: Vec<String> = self.alive().difference(&owned).cloned().collect();
-        assert_eq!(members.len() as u64, SIZE, "{members:?}");
-        members
+        let others = || -> Vec<String> { self.alive().difference(&owned).cloned().collect() };
+        // Those that were stopped a moment ago are about to end.
+        let members = wait::within(FILLED, || Some(others()).filter(|all| all.len() as u64 == SIZE));
+        members.unwrap_or_else(|| panic!("not {SIZE}: {:?}", others()))
     }
 
     /// A sandbox out of a full pool.
@@ -133,7 +134,7 @@ impl Pool {
 
     #[track_caller]
     fn assert_nothing_sent(&self, mark: Mark) {
-        let sent = self.world.capture().sent_since(mark);
+        let sent = self.world.capture().begun_since(mark);
         assert!(sent.is_empty(), "this left the node: {sent:#?}");
     }
 }
@@ -583,13 +584,14 @@ pub(crate) fn a_killed_controller_goes_on_with_its_pool(pool: &Pool) {
     for id in pool.alive() {
         assert!(members.contains(&id), "{id} belongs to nobody");
     }
-    let strangers: Vec<String> = pool
-        .node
-        .traces()
-        .into_iter()
-        .filter(|trace| trace.contains("sandbox-") && !members.iter().any(|id| trace.contains(id)))
-        .collect();
-    assert!(strangers.is_empty(), "{strangers:#?}");
+    let strangers = || {
+        let mut strangers = pool.node.traces();
+        strangers.retain(|trace| trace.contains("sandbox-") && !members.iter().any(|id| trace.contains(id)));
+        strangers
+    };
+    if wait::within(FILLED, || strangers().is_empty().then_some(())).is_none() {
+        panic!("{:#?}", strangers());
+    }
 }
 
 pub(crate) fn the_pool_makes_room_for_whoever_asks(pool: &Pool) {
@@ -614,7 +616,9 @@ pub(crate) fn the_pool_makes_room_for_whoever_asks(pool: &Pool) {
     refused.refused(409, "CONFLICT");
     assert_eq!(made.len(), ADDRESSES, "the pool kept room for itself");
     assert_eq!(pool.stats()["total"], 0);
-    assert_eq!(pool.alive().len(), ADDRESSES);
+    wait::until("the pool's own are gone", FILLED, || {
+        (pool.alive().len() == ADDRESSES).then_some(())
+    });
     made.iter().for_each(Sandbox::stop);
     // The room is left to others for a while, and then it fills again.
     pool.wait_full();

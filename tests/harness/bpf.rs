@@ -70,7 +70,12 @@ pub fn objects(bpffs: &Path) -> Result<Objects> {
         for entry in entries {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
-            let description = describe(&pinned(&entry.path())?)?;
+            let description = match pinned(&entry.path()) {
+                Ok(object) => describe(&object)?,
+                // A canary's or a sandbox's, which has just gone.
+                Err(_) if !entry.path().exists() => continue,
+                Err(error) => return Err(error),
+            };
             let id = word(&description, 4);
             found.pins.insert(format!("{folder}/{name} id {id}"));
             if folder == "maps" {
@@ -223,8 +228,8 @@ fn open(call: Call, id: u32) -> Result<Option<OwnedFd>> {
     attributes.set_word(0, id);
     match attributes.call(call) {
         Ok(number) => Ok(Some(descriptor(number)?)),
-        // Others on this machine come and go.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        // Others on this machine come and go: one is gone, or (a link, EAGAIN) not quite there yet.
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::WouldBlock) => Ok(None),
         Err(error) => Err(error).context("opening a BPF object"),
     }
 }

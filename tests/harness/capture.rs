@@ -33,6 +33,8 @@ const OUTGOING: u8 = 4;
 const SNAPSHOT: usize = 2048;
 /// Longest wait for a mark of its own.
 const MARKED: Duration = Duration::from_secs(60);
+/// Longer than it takes to send a segment again that was lost.
+const REST: Duration = Duration::from_millis(400);
 /// The port of the packets that mark a moment, on the gateway.
 const MARK_PORT: u16 = 9;
 
@@ -140,6 +142,15 @@ impl Capture {
         })
     }
 
+    /// A moment before which the node has sent nothing for a while: what earlier connections still had to say is said.
+    pub fn mark_at_rest(&self) -> Mark {
+        wait::until("the node sends nothing", MARKED, || {
+            let mark = self.mark();
+            thread::sleep(REST);
+            self.sent_since(mark).is_empty().then_some(mark)
+        })
+    }
+
     /// Everything the node sent up to this moment, which is then forgotten: for runs so long that it would not fit into
     /// memory. Marks made before mean nothing any more.
     pub fn take(&self) -> Vec<Packet> {
@@ -158,6 +169,13 @@ impl Capture {
             .filter(|packet| packet.from_node && !packet.is_housekeeping())
             .cloned()
             .collect()
+    }
+
+    /// The same without segments of TCP that ask for no connection: an earlier one may be closed at any time.
+    pub fn begun_since(&self, mark: Mark) -> Vec<Packet> {
+        let mut packets = self.sent_since(mark);
+        packets.retain(|packet| packet.opens || packet.protocol != protocol::TCP);
+        packets
     }
 
     /// What the node sent to `address` since `mark`, up to this moment.

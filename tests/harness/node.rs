@@ -459,7 +459,7 @@ impl Node {
     }
 
     /// The traces, but for processes that end within a moment: they are not left behind.
-    fn left_behind(&self) -> Vec<String> {
+    pub fn left_behind(&self) -> Vec<String> {
         let mut left = self.traces();
         wait::within(MOMENT, || {
             let may_end = !left.is_empty() && left.iter().all(|trace| trace.starts_with("process "));

@@ -71,8 +71,10 @@ def repeated(stream):
 
 
 def exchange(stream, data, result):
-    """Sends, then reads until the end or 64 KiB, or until nothing comes any more."""
+    """Sends, then reads until the end or 64 KiB, or until nothing comes any more. What says that it is the last gets
+    an end, however long a busy machine takes for it."""
     stream.sendall(data)
+    pause = stream.gettimeout() if b"\r\nConnection: close\r\n" in data else 0.3
     received = b""
     try:
         while len(received) < 65536:
@@ -80,7 +82,7 @@ def exchange(stream, data, result):
             if not part:
                 break
             received += part
-            stream.settimeout(0.3)
+            stream.settimeout(pause)
     except TimeoutError:
         if not received:
             result["outcome"] = "silent"

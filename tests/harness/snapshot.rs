@@ -103,6 +103,29 @@ impl Snapshot {
         Ok(snapshot)
     }
 
+    /// A moment like the one before it, but for lines that begin with one of these, in which no canary of netd's flies:
+    /// one that can be seen to return.
+    ///
+    /// # Panics
+    /// With what changes when there is none within `limit`.
+    #[track_caller]
+    pub fn at_rest(node: &Node, prefixes: &[&str], limit: Duration) -> Self {
+        let look = || Self::take(node).expect("a look at the node");
+        let (mut last, mut changed) = (look(), None);
+        let rest = wait::within(limit, || {
+            let now = look();
+            let difference = now.since(&last).without(prefixes);
+            let rests = difference.is_empty() && !now.tells_of(": sgcanary") && !now.tells_of(": sgcn");
+            changed = Some(difference);
+            last = now;
+            rests.then(|| last.clone())
+        });
+        match (rest, changed) {
+            (Some(rest), _) => rest,
+            (None, changed) => panic!("not at rest within {limit:?}: {changed:#?}"),
+        }
+    }
+
     /// What is there more, and what less, than `before`.
     pub fn since(&self, before: &Self) -> Difference {
         let mut difference = BTreeMap::new();

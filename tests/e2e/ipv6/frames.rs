@@ -138,7 +138,7 @@ pub(crate) fn forged_frames_go_nowhere(six: &Six) {
         attempts.push(change(json!({ "type": 0x86dd, "raw": raw })));
     }
 
-    let mark = six.world.capture().mark();
+    let mark = six.world.capture().mark_at_rest();
     for outcome in as_root(&six.node, &sandbox, &attempts) {
         let fits = ["sent", "OSError"].contains(&outcome.outcome.as_str());
         assert!(fits, "{outcome:?}");

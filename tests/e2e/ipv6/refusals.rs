@@ -17,7 +17,7 @@ pub(crate) fn what_is_not_allowed_is_refused_at_once(six: &Six) {
     let sandbox = six.fenced();
     let probe = six.probe(&sandbox);
     let capture = six.world.capture();
-    let mark = capture.mark();
+    let mark = capture.mark_at_rest();
     // Nobody has resolved it yet.
     probe
         .try_one(&probe::https(OK6, "six.test"))
@@ -76,7 +76,7 @@ pub(crate) fn private_and_wrapped_addresses_are_refused_whatever_the_policy_says
     let sandbox = six.wide();
     let probe = six.probe(&sandbox);
     let capture = six.world.capture();
-    let mark = capture.mark();
+    let mark = capture.mark_at_rest();
     let targets = [
         // Unique local, metadata, site local, link local.
         "fd00:ec2::254",
@@ -233,7 +233,7 @@ pub(crate) fn sandboxes_cannot_reach_each_other(six: &Six) {
 pub(crate) fn udp_and_echoes_go_nowhere(six: &Six) {
     let sandbox = six.wide();
     let probe = six.probe(&sandbox);
-    let mark = six.world.capture().mark();
+    let mark = six.world.capture().mark_at_rest();
     for (target, port) in [
         (OK6, 443),
         (EVIL6, 443),

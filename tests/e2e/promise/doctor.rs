@@ -82,7 +82,7 @@ pub(crate) fn every_client_is_well_whatever_the_policy_says(promise: &Promise) {
         assert_well_but(&answer, &[]);
         assert_eq!(answer["healthy"], true, "{answer:#}");
         // Nothing of it left the node, not even a question.
-        let sent = promise.world.capture().sent_since(mark);
+        let sent = promise.world.capture().begun_since(mark);
         assert!(sent.is_empty(), "{sent:#?}");
         // Whose it is, inside too.
         let told = sandbox.sh_ok(&format!("curl -sS --max-time 30 https://{HOST}/"));
@@ -221,7 +221,7 @@ pub(crate) fn the_gateway_has_that_one_host_only(promise: &Promise) {
     sandbox.set_network(&json!({ "mode": "allowlist", "allowed_domains": [HOST] }));
     let elsewhere = attacker.try_one(&probe::https("203.0.113.20", HOST));
     elsewhere.assert_refused();
-    let sent = promise.world.capture().sent_since(mark);
+    let sent = promise.world.capture().begun_since(mark);
     assert!(sent.is_empty(), "{sent:#?}");
     sandbox.stop();
 }

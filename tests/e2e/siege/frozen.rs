@@ -134,6 +134,6 @@ pub(crate) fn denials_that_find_the_ring_full_are_counted(siege: &Besieged) {
     for sandbox in &sandboxes {
         sandbox.stop();
     }
-    let sent = siege.world.capture().sent_since(mark);
+    let sent = siege.world.capture().begun_since(mark);
     assert!(sent.is_empty(), "{sent:#?}");
 }

@@ -151,6 +151,7 @@ impl Node {
             !super::PROGRAMS.iter().any(|name| process.is(name, None))
                 && !is_foreign(process)
                 && !is_commanded(process)
+                && !is_gone(process)
         });
         traces.extend(processes.map(|process| format!("process {process:?}")));
         traces
@@ -165,6 +166,11 @@ fn is_commanded(process: &Process) -> bool {
         && parent
             .and_then(read)
             .is_some_and(|parent| parent.is("netd", None))
+}
+
+/// It has ended since it was read: what was told of it may be true no more.
+fn is_gone(process: &Process) -> bool {
+    read(process.pid).is_none_or(|now| now.numbers != process.numbers)
 }
 
 /// Last resort of a teardown: control groups outlive their processes and have no owner.
