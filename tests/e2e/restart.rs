@@ -102,6 +102,13 @@ impl Replaceable {
         bpf::objects(&bpffs).expect("the kernel tells")
     }
 
+    /// The same once it is as it must become.
+    #[track_caller]
+    fn objects_when(&self, what: &str, is_so: impl Fn(&Objects) -> bool) -> Objects {
+        let found = wait::within(RECOVERY, || Some(self.kernel_objects()).filter(&is_so));
+        found.unwrap_or_else(|| panic!("not {what}: {:#?}", self.kernel_objects()))
+    }
+
     #[track_caller]
     fn count(&self, sandbox: &Sandbox, file: &str) -> u64 {
         let lines = self.retried(|| {
@@ -166,9 +173,10 @@ pub(crate) fn netd_keeps_only_the_rights_it_needs(machine: &Replaceable) {
 
 pub(crate) fn netd_is_replaced_under_load_without_a_gap(machine: &Replaceable) {
     machine.node.wait_ready();
-    let before = machine.kernel_objects();
-    // Two at each sandbox's interface, and one at the uplink's.
-    assert_eq!(before.programs.len(), PROGRAMS, "{before:#?}");
+    // Two at each sandbox's interface, and one at the uplink's; those of a netd that was killed go in the kernel's own time.
+    let before = machine.objects_when("one of each program", |objects| {
+        objects.programs.len() == PROGRAMS
+    });
     let sandboxes: Vec<Sandbox> = (0..ATTACKERS)
         .map(|_| {
             machine
@@ -196,8 +204,9 @@ pub(crate) fn netd_is_replaced_under_load_without_a_gap(machine: &Replaceable) {
             sandbox.sh("grep -q answered /workspace/background.log").exit_code == 0
         });
     }
-    let present = machine.kernel_objects();
-    assert_eq!(present.links.len(), 2 * ATTACKERS + 1, "{present:#?}");
+    let present = machine.objects_when("the links of the sandboxes and the uplink", |objects| {
+        objects.links.len() == 2 * ATTACKERS + 1
+    });
     for end in ENDS {
         hold_a_flow(&sandboxes[0]);
         let counted: Vec<u64> = sandboxes.iter().map(attempts_of).collect();
@@ -213,11 +222,9 @@ pub(crate) fn netd_is_replaced_under_load_without_a_gap(machine: &Replaceable) {
             });
         }
         // Adopted, not made anew: the same pins, maps and links, and one of each program.
-        let after = wait::within(RECOVERY, || {
-            let after = machine.kernel_objects();
-            (after.programs.len() == PROGRAMS).then_some(after)
+        let after = machine.objects_when("one of each program", |objects| {
+            objects.programs.len() == PROGRAMS
         });
-        let after = after.unwrap_or_else(|| panic!("{:#?}", machine.kernel_objects()));
         assert_eq!(after.pins, present.pins, "{end:?}");
         assert_eq!(after.maps, present.maps, "{end:?}");
         assert_eq!(links(&after), links(&present), "{end:?}");

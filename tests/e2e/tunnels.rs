@@ -297,10 +297,10 @@ pub(crate) fn every_protocol_passes(machine: &Machine) {
     }
 
     let mut events = connect(machine, address(&site));
+    let began = Instant::now();
     events
         .write_all(b"GET /events HTTP/1.1\r\nHost: x\r\n\r\n")
         .expect("written");
-    let began = Instant::now();
     read_until(&mut events, b"data: 0\n\n");
     read_until(&mut events, b"data: 5\n\n");
     assert!(began.elapsed() > Duration::from_millis(300), "they came at once");
