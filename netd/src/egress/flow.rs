@@ -100,8 +100,8 @@ impl Said {
 
 /// How the flow goes on after it was admitted.
 enum Manner {
-    /// Every byte both ways; these were read already.
-    Splice(Vec<u8>),
+    /// TLS, every byte both ways; these were read already.
+    Splice(Hello),
     /// Requests in clear, of which the first begins with this head. Every byte was read already of these.
     Clear(Box<Head>, Vec<u8>),
     /// The same by HTTP/2, of which no request is known.
@@ -112,6 +112,13 @@ enum Manner {
     Begun(Vec<u8>),
     /// The same, under the name that was found.
     Named(Vec<u8>),
+}
+
+/// What was read of a TLS flow.
+struct Hello {
+    received: Vec<u8>,
+    /// How many of these bytes are the ClientHello's.
+    length: usize,
 }
 
 impl Egress {
@@ -178,9 +185,9 @@ impl Egress {
         let audit = matches!(entry.sandbox.first_look(entry.to), FirstLook::Audit(_));
         // Boxed: the states of such a flow are large, and most flows are others.
         let manner = match (manner, &said.name) {
-            (Manner::Splice(received), Some(name)) if admitted.intercept => {
+            (Manner::Splice(hello), Some(name)) if admitted.intercept => {
                 let target = entry.target(Some(name.clone()), Channel::Tls);
-                let begun = (near, received);
+                let begun = (near, hello.received);
                 return Box::pin(self.intercept(entry, admitted, target, begun, said.detail)).await;
             }
             // On its way through here it would lose the other protocol that it asks for.
@@ -198,7 +205,7 @@ impl Egress {
                 return Box::pin(self.read_in_clear(entry, admitted, target, near, received)).await;
             }
             // Whatever its handshake comes to, nothing of it ends the flow.
-            (Manner::Splice(received), _) if audit => Manner::Named(received),
+            (Manner::Splice(hello), _) if audit => Manner::Named(hello.received),
             (manner, _) => manner,
         };
         let traffic = Traffic::default();
@@ -306,7 +313,8 @@ impl Egress {
                     }
                     said.fault = Some(decision).filter(Decision::is_audited).map(Box::new);
                 }
-                Ok((said, Manner::Splice(received)))
+                let length = hello.length;
+                Ok((said, Manner::Splice(Hello { received, length })))
             }
             // In audit mode nothing that is said on it may end it.
             Spoken::Http2 if glance || audit => Ok((Said::clear(), Manner::Begun(received))),
@@ -350,7 +358,7 @@ impl Egress {
         let ended = match manner {
             // Taken elsewhere.
             Manner::Clear(..) | Manner::ClearHttp2(_) => Ended::Stopped("it cannot be read here"),
-            Manner::Splice(received) => self.handshake(near, &mut far, &received, said, traffic).await,
+            Manner::Splice(hello) => handshake(near, &mut far, &hello, said, traffic).await,
             Manner::Begun(received) | Manner::Named(received) => {
                 match send_first(&mut far, &received).await {
                     Ok(()) => {
@@ -370,28 +378,29 @@ impl Egress {
         }
         ended
     }
+}
 
-    /// Splices a TLS flow, once it is settled which server its handshake is with.
-    async fn handshake(
-        &self,
-        near: &mut TcpStream,
-        far: &mut TcpStream,
-        received: &[u8],
-        said: &Said,
-        traffic: &Traffic,
-    ) -> Ended {
-        if let Err(why) = send_first(far, received).await {
-            return Ended::Stopped(why);
-        }
-        traffic.add_up(received.len());
-        match retry::settle(near, far, said.host.as_deref(), traffic).await {
-            Ok(()) => splice_on(near, far, traffic).await,
-            Err(Unsettled::FarFailed) => Ended::Stopped("the server went away"),
-            Err(Unsettled::NearFailed) => Ended::Stopped("the client went away"),
-            Err(Unsettled::TimedOut) => Ended::Stopped("no answer during the TLS handshake"),
-            Err(error @ Unsettled::AnotherName) => Ended::Failed(Reason::HostMismatch, error.to_string()),
-            Err(error @ Unsettled::Malformed(_)) => Ended::Failed(Reason::Malformed, error.to_string()),
-        }
+/// Splices a TLS flow, once it is settled which server its handshake is with.
+async fn handshake(
+    near: &mut TcpStream,
+    far: &mut TcpStream,
+    hello: &Hello,
+    said: &Said,
+    traffic: &Traffic,
+) -> Ended {
+    // What came behind the hello may be a second one, and so does not go out before the server has spoken.
+    let (first, behind) = hello.received.split_at(hello.length);
+    if let Err(why) = send_first(far, first).await {
+        return Ended::Stopped(why);
+    }
+    traffic.add_up(first.len());
+    match retry::settle(near, far, behind, said.host.as_deref(), traffic).await {
+        Ok(()) => splice_on(near, far, traffic).await,
+        Err(Unsettled::FarFailed) => Ended::Stopped("the server went away"),
+        Err(Unsettled::NearFailed) => Ended::Stopped("the client went away"),
+        Err(Unsettled::TimedOut) => Ended::Stopped("no answer during the TLS handshake"),
+        Err(error @ Unsettled::AnotherName) => Ended::Failed(Reason::HostMismatch, error.to_string()),
+        Err(error @ Unsettled::Malformed(_)) => Ended::Failed(Reason::Malformed, error.to_string()),
     }
 }
 
@@ -533,7 +542,51 @@ pub(super) fn mismatch(host: &Host, to: SocketAddr) -> Option<&'static str> {
 
 #[cfg(test)]
 mod tests {
+    use tokio::{io::AsyncReadExt, net::TcpListener};
+
     use super::*;
+    use crate::egress::{hello::tests::client_hello, retry::tests::retry_request};
+
+    async fn connected() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("bound");
+        let to = listener.local_addr().expect("its address");
+        let (one, other) = tokio::join!(TcpStream::connect(to), listener.accept());
+        (one.expect("connected"), other.expect("accepted").0)
+    }
+
+    #[tokio::test]
+    async fn a_second_hello_in_the_first_segment_does_not_reach_the_server() {
+        let (_client, mut near) = connected().await;
+        let (mut far, mut server) = connected().await;
+        let first = client_hello("ok.test");
+        let hello = Hello {
+            received: [&first[..], &client_hello("evil.test")].concat(),
+            length: first.len(),
+        };
+        let said = Said {
+            host: Some("ok.test".to_owned()),
+            ..Said::nothing()
+        };
+        let traffic = Traffic::default();
+        let splicing = async {
+            let ended = handshake(&mut near, &mut far, &hello, &said, &traffic).await;
+            drop(far);
+            ended
+        };
+        let serving = async {
+            let mut seen = vec![0; first.len()];
+            server.read_exact(&mut seen).await.expect("the first hello");
+            assert_eq!(seen, first);
+            server.write_all(&retry_request()).await.expect("written");
+            seen.clear();
+            server.read_to_end(&mut seen).await.expect("its end");
+            seen
+        };
+        let (ended, seen) = tokio::join!(splicing, serving);
+        assert!(matches!(ended, Ended::Failed(Reason::HostMismatch, _)));
+        assert!(seen.is_empty(), "{}", seen.escape_ascii());
+        assert_eq!(traffic.up(), first.len() as u64);
+    }
 
     #[test]
     fn a_host_field_must_fit_the_destination() {

@@ -260,6 +260,19 @@ pub(crate) mod tests {
         records(&message(&server_name(name)), 16_384)
     }
 
+    /// A ClientHello for `name` with key shares, GREASE and other extensions before it, of so many bytes in all.
+    pub(crate) fn large_client_hello(name: &str, length: usize) -> Vec<u8> {
+        let grease = [extension(0x0a0a, &[]), extension(0xfafa, &[0])].concat();
+        let others = [grease, server_name(name)].concat();
+        let empty = records(&message(&[&extension(51, &[])[..], &others].concat()), 16_384).len();
+        let bytes = records(
+            &message(&[extension(51, &vec![9; length - empty]), others].concat()),
+            16_384,
+        );
+        assert_eq!(bytes.len(), length, "one record");
+        bytes
+    }
+
     fn name_of(reading: Reading) -> Option<String> {
         match reading {
             Reading::Complete(hello) => hello.server_name,
@@ -297,6 +310,26 @@ pub(crate) mod tests {
             if let Reading::Complete(hello) = read(&bytes) {
                 let changed_inside_name = hello.server_name.as_deref().is_some_and(|name| name.len() == 7);
                 prop_assert!(hello.server_name.is_none() || changed_inside_name);
+            }
+        }
+    }
+
+    #[test]
+    fn grease_hides_nothing_wherever_it_stands() {
+        // RFC 8701: sixteen values, the same for extensions and cipher suites.
+        for number in 0..16 {
+            let grease = extension(0x0a0a + 0x1010 * number, &vec![0; usize::from(number)]);
+            for extensions in [
+                [grease.clone(), server_name("ok.test")].concat(),
+                [server_name("ok.test"), grease].concat(),
+            ] {
+                let Reading::Complete(hello) = read(&records(&message(&extensions), 16_384)) else {
+                    panic!("not read")
+                };
+                assert_eq!(
+                    (hello.server_name.as_deref(), hello.hides),
+                    (Some("ok.test"), Hides::Nothing)
+                );
             }
         }
     }

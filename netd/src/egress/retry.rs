@@ -47,13 +47,15 @@ pub enum Unsettled {
 }
 
 /// Brings the server's first bytes to the client and, if they ask for a second hello, that one to the server
-/// when it names the same server as the first. Everything after that may be copied unread.
+/// when it names the same server as the first. `behind` is what has come behind the first hello, which alone was sent.
+/// Everything after that may be copied unread.
 ///
 /// # Errors
 /// See [`Unsettled`]. Nothing that must not pass has passed.
 pub async fn settle<N, F>(
     near: &mut N,
     far: &mut F,
+    behind: &[u8],
     name: Option<&str>,
     traffic: &Traffic,
 ) -> Result<(), Unsettled>
@@ -68,9 +70,9 @@ where
             .map_err(|_error| Unsettled::NearFailed)?;
         traffic.add_down(answer.len());
         if is_retry(&answer) {
-            second_hello(near, far, name, traffic).await
+            second_hello(near, far, behind, name, traffic).await
         } else {
-            Ok(())
+            send(far, behind, traffic).await
         }
     };
     tokio::time::timeout(ANSWER_TIME, settling)
@@ -102,6 +104,7 @@ fn is_retry(answer: &[u8]) -> bool {
 async fn second_hello<N, F>(
     near: &mut N,
     far: &mut F,
+    behind: &[u8],
     name: Option<&str>,
     traffic: &Traffic,
 ) -> Result<(), Unsettled>
@@ -110,15 +113,8 @@ where
     F: AsyncWrite + Unpin,
 {
     let mut received = Vec::with_capacity(2048);
+    received.extend_from_slice(behind);
     loop {
-        if near
-            .read_buf(&mut received)
-            .await
-            .map_err(|_error| Unsettled::NearFailed)?
-            == 0
-        {
-            return Err(Unsettled::NearFailed);
-        }
         while let Some(length) = other_record(&received)? {
             let record: Vec<u8> = received.drain(..length).collect();
             send(far, &record, traffic).await?;
@@ -144,6 +140,10 @@ where
         // Early data may fill whole records, and those went on above: this bounds one record or hello.
         if received.len() > SNIFF_BYTES + RECORD_HEADER + 256 {
             return Err(Unsettled::Malformed("a second hello over 16 KiB"));
+        }
+        let read = near.read_buf(&mut received).await;
+        if read.map_err(|_error| Unsettled::NearFailed)? == 0 {
+            return Err(Unsettled::NearFailed);
         }
     }
 }
@@ -172,7 +172,7 @@ async fn send<F: AsyncWrite + Unpin>(far: &mut F, bytes: &[u8], traffic: &Traffi
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::egress::hello::tests::client_hello;
 
@@ -185,15 +185,29 @@ mod tests {
         [&[HANDSHAKE_RECORD, 3, 3, 0, length + 4][..], &message].concat()
     }
 
+    /// A server's wish for a second hello.
+    pub(in crate::egress) fn retry_request() -> Vec<u8> {
+        server_hello(RETRY)
+    }
+
     /// What becomes of a flow for `ok.test`, and what its server and client saw.
     async fn settled(answer: &[u8], then: &[u8]) -> (Result<(), Unsettled>, Vec<u8>, Vec<u8>) {
+        settled_with(&[], answer, then).await
+    }
+
+    /// The same when something has come with the first hello.
+    async fn settled_with(
+        behind: &[u8],
+        answer: &[u8],
+        then: &[u8],
+    ) -> (Result<(), Unsettled>, Vec<u8>, Vec<u8>) {
         let (mut client, mut near) = tokio::io::duplex(1 << 16);
         let (mut server, mut far) = tokio::io::duplex(1 << 16);
         server.write_all(answer).await.expect("written");
         client.write_all(then).await.expect("written");
         client.shutdown().await.expect("closed");
         let traffic = Traffic::default();
-        let outcome = settle(&mut near, &mut far, Some("ok.test"), &traffic).await;
+        let outcome = settle(&mut near, &mut far, behind, Some("ok.test"), &traffic).await;
         drop((near, far));
         let (mut at_server, mut at_client) = (Vec::new(), Vec::new());
         server.read_to_end(&mut at_server).await.expect("read");
@@ -221,6 +235,36 @@ mod tests {
         let (outcome, at_server, _) = settled(&server_hello(RETRY), b"junk that is no TLS").await;
         assert!(matches!(outcome, Err(Unsettled::Malformed(_))), "{outcome:?}");
         assert!(at_server.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_second_hello_that_came_with_the_first_is_read_like_any() {
+        let answer = server_hello(RETRY);
+        for (name, passes) in [("ok.test", true), ("evil.test", false)] {
+            let second = [&CIPHER_CHANGE[..], &client_hello(name)].concat();
+            for cut in 0..=second.len() {
+                let (behind, then) = second.split_at(cut);
+                let (outcome, at_server, _) = settled_with(behind, &answer, then).await;
+                if passes {
+                    outcome.expect("settled");
+                    assert_eq!(at_server, second, "cut at {cut}");
+                } else {
+                    assert!(
+                        matches!(outcome, Err(Unsettled::AnotherName)),
+                        "cut at {cut}: {outcome:?}"
+                    );
+                    assert_eq!(at_server, CIPHER_CHANGE, "cut at {cut}");
+                }
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn early_data_that_came_with_the_hello_goes_on_when_the_server_has_spoken() {
+        let early = [23, 3, 3, 0, 3, 1, 2, 3];
+        let (outcome, at_server, at_client) = settled_with(&early, &server_hello([7; 32]), &[]).await;
+        outcome.expect("settled");
+        assert_eq!((at_server, at_client), (early.to_vec(), server_hello([7; 32])));
     }
 
     #[tokio::test]

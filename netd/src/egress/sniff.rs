@@ -96,7 +96,7 @@ mod tests {
     use tokio::{io::AsyncWriteExt, time::Instant};
 
     use super::*;
-    use crate::egress::hello::tests::client_hello;
+    use crate::egress::hello::tests::{client_hello, large_client_hello};
 
     #[tokio::test]
     async fn every_segmentation_yields_the_name_and_every_byte() {
@@ -112,6 +112,36 @@ mod tests {
                 panic!("{:?}", beginning.protocol)
             };
             assert_eq!(read.server_name.as_deref(), Some("ok.test"));
+        }
+    }
+
+    /// As it arrives in segments of a network, whatever the browser put in.
+    #[tokio::test]
+    async fn a_hello_of_post_quantum_size_is_read_and_one_over_sixteen_kibibytes_is_not() {
+        for (length, is_read) in [
+            (1501, true),
+            (1900, true),
+            (SNIFF_BYTES - 1, true),
+            (SNIFF_BYTES, true),
+            (SNIFF_BYTES + 1, false),
+        ] {
+            let (mut client, mut inside) = tokio::io::duplex(1460);
+            let hello = large_client_hello("ok.test", length);
+            let reading = async {
+                let beginning = sniff(&mut inside).await.expect("no failure");
+                drop(inside);
+                beginning
+            };
+            // Of the one that is too long the last byte is not taken.
+            let (beginning, _written) = tokio::join!(reading, client.write_all(&hello));
+            assert_eq!(beginning.received, hello[..length.min(SNIFF_BYTES)]);
+            match beginning.protocol {
+                Spoken::Tls(read) => {
+                    assert_eq!((read.server_name.as_deref(), is_read), (Some("ok.test"), true))
+                }
+                Spoken::Unreadable(why) => assert!(!is_read && why.starts_with("16 KiB"), "{length}: {why}"),
+                Spoken::Http(_) | Spoken::Http2 => panic!("it is TLS"),
+            }
         }
     }
 
