@@ -1,11 +1,12 @@
 # Sandgate's verbs. Each is a few lines: the work is in deploy/setup.sh, deploy/build.sh and cargo.
 #
 # Variables: CARGO_TARGET_DIR (default target), CARGO_FLAGS (default --locked when CI is set),
-# SOAK_CYCLES (see soak), REDTEAM_ADAPTER (see redteam), SANDGATE_TOOLCHAIN_DIR and SANDGATE_IMAGE_DIR (see deploy/setup.sh), ARGS (passed on by run, test and bench).
+# SOAK_CYCLES (see soak), FUZZ_SECONDS and FUZZ_JOBS (see fuzz), REDTEAM_ADAPTER (see redteam), SANDGATE_TOOLCHAIN_DIR and SANDGATE_IMAGE_DIR (see deploy/setup.sh), ARGS (passed on by run, test and bench).
 
 TARGET_DIR  := $(abspath $(or $(CARGO_TARGET_DIR),target))
 BIN_DIR     := $(TARGET_DIR)/release
 SOAK_CYCLES ?= 10000
+FUZZ_SECONDS ?= 300
 CARGO_FLAGS ?= $(if $(CI),--locked)
 export CARGO_FLAGS
 
@@ -19,7 +20,7 @@ WORKSPACE := --workspace --exclude netd-ebpf
 
 # One verb after the other, also under `make -j`: build needs what setup installs.
 .NOTPARALLEL:
-.PHONY: help setup build run test soak redteam bench lint fmt openapi clean
+.PHONY: help setup build run test soak fuzz redteam bench lint fmt openapi clean
 
 help: ## list these verbs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +44,12 @@ soak: ## make, attack and end SOAK_CYCLES sandboxes (10000) while programs are k
 	@deploy/build.sh
 	SOAK_CYCLES=$(SOAK_CYCLES) REQUIRE_ROOT=1 SANDGATE_BIN_DIR=$(BIN_DIR) \
 	  cargo test $(CARGO_FLAGS) -p sandgate-tests --test soak -- $(ARGS)
+
+fuzz: ## give each parser FUZZ_SECONDS (300) of inputs, FUZZ_JOBS (cores) at a time (ARGS="hello dns": only these; "--merge": keep)
+	@deploy/setup.sh --fuzz
+	@FUZZ_SECONDS=$(FUZZ_SECONDS) deploy/fuzz.sh $(ARGS)
+	@$(if $(filter --merge,$(ARGS)),,SANDGATE_FUZZ_SECONDS=$(FUZZ_SECONDS) REQUIRE_ROOT=1 \
+	  cargo test $(CARGO_FLAGS) -p sandgate-tests --test ebpf -- fuzz:: --nocapture)
 
 redteam: ## attack a sandbox from inside and print the scorecard (REDTEAM_ADAPTER=file: another system's, see tests/redteam)
 	@deploy/setup.sh --tests

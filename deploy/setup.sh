@@ -5,6 +5,7 @@
 #   deploy/setup.sh            install what building and running need
 #   deploy/setup.sh --tests    the same, and what the tests need
 #   deploy/setup.sh --bench    the same, and what the benchmarks need: nginx and unbound, which are not started
+#   deploy/setup.sh --fuzz     the same, and what fuzzing needs: a C++ compiler
 #   deploy/setup.sh --check    change nothing: list what is missing; exit 1 if anything is
 #
 # What it makes, and where (each may be moved by the variable in front):
@@ -29,18 +30,21 @@ BPF_LINKER_LLVM="21 22 23" # LLVM majors that this bpf-linker can be built with
 PACKAGES=(ca-certificates debian-archive-keyring e2fsprogs gcc iproute2 kmod libc6-dev make mmdebstrap mount nftables
   python3 runc util-linux)
 TEST_PACKAGES=(curl jq openssl tcpdump)
+FUZZ_PACKAGES=(g++) # libFuzzer is C++
 BENCH_PACKAGES=(nginx libnginx-mod-stream unbound)
 
 check_only=false
 with_tests=false
 with_bench=false
+with_fuzz=false
 for arg in "$@"; do
   case $arg in
     --check) check_only=true ;;
     --tests) with_tests=true ;;
     --bench) with_bench=true ;;
+    --fuzz) with_fuzz=true ;;
     -h | --help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
-    *) echo "setup: unknown argument '$arg' (known: --tests, --bench, --check, --help)" >&2; exit 64 ;;
+    *) echo "setup: unknown argument '$arg' (known: --tests, --bench, --fuzz, --check, --help)" >&2; exit 64 ;;
   esac
 done
 
@@ -299,6 +303,7 @@ CODENAME=$(. /etc/os-release && [[ ${ID:-} == debian ]] && echo "${VERSION_CODEN
 wanted=("${PACKAGES[@]}")
 ! $with_tests || wanted+=("${TEST_PACKAGES[@]}")
 ! $with_bench || wanted+=("${BENCH_PACKAGES[@]}")
+! $with_fuzz || wanted+=("${FUZZ_PACKAGES[@]}")
 
 problems=$(machine_problems)
 if [[ -n $problems ]]; then

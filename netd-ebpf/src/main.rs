@@ -9,6 +9,7 @@
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 #![cfg(target_arch = "bpf")]
 
+mod context;
 mod control;
 mod events;
 mod flows;

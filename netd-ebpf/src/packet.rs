@@ -1,7 +1,8 @@
 //! Reading a packet: bounds-checked loads, and the fields that the programs judge by.
 
-use aya_ebpf::programs::TcContext;
 use netd_common::{Address, MAPPED, NO_ADDRESS, reason};
+
+use crate::context::{TcContext, is_tagged};
 
 pub const ETHERNET: usize = 14;
 pub const IPV4: usize = 20;
@@ -117,9 +118,7 @@ impl Packet {
             return Kind::Unwanted(reason::MALFORMED);
         };
         self.ethertype = ethernet.half(12);
-        // SAFETY: the context of a classifier. A tag may have been moved out of the frame into the buffer's
-        // description.
-        if unsafe { (*ctx.skb.skb).vlan_present } != 0 {
+        if is_tagged(ctx) {
             return Kind::Unwanted(reason::PROTOCOL_DENIED);
         }
         match self.ethertype {

@@ -8,8 +8,9 @@ use std::{
 use cargo_metadata::{CargoOpt, DependencyKind, Metadata, MetadataCommand, PackageId};
 
 /// Every package of the workspace and its line. A package may use only packages on lower lines.
-const LINES: [(&str, u8); 12] = [
+const LINES: [(&str, u8); 13] = [
     ("sandgate-tests", 5),
+    ("sandgate-fuzz", 5),
     ("netd", 4),
     ("tunnel-proxy", 4),
     ("controller", 4),

@@ -61,6 +61,7 @@ fn walk() -> String {
         "controller",
         "crates",
         "deploy",
+        "fuzz",
         "netd",
         "netd-ebpf",
         "sandboxd",

@@ -69,12 +69,15 @@ pub fn read(packet: &[u8]) -> Received {
     }
     match plain::read(packet) {
         Some(question) => Received::Question(question.into()),
-        None => read_any(packet),
+        None => read_by_library(packet),
     }
 }
 
-/// The same of any form.
-fn read_any(packet: &[u8]) -> Received {
+/// The same of any form: what [`read`] must agree with. At least a header, as there.
+pub fn read_by_library(packet: &[u8]) -> Received {
+    if packet.len() < 12 {
+        return Received::Nothing;
+    }
     let id = u16::from_be_bytes([packet[0], packet[1]]);
     let improper = |code| {
         let mut message = Message::error_msg(id, OpCode::Query, code);

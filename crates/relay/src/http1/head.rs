@@ -54,6 +54,8 @@ pub enum Framing {
 }
 
 const FIELDS_MAX: usize = 100;
+/// Longest method, in bytes.
+const METHOD_MAX: usize = 32;
 /// Fields that speak about one connection only (RFC 9110 7.6.1), and the beginnings of other protocols.
 const HOP_BY_HOP: [&str; 7] = [
     "connection",
@@ -214,9 +216,11 @@ fn try_read(received: &[u8], wanted: Wanted) -> Result<Option<Head>, &'static st
 /// Refuses at the first wrong byte what cannot become a request line.
 fn started_well(received: &[u8]) -> Result<(), &'static str> {
     match received.iter().position(|byte| *byte == b' ') {
-        None if received.len() > 32 => Err("not a request"),
+        None if received.len() > METHOD_MAX => Err("not a request"),
         None if received.iter().all(|byte| is_token(*byte)) => Ok(()),
-        Some(at) if at > 0 && received[..at].iter().all(|byte| is_token(*byte)) => Ok(()),
+        Some(at) if (1..=METHOD_MAX).contains(&at) && received[..at].iter().all(|byte| is_token(*byte)) => {
+            Ok(())
+        }
         None | Some(_) => Err("not a request"),
     }
 }
@@ -258,7 +262,7 @@ fn request_line(line: &[u8], wanted: Wanted) -> Result<Line, &'static str> {
         b"HTTP/2.0" => return Err("HTTP/2 in clear"),
         _ => return Err("not an HTTP/1.x request"),
     };
-    if method.is_empty() || method.len() > 32 || !method.iter().all(|byte| is_token(*byte)) {
+    if method.is_empty() || method.len() > METHOD_MAX || !method.iter().all(|byte| is_token(*byte)) {
         return Err("a broken method");
     }
     let line = |target: String, authority| Line {
@@ -471,6 +475,22 @@ mod tests {
         assert_eq!((head.length, head.framing), (length, Framing::Length(3)));
         assert_eq!(head.host.name.as_ref().map(DomainName::as_str), Some("ok.test"));
         assert_eq!(head.host.port, Some(80));
+    }
+
+    #[test]
+    fn a_method_that_is_too_long_is_none_however_it_is_cut() {
+        let request = format!(
+            "{} / HTTP/1.1\r\nHost: ok.test\r\n\r\n",
+            "G".repeat(METHOD_MAX + 1)
+        );
+        for end in METHOD_MAX + 1..=request.len() {
+            let reading = read(&request.as_bytes()[..end]);
+            assert!(
+                matches!(reading, Reading::Malformed(_)),
+                "cut at {end}: {reading:?}"
+            );
+        }
+        whole(&request[1..]);
     }
 
     #[test]
