@@ -7,6 +7,8 @@ use http::{
 };
 use sandgate_policy::NormalPath;
 
+use super::query;
+
 /// What such requests and their answers are: RFC 8484 (6), RFC 9230 (4), and the JSON of large public resolvers.
 const TYPES: [&str; 3] = [
     "application/dns-message",
@@ -15,16 +17,26 @@ const TYPES: [&str; 3] = [
 ];
 /// How the path of such a service ends (RFC 8484, 4.1.1).
 const SERVICE: &str = "dns-query";
+/// How it ends where large public resolvers answer in JSON, also to those who do not say that they want it, and the
+/// parameter with the name that is asked for.
+const JSON_SERVICE: (&str, &str) = ("resolve", "name");
 
 /// Whether a request is one.
-pub(super) fn is_question(path: &NormalPath, headers: &HeaderMap) -> bool {
+pub(super) fn is_question(path: &NormalPath, query: Option<&str>, headers: &HeaderMap) -> bool {
     let path = path.as_str().trim_end_matches('/');
     let last = path.rsplit('/').next().unwrap_or_default();
+    // Without parameters of the segment (RFC 3986, 3.3).
+    let last = last.split(';').next().unwrap_or_default();
     let values = headers
         .get_all(CONTENT_TYPE)
         .iter()
         .chain(headers.get_all(ACCEPT));
-    last.eq_ignore_ascii_case(SERVICE) || values.into_iter().any(names_type)
+    let (service, parameter) = JSON_SERVICE;
+    // `;` separates parameters too, where a server keeps to what HTML once recommended.
+    let mut parameters = query.unwrap_or_default().split(['&', ';']);
+    let by_json = last.eq_ignore_ascii_case(service)
+        && parameters.any(|part| query::name(part).trim().eq_ignore_ascii_case(parameter));
+    last.eq_ignore_ascii_case(SERVICE) || by_json || values.into_iter().any(names_type)
 }
 
 /// Whether one of the media types in a list is of DNS, with parameters or without.
@@ -44,11 +56,11 @@ mod tests {
     use super::*;
 
     fn asks(path: &str, headers: &[(&'static str, &'static str)]) -> bool {
-        let (path, _query) = NormalPath::parse(path).expect("a path");
+        let (path, query) = NormalPath::parse(path).expect("a path");
         let headers = headers
             .iter()
             .map(|(name, value)| (name.parse().expect("a name"), HeaderValue::from_static(value)));
-        is_question(&path, &headers.collect())
+        is_question(&path, query, &headers.collect())
     }
 
     #[test]
@@ -59,6 +71,14 @@ mod tests {
             "/dns-query?dns=AAAB",
             "/a/b/DNS-Query",
             "/%64ns-query",
+            "/resolve?name=evil.test&type=TXT",
+            "/resolve?name=evil.test",
+            "/a/Resolve/?x=1&NAME=evil.test",
+            "/%72esolve?cd=1&%6eame=evil.test",
+            "/resolve?type=1;name=evil.test",
+            "/resolve?name",
+            "/resolve;v=1?name=evil.test",
+            "/dns-query;v=1",
         ] {
             assert!(asks(path, &[]), "{path}");
         }
@@ -85,6 +105,12 @@ mod tests {
             "/my-dns-query",
             "/docs/dns-query.html",
             "/?dns=AAAB",
+            "/resolve",
+            "/resolve?q=name",
+            "/resolve?names=x&surname=y",
+            "/resolve/x?name=y",
+            "/resolver?name=y",
+            "/?name=evil.test",
         ] {
             assert!(!asks(path, &[]), "{path}");
         }

@@ -112,7 +112,7 @@ async fn exchange(
         Err(why) if is_read => return Err(Refusal::malformed(&why)),
         Ok(_) | Err(_) => as_sent(&parts),
     };
-    if doh::is_question(&facts.path, &parts.headers) {
+    if doh::is_question(&facts.path, query.as_deref(), &parts.headers) {
         let message = "DNS goes by the resolver of the sandbox, not by HTTPS";
         return Err(Refusal::of(StatusCode::FORBIDDEN, Reason::DnsRefused, message));
     }

@@ -222,6 +222,7 @@ async fn a_question_to_a_name_server_goes_nowhere_whatever_the_rules_allow() {
     };
     for request in [
         question("/dns-query?dns=AAABAAABAAAAAAAAA3d3dw", None),
+        question("/resolve?name=evil.test&type=TXT", None),
         question("/x", Some(("accept", "application/dns-message"))),
         question("/x", Some(("content-type", "application/oblivious-dns-message"))),
     ] {

