@@ -4,19 +4,22 @@
 //!
 //! A question goes through: its form ([`message`]), its type, its name, what the sandbox may still say by asking
 //! ([`budget`]), what is known already ([`cache`]), the upstream ([`upstream`], read by [`found`]), what it may learn
-//! ([`filter`]), the pins. All but the upstream is done at once, without waiting.
+//! ([`filter`]), the pins. All but the upstream is done at once, without waiting; how much of it one sandbox may cause by
+//! large answers is bounded ([`load`]).
 
 pub mod budget;
 pub mod cache;
 mod datagrams;
 pub mod filter;
 pub mod found;
+pub mod load;
 pub mod message;
 mod plain;
 mod serve;
 pub mod upstream;
 
 use std::{
+    collections::HashSet,
     net::IpAddr,
     sync::Arc,
     time::{Duration, Instant},
@@ -147,8 +150,12 @@ impl Resolver {
     }
 
     fn too_many(&self, sandbox: &Sandbox, question: &Question) -> (Answer, QueryEnd) {
-        let detail = Some("too many questions at once".to_owned());
-        self.record(sandbox, None, Decision::of(Reason::Quota), detail);
+        self.limit(sandbox, question, "too many questions at once")
+    }
+
+    /// The record names no host: one stands for all of a second.
+    fn limit(&self, sandbox: &Sandbox, question: &Question, what: &str) -> (Answer, QueryEnd) {
+        self.record(sandbox, None, Decision::of(Reason::Quota), Some(what.to_owned()));
         (question.answer(ResponseCode::Refused), QueryEnd::Limited)
     }
 
@@ -269,6 +276,9 @@ impl Resolver {
         found: &Found,
         ttl: Duration,
     ) -> (Answer, QueryEnd) {
+        if !sandbox.dns_load().give(found.records.len(), Instant::now()) {
+            return self.limit(sandbox, question, "too many addresses in a short time");
+        }
         let kept: Vec<IpAddr> = found
             .addresses()
             .filter(|address| self.filter.lets_pass(*address))
@@ -281,11 +291,12 @@ impl Resolver {
             return (question.answer(ResponseCode::NXDomain), QueryEnd::Rebinding);
         }
         match sandbox.pin(name, judged, &kept) {
-            Ok(()) => {}
+            Ok(pinned) => sandbox.dns_load().pinned(pinned),
             Err(PinError::NotAllowed(decision)) => {
                 return self.refuse(sandbox, question, decision.because(Reason::DnsRefused), None);
             }
             Err(error @ (PinError::Kernel(_) | PinError::Log(_))) => {
+                sandbox.dns_load().pinned(kept.len());
                 tracing::error!(sandbox_id = %sandbox.id, %error, "cannot pin an answer");
                 return (question.answer(ResponseCode::ServFail), QueryEnd::Failed);
             }
@@ -294,6 +305,12 @@ impl Resolver {
             (false, _) => QueryEnd::NoSuchName,
             (true, true) => QueryEnd::Empty,
             (true, false) => QueryEnd::Answered,
+        };
+        // Asked for each of hundreds.
+        let kept: HashSet<IpAddr> = if stripped == 0 {
+            HashSet::new()
+        } else {
+            kept.into_iter().collect()
         };
         let answer = question.found(found, ttl, |data| {
             stripped == 0 || found::address(data).is_none_or(|address| kept.contains(&address))

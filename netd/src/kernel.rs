@@ -191,6 +191,9 @@ pub struct Datapath {
     sweep: SharedSweep,
     state: Mutex<State>,
     /// Apart: nothing else waits while they are looked through. Locked without `state`.
+    /// In so many calls [`Self::ended_flows`] has looked at every flow there can be.
+    pub const FLOW_LOOKS: usize = flows::LOOKS;
+
     flows: Mutex<Flows>,
 }
 
@@ -359,12 +362,27 @@ impl Datapath {
 
     /// Adds an address to those that DNS answers gave to the endpoint.
     pub fn bind_address(&self, endpoint: EndpointHandle, address: IpAddr) -> Result<(), DatapathError> {
-        self.state().tables.bind(endpoint, address.to_canonical())
+        self.state().tables.bind_all(endpoint, &[address])
     }
 
     /// Takes it away again: new connections to it are refused, open ones go on.
     pub fn unbind_address(&self, endpoint: EndpointHandle, address: IpAddr) -> Result<(), DatapathError> {
-        self.state().tables.unbind(endpoint, address.to_canonical())
+        self.state().tables.unbind_all(endpoint, &[address])
+    }
+
+    /// Takes some away and then adds others, in one step for whoever else waits for the kernel half: a few dozen at a time.
+    ///
+    /// # Errors
+    /// When the kernel does not take the new ones; none of them is left then.
+    pub fn exchange_addresses(
+        &self,
+        endpoint: EndpointHandle,
+        old: &[IpAddr],
+        new: &[IpAddr],
+    ) -> Result<(), DatapathError> {
+        let mut state = self.state();
+        state.tables.unbind_all(endpoint, old)?;
+        state.tables.bind_all(endpoint, new)
     }
 
     /// The same for all that DNS answers gave to the endpoint, but for these.

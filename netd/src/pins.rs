@@ -120,6 +120,12 @@ impl Pins {
         self.forget(name, address);
     }
 
+    /// Nothing is pinned any more, and the kernel knows none of them: the names stay for records about what was, and their
+    /// room is others'.
+    pub fn retire(&mut self) {
+        self.part.give_all();
+    }
+
     /// A flow to `address` begins: until [`Self::release`] the address keeps a name, however many others are pinned
     /// and however long that takes.
     pub fn hold(&mut self, address: IpAddr) {
@@ -346,6 +352,23 @@ mod tests {
         (0..20).for_each(|last| pin(&mut all[0], last));
         assert_eq!(all[0].addresses().count(), 20);
         assert!(count(&all) <= 40 * 4 + 100);
+    }
+
+    #[test]
+    fn who_is_gone_is_remembered_without_room() {
+        let room = Room::of(2, 10);
+        let mut gone = Pins::within(&room);
+        (0..12).for_each(|last| drop(gone.pin(&name("gone.test"), address(last), 0)));
+        gone.retire();
+        assert_eq!(gone.names(address(3), 1), [name("gone.test")]);
+        let mut next = Pins::within(&room);
+        (0..12).for_each(|last| drop(next.pin(&name("next.test"), address(last), 0)));
+        assert_eq!(next.addresses().count(), 12);
+        assert_eq!(gone.sweep(1, |_| false).len(), 12);
+        drop((gone, next));
+        let mut last = Pins::within(&room);
+        (0..30).for_each(|index| drop(last.pin(&name("last.test"), address(index), 0)));
+        assert_eq!(last.addresses().count(), 12, "given back once");
     }
 
     #[test]

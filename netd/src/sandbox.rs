@@ -33,7 +33,7 @@ pub use self::{
     rules::{Decision, Judgement, Rules, RulesError},
 };
 use crate::{
-    dns::budget::Budget,
+    dns::{budget::Budget, load::Load},
     intercept::{bindings::Bindings, leases::Leases, pool::Pool},
     kernel::{Datapath, DatapathError, EndpointHandle},
     pins::{PIN_LIFETIME, Seconds, log::PinLog, room::Room},
@@ -51,6 +51,8 @@ const QUERIES_MAX: usize = 64;
 const DNS_STREAMS_MAX: usize = 8;
 /// Connections into one sandbox that are being made at once, for the controller and for tunnels each.
 const DIALS_MAX: usize = 64;
+/// Addresses that the kernel half learns or forgets in one step; all others wait for it meanwhile.
+const ADDRESSES_AT_ONCE: usize = 64;
 
 /// One sandbox.
 pub struct Sandbox {
@@ -70,6 +72,8 @@ pub struct Sandbox {
     dns_budget: Mutex<Budget>,
     /// The same as tiers in audit mode count it.
     dns_audited: Mutex<Budget>,
+    /// What its answers have cost.
+    dns_load: Mutex<Load>,
     state: Mutex<State>,
     /// Ports that tunnels lead to, never the agent's. Locked while a connection to one is admitted, so that none
     /// slips in while its port is taken away.
@@ -181,8 +185,8 @@ impl Sandbox {
         pins.sweep(now, |name| rules.judge_name(name).is_allowed());
         let kept: BTreeSet<IpAddr> = pins.addresses().map(|address| address.to_canonical()).collect();
         datapath.unbind_others(handle, &kept)?;
-        for address in kept {
-            datapath.bind_address(handle, address)?;
+        for some in kept.into_iter().collect::<Vec<_>>().chunks(ADDRESSES_AT_ONCE) {
+            datapath.exchange_addresses(handle, &[], some)?;
         }
         let limits = Limits {
             flows: Arc::new(Semaphore::new(FLOWS_MAX)),
@@ -202,6 +206,7 @@ impl Sandbox {
             upstreams: Arc::default(),
             dns_budget: Mutex::default(),
             dns_audited: Mutex::default(),
+            dns_load: Mutex::default(),
             state: Mutex::new(State {
                 enforced: Enforced::new(rules, pins),
                 log: Some(log),
@@ -307,6 +312,11 @@ impl Sandbox {
         self.dns_audited.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What its answers have cost.
+    pub fn dns_load(&self) -> MutexGuard<'_, Load> {
+        self.dns_load.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// What the tiers say about a question that breaks a budget as `breach` tells.
     pub fn judge_dns(&self, breach: impl Fn(&DnsBudget) -> Option<Reason>) -> Decision {
         self.lock().enforced.rules().judge_dns(breach)
@@ -332,7 +342,8 @@ impl Sandbox {
     }
 
     /// Remembers that `name` is about to be answered with `addresses`. Rules of the version allowed it, if one is given:
-    /// they need not be asked again while they are in force.
+    /// they need not be asked again while they are in force. Gives how many of the pairs were new, or had to be written
+    /// down again.
     ///
     /// # Errors
     /// When the name is no longer allowed, or an address could not be made usable; the answer must not go out.
@@ -341,7 +352,7 @@ impl Sandbox {
         name: &DomainName,
         allowed_by: Option<Version>,
         addresses: &[IpAddr],
-    ) -> Result<(), PinError> {
+    ) -> Result<usize, PinError> {
         let mut state = self.lock();
         if allowed_by != Some(state.enforced.version()) || state.enforced.is_closed() {
             let decision = state.enforced.rules().judge_name(name);
@@ -435,6 +446,11 @@ impl Sandbox {
         cut
     }
 
+    /// After [`Self::close`], when the kernel knows it no more: others may pin as many addresses as it had.
+    pub fn retire(&self) {
+        self.lock().enforced.pins().retire();
+    }
+
     /// Waits until the flows have really ended, at most `limit`.
     ///
     /// # Errors
@@ -471,7 +487,7 @@ impl Sandbox {
 }
 
 impl State {
-    /// Pins addresses to a name. What was pinned before a failure stays.
+    /// Pins addresses to a name. What was pinned before a failure stays. Gives how many pairs were written down.
     fn pin(
         &mut self,
         datapath: &Datapath,
@@ -479,34 +495,46 @@ impl State {
         name: &DomainName,
         addresses: &[IpAddr],
         now: Seconds,
-    ) -> Result<(), PinError> {
+    ) -> Result<usize, PinError> {
         let pins = self.enforced.pins();
         let mut unlogged = Vec::new();
         let mut told = Ok(());
-        for address in addresses {
-            let pinned = pins.pin(name, *address, now);
-            for evicted in pinned.evicted {
-                if let Err(error) = datapath.unbind_address(handle, evicted) {
-                    told = Err(error);
+        for some in addresses.chunks(ADDRESSES_AT_ONCE) {
+            let (mut old, mut new, mut written) = (Vec::new(), Vec::new(), Vec::new());
+            for address in some {
+                let pinned = pins.pin(name, *address, now);
+                for evicted in pinned.evicted {
+                    // One that was pinned a moment ago: the kernel does not know it yet.
+                    match new.iter().position(|address| *address == evicted) {
+                        Some(at) => drop(new.swap_remove(at)),
+                        None => old.push(evicted),
+                    }
+                }
+                if pinned.is_new_address {
+                    new.push(*address);
+                }
+                if pinned.must_be_logged {
+                    written.push(*address);
                 }
             }
-            if pinned.is_new_address
-                && let Err(error) = datapath.bind_address(handle, *address)
-            {
-                pins.unpin(name, *address);
-                told = Err(error);
+            if old.is_empty() && new.is_empty() {
+                unlogged.append(&mut written);
+                continue;
             }
+            told = datapath.exchange_addresses(handle, &old, &new);
             if told.is_err() {
+                for address in new {
+                    pins.unpin(name, address);
+                }
                 break;
             }
-            if pinned.must_be_logged {
-                unlogged.push(*address);
-            }
+            unlogged.append(&mut written);
         }
         if let Some(log) = &mut self.log {
             log.append(name, &unlogged, now + PIN_LIFETIME.as_secs(), pins);
         }
-        Ok(told?)
+        told?;
+        Ok(unlogged.len())
     }
 
     /// Brings kernel and log in step with pins that were dropped.
@@ -514,10 +542,10 @@ impl State {
         if unbound.is_empty() {
             return;
         }
-        for address in unbound {
-            // Left in the kernel it only brings the connection to netd, which refuses it.
-            if let Err(error) = datapath.unbind_address(handle, *address) {
-                tracing::warn!(sandbox_id = %id, %error, "cannot unbind an address in the kernel");
+        for some in unbound.chunks(ADDRESSES_AT_ONCE) {
+            // Left in the kernel they only bring the connection to netd, which refuses it.
+            if let Err(error) = datapath.exchange_addresses(handle, some, &[]) {
+                tracing::warn!(sandbox_id = %id, %error, "cannot unbind addresses in the kernel");
             }
         }
         if let Some(log) = &mut self.log {

@@ -102,6 +102,7 @@ fn main() -> ExitCode {
                 dns::budgets::bytes_that_go_upstream_are_counted_and_the_caches_are_not,
                 dns::budgets::the_strictest_tier_sets_the_budget,
                 dns::budgets::limits_of_a_tier_in_audit_mode_are_recorded_and_refuse_nothing,
+                dns::budgets::large_answers_asked_in_turn_are_refused_to_who_asks_alone,
                 dns::pinned::an_address_that_turns_all_the_time_drops_no_flow,
                 dns::pinned::every_one_of_three_hundred_addresses_is_pinned,
                 dns::pinned::what_a_flow_uses_is_not_forgotten_however_much_is_asked,

@@ -17,6 +17,7 @@ mod packet;
 mod packet6;
 mod pass;
 mod passed;
+mod pinned;
 mod policies;
 mod refusal;
 mod sockets;

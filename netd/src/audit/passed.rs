@@ -17,6 +17,8 @@ use crate::{
 
 /// How often the kernel is asked.
 const PAUSE: Duration = Duration::from_secs(1);
+/// Within this every flow of a sandbox that is gone was found, but for time that the looks themselves take.
+pub const ALL_FOUND: Duration = Duration::from_secs(PAUSE.as_secs() * Datapath::FLOW_LOOKS as u64);
 /// Destinations of one sandbox that are kept apart while there is no room; beyond them all are one.
 const HELD_MAX: usize = 4096;
 

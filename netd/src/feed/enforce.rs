@@ -436,10 +436,13 @@ impl Enforcer {
         if sandbox.gone(&flows, CUT_TIME).await.is_err() {
             tracing::error!(sandbox_id = %id, "flows of a removed sandbox did not end in time");
         }
-        if let Err(error) = self.datapath.detach(sandbox.handle) {
-            // Still denied: no address of it is known here any more. The next frame tries again.
-            tracing::error!(sandbox_id = %id, %error, "cannot detach a removed sandbox");
-            self.leftovers.push((sandbox.handle, sandbox.endpoint.address));
+        match self.datapath.detach(sandbox.handle) {
+            Ok(()) => sandbox.retire(),
+            Err(error) => {
+                // Still denied: no address of it is known here any more. The next frame tries again.
+                tracing::error!(sandbox_id = %id, %error, "cannot detach a removed sandbox");
+                self.leftovers.push((sandbox.handle, sandbox.endpoint.address));
+            }
         }
         self.remove_pins(id);
         tracing::info!(sandbox_id = %id, "removed");

@@ -20,9 +20,10 @@ use super::{
 
 /// `BPF_EXIST` of linux/bpf.h: only what is there is written.
 const PRESENT: u64 = 2;
-/// Entries that one call of [`Flows::ended`] looks at, so that it takes tens of milliseconds at most. All there can be are
-/// looked at in eight calls.
-const LOOKED_AT: usize = netd_common::limit::FLOWS / 8;
+/// In so many calls of [`Flows::ended`] all flows there can be are looked at.
+pub(super) const LOOKS: usize = 8;
+/// Entries that one of them looks at, so that it takes tens of milliseconds at most.
+const LOOKED_AT: usize = netd_common::limit::FLOWS / LOOKS;
 
 /// Place of all endpoints together among the counts.
 const TOGETHER: u32 = 0;

@@ -17,6 +17,7 @@ use sandgate_policy::KernelTable;
 use super::{
     Counters, DatapathError, EndpointHandle,
     address::{from_wire, ipv4_from_wire, to_wire},
+    batch,
     error::on_map,
     events::is_missing,
     flows::{Counts, Living},
@@ -45,6 +46,8 @@ pub(super) struct Tables {
     addresses: HashMap<MapData, Address, u32>,
     platform: LpmTrie<MapData, Address, PlatformEntry>,
     bound: HashMap<MapData, BoundKey, u32>,
+    /// The same, for many entries at once.
+    bound_entries: MapData,
     inbound: HashMap<MapData, InboundKey, u64>,
     flow_counts: Counts,
     uplink: Array<MapData, Uplink>,
@@ -67,6 +70,7 @@ impl Tables {
             addresses: open!(pins, HashMap, HashMap, "ADDRESSES"),
             platform: open!(pins, LpmTrie, LpmTrie, "PLATFORM"),
             bound: open!(pins, HashMap, HashMap, "BOUND"),
+            bound_entries: pins.map("BOUND")?,
             inbound: open!(pins, HashMap, HashMap, "INBOUND"),
             flow_counts: Counts::open(pins)?,
             uplink: open!(pins, Array, Array, "UPLINK"),
@@ -263,13 +267,12 @@ impl Tables {
         for key in &belongings.inbound {
             missing_is_fine("INBOUND", self.inbound.remove(key))?;
         }
-        for address in belongings.bound {
-            let key = BoundKey {
-                ordinal,
-                address: to_wire(address),
-            };
-            missing_is_fine("BOUND", self.bound.remove(&key))?;
-        }
+        let bound: Vec<BoundKey> = belongings
+            .bound
+            .iter()
+            .map(|it| bound_key(ordinal, *it))
+            .collect();
+        batch::remove(&self.bound_entries, &bound).map_err(on_map("remove from", "BOUND"))?;
         self.flow_counts.remove(ordinal)?;
         missing_is_fine("THROTTLES", self.throttles.remove(&ordinal))
     }
@@ -362,24 +365,36 @@ impl Tables {
         self.policies.size()
     }
 
-    pub(super) fn bind(&mut self, endpoint: EndpointHandle, address: IpAddr) -> Result<(), DatapathError> {
+    /// With one call of the kernel's, as what follows.
+    pub(super) fn bind_all(
+        &mut self,
+        endpoint: EndpointHandle,
+        addresses: &[IpAddr],
+    ) -> Result<(), DatapathError> {
         self.check(endpoint)?;
-        let key = BoundKey {
-            ordinal: endpoint.ordinal,
-            address: to_wire(address),
-        };
-        self.bound.insert(key, 1, 0).map_err(on_map("write", "BOUND"))?;
-        self.belongings(endpoint)?.bound.insert(address);
+        let keys = bound_keys(endpoint, addresses);
+        if let Err(stopped) = batch::insert(&self.bound_entries, &keys, &vec![1_u32; keys.len()]) {
+            // Those before the one that it refused.
+            let done = keys.get(..stopped.done).unwrap_or_default();
+            batch::remove(&self.bound_entries, done).map_err(on_map("remove from", "BOUND"))?;
+            return Err(on_map("write", "BOUND")(stopped));
+        }
+        let addresses = addresses.iter().map(IpAddr::to_canonical);
+        self.belongings(endpoint)?.bound.extend(addresses);
         Ok(())
     }
 
-    pub(super) fn unbind(&mut self, endpoint: EndpointHandle, address: IpAddr) -> Result<(), DatapathError> {
-        let key = BoundKey {
-            ordinal: endpoint.ordinal,
-            address: to_wire(address),
-        };
-        missing_is_fine("BOUND", self.bound.remove(&key))?;
-        self.belongings(endpoint)?.bound.remove(&address);
+    pub(super) fn unbind_all(
+        &mut self,
+        endpoint: EndpointHandle,
+        addresses: &[IpAddr],
+    ) -> Result<(), DatapathError> {
+        batch::remove(&self.bound_entries, &bound_keys(endpoint, addresses))
+            .map_err(on_map("remove from", "BOUND"))?;
+        let belongings = self.belongings(endpoint)?;
+        for address in addresses {
+            belongings.bound.remove(&address.to_canonical());
+        }
         Ok(())
     }
 
@@ -388,15 +403,9 @@ impl Tables {
         endpoint: EndpointHandle,
         keep: &BTreeSet<IpAddr>,
     ) -> Result<(), DatapathError> {
-        let others: Vec<IpAddr> = self
-            .belongings(endpoint)?
-            .bound
-            .difference(keep)
-            .copied()
-            .collect();
-        others
-            .into_iter()
-            .try_for_each(|address| self.unbind(endpoint, address))
+        let bound = &self.belongings(endpoint)?.bound;
+        let others: Vec<IpAddr> = bound.difference(keep).copied().collect();
+        self.unbind_all(endpoint, &others)
     }
 
     pub(super) fn admit(
@@ -565,6 +574,18 @@ fn next_policy(notes: &mut Array<MapData, Meta>) -> Result<u32, DatapathError> {
     change_meta(notes, |meta| meta.last_policy = next)?;
     Ok(next)
 }
+fn bound_key(ordinal: u32, address: IpAddr) -> BoundKey {
+    BoundKey {
+        ordinal,
+        address: to_wire(address),
+    }
+}
+
+fn bound_keys(endpoint: EndpointHandle, addresses: &[IpAddr]) -> Vec<BoundKey> {
+    let key = |address: &IpAddr| bound_key(endpoint.ordinal, *address);
+    addresses.iter().map(key).collect()
+}
+
 
 fn inbound_key(endpoint: EndpointHandle, sandbox_port: u16, local: SocketAddrV4) -> InboundKey {
     InboundKey {

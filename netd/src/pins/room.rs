@@ -87,14 +87,24 @@ impl Part {
         true
     }
 
-    /// Gives one back.
+    /// Gives one back, if it has any.
     pub(super) fn give(&mut self) {
+        if self.addresses == 0 {
+            return;
+        }
         self.addresses -= 1;
         if self.addresses >= self.room.0.assured {
             self.room.0.taken.fetch_sub(1, Relaxed);
             if self.addresses == self.room.0.assured {
                 self.room.0.takers.fetch_sub(1, Relaxed);
             }
+        }
+    }
+
+    /// Gives all back.
+    pub(super) fn give_all(&mut self) {
+        while self.addresses > 0 {
+            self.give();
         }
     }
 
@@ -113,9 +123,7 @@ impl Part {
 
 impl Drop for Part {
     fn drop(&mut self) {
-        while self.addresses > 0 {
-            self.give();
-        }
+        self.give_all();
     }
 }
 

@@ -10,11 +10,17 @@ use std::{
 use sandgate_api::id::SandboxId;
 
 use super::Sandbox;
+use crate::audit::passed;
 
-/// Sandboxes that are gone, kept so that denials which the kernel reports late still find their owner.
-const DEPARTED_MAX: usize = 256;
-/// How long they are kept: the kernel's denials are read several times a second.
-const DEPARTED_TIME: Duration = Duration::from_secs(10);
+/// Sandboxes that are gone, kept so that what the kernel reports late still finds its owner: denials, which are read several
+/// times a second, and flows that have ended, which on a busy node are found one after the other.
+const DEPARTED_MAX: usize = 1024;
+/// How long they are kept.
+const DEPARTED_TIME: Duration = Duration::from_secs(30);
+const _: () = assert!(
+    DEPARTED_TIME.as_secs() >= 3 * passed::ALL_FOUND.as_secs(),
+    "a record of each flow finds its owner, also where looking takes three times as long"
+);
 
 /// Every sandbox of this node.
 #[derive(Default)]

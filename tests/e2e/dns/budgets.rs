@@ -1,12 +1,13 @@
 //! How much a sandbox may say by asking for names that its policy allows.
 
-use std::collections::HashSet;
+use std::{collections::HashSet, net::IpAddr, time::Duration};
 
 use harness::{
-    dns::Manner,
+    dns::{Answer, Manner},
     probe::{self, Probe},
     sandbox::Sandbox,
-    world::{RESOLVER, WILD},
+    wait,
+    world::{OK, RESOLVER, WILD},
 };
 use serde_json::{Value, json};
 
@@ -208,4 +209,48 @@ pub(crate) fn limits_of_a_tier_in_audit_mode_are_recorded_and_refuse_nothing(nam
         json!({ "reason": "dns_type", "host": "strict0.wild.test", "enforced": true }),
     );
     sandbox.stop();
+}
+
+pub(crate) fn large_answers_asked_in_turn_are_refused_to_who_asks_alone(named: &Named) {
+    const PATIENCE: Duration = Duration::from_secs(60);
+    let limits = json!({ "unique_names_per_minute": 10_000, "query_bytes_per_minute": 10_000_000 });
+    let (sandbox, other) = (named.allowed(&limits), named.fenced());
+    let (probe, others) = (named.probe(&sandbox), named.probe(&other));
+    // More addresses than are remembered, so that each answer has its own pinned anew.
+    let questions: Vec<Value> = (0..10_u8)
+        .map(|index| {
+            let name = format!("crowd{index}.wild.test");
+            let address = |last: u16| {
+                let [high, low] = last.to_be_bytes();
+                IpAddr::from([198, 51, 130 + 2 * index + high, low])
+            };
+            named
+                .world
+                .dns
+                .set(&name, Answer::Addresses((0..500).map(address).collect()));
+            probe::dns(RESOLVER, &name)
+        })
+        .collect();
+    wait::until("it is refused", PATIENCE, || {
+        let outcomes = probe.try_all(&questions);
+        outcomes
+            .iter()
+            .any(|outcome| outcome.rcode == REFUSED)
+            .then_some(())
+    });
+    assert_addresses(&ask(&others, "ok.test"), &[OK.into()]);
+    sandbox.audited(&json!({ "reason": "quota", "protocol": "dns", "decision": "deny",
+        "detail": "too many addresses in a short time" }));
+    // It is made up for, and what was answered before is as good as it was.
+    wait::until("it is answered again", PATIENCE, || {
+        let outcome = ask(&probe, "ok.test");
+        (outcome.rcode != REFUSED).then(|| assert_addresses(&outcome, &[OK.into()]))
+    });
+    let denied = other.audit("");
+    assert!(
+        denied.iter().all(|event| event["reason"] != "quota"),
+        "{denied:#?}"
+    );
+    sandbox.stop();
+    other.stop();
 }
