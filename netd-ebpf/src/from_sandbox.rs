@@ -145,7 +145,7 @@ fn check(ctx: &TcContext, packet: &Packet, endpoint: &Endpoint, kind: Kind) -> V
         // The stack would ignore it, and a refusal would never be answered.
         Kind::Transport | Kind::Icmp if !to_gateway => Verdict::Drop(reason::PROTOCOL_DENIED),
         Kind::Transport => judge(packet, endpoint),
-        Kind::Icmp => match uplink::for_family(packet.is_ipv6()) {
+        Kind::Icmp => match uplink::for_endpoint(endpoint, packet.is_ipv6()) {
             Some(uplink) if control::is_error_of_flow(ctx, endpoint, packet, Way::FromSandbox) => {
                 if control::within_controls(endpoint) {
                     Verdict::Error(uplink)
@@ -206,7 +206,7 @@ fn judge(packet: &Packet, endpoint: &Endpoint) -> Verdict {
         // Nobody reads datagrams.
         Ruling::Proxy { .. } if !tcp => Verdict::Refuse(reason::PROTOCOL_DENIED),
         Ruling::Proxy { bound } => Verdict::Proxy { bound, open: true },
-        Ruling::Pass(audit) => match uplink::for_family(packet.is_ipv6()) {
+        Ruling::Pass(audit) => match uplink::for_endpoint(endpoint, packet.is_ipv6()) {
             Some(uplink) => Verdict::Pass(uplink, audit),
             None if tcp => Verdict::Proxy {
                 bound: false,

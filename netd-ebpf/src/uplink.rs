@@ -15,10 +15,11 @@ pub fn known() -> Option<&'static Uplink> {
     UPLINK.get(0).filter(|uplink| uplink.ifindex != 0)
 }
 
-/// The way out for packets of this family, if there is one.
+/// The way out for an endpoint's packets of this family, if there is one: proven, or this endpoint's to prove.
 #[inline(always)]
-pub fn for_family(ipv6: bool) -> Option<&'static Uplink> {
-    known().filter(|uplink| !ipv6 || uplink.ipv6 != 0)
+pub fn for_endpoint(endpoint: &Endpoint, ipv6: bool) -> Option<&'static Uplink> {
+    let family = if ipv6 { Uplink::IPV6 } else { Uplink::IPV4 };
+    known().filter(|uplink| uplink.proven & family != 0 || uplink.prover == endpoint.ordinal)
 }
 
 /// Sends the packet out. The mark is for the stack, should it ever see the packet: it routes it to the uplink alone.

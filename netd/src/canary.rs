@@ -163,6 +163,8 @@ fn passed(
     let endpoint = datapath.attach(throwaway.endpoint())?;
     let outcome = (|| {
         datapath.set_policy(endpoint, &table(PASSED, KernelAction::Pass))?;
+        // Whether anybody else's packets leave yet or not.
+        datapath.set_prover(Some(endpoint))?;
         throwaway.connect_up(datapath.router())?;
         let (from, heard) = thread::scope(|scope| {
             let answering = scope.spawn(|| responder.answer(word, own));
@@ -186,9 +188,11 @@ fn passed(
             (Err(_), Err(error)) => Err(CanaryError::Pass(format!("did not arrive: {error}"))),
         }
     })();
+    let ended = datapath.set_prover(None);
     let detached = datapath.detach(endpoint);
     throwaway.remove(datapath.router())?;
     outcome?;
+    ended?;
     Ok(detached?)
 }
 

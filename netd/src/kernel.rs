@@ -31,7 +31,12 @@ use self::{
     tables::Tables,
 };
 pub use self::{
-    error::DatapathError, events::EventReader, features::prove, policies::PolicyContent, programs::Guarded,
+    error::DatapathError,
+    events::EventReader,
+    features::prove,
+    policies::PolicyContent,
+    programs::Guarded,
+    uplink::{Proven, Uplink},
 };
 use crate::router::RouterNamespace;
 
@@ -47,6 +52,7 @@ mod policies;
 mod programs;
 mod reasons;
 mod tables;
+mod uplink;
 
 /// Where the datapath lives.
 #[derive(Debug, Clone)]
@@ -70,17 +76,6 @@ pub enum Attach {
     Tcx,
     /// By filters of the `clsact` queueing discipline, as on a kernel before 6.6.
     Clsact,
-}
-
-/// The way out of the router namespace, for what the kernel forwards itself.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Uplink {
-    /// Index of its end in the router namespace.
-    pub ifindex: u32,
-    /// Ethernet address of its other end.
-    pub peer_mac: [u8; 6],
-    /// Whether packets of IPv6 may leave by it too.
-    pub ipv6: bool,
 }
 
 /// An attached endpoint. Stays valid until [`Datapath::detach`], also across restarts of netd.
@@ -438,29 +433,6 @@ impl Datapath {
         self.state().tables.write_platform(&entries, false)
     }
 
-    /// Attaches the program that judges what comes back to the uplink's interface in the router namespace, before all
-    /// others. Before [`Self::set_uplink`]. Idempotent.
-    ///
-    /// # Errors
-    /// When it does not stand there first.
-    pub fn attach_uplink(&self, uplink: &Uplink) -> Result<(), DatapathError> {
-        let mut state = self.state();
-        state
-            .programs
-            .attach_uplink(&self.router, &self.pins, uplink.ifindex)
-    }
-
-    /// Says where packets leave that the kernel may forward itself. `None`: there is no such way, so what address and
-    /// port alone allow goes to netd if it is TCP, and is refused if it is UDP. Holds from the next packet on.
-    pub fn set_uplink(&self, uplink: Option<Uplink>) -> Result<(), DatapathError> {
-        let entry = uplink.map_or_else(netd_common::Uplink::default, |uplink| netd_common::Uplink {
-            ifindex: uplink.ifindex,
-            peer_mac: uplink.peer_mac,
-            ipv6: u16::from(uplink.ipv6),
-        });
-        self.state().tables.set_uplink(entry)
-    }
-
     /// Says whether the kernel may forward new flows of the endpoint; it may at first. Holds from the next packet on, and
     /// for the next netd until that says otherwise. Flows that are open go on.
     ///
@@ -497,7 +469,7 @@ impl Datapath {
             .into_iter()
             .map(|(handle, _)| handle.ifindex)
             .collect();
-        let uplink = tables.uplink()?;
+        let uplink = Some(tables.uplink()?.ifindex).filter(|ifindex| *ifindex != 0);
         let found = programs.guard(&self.router, &self.pins, &interfaces, uplink)?;
         if found
             .iter()

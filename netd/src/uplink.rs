@@ -14,6 +14,7 @@ mod generation;
 mod keeper;
 mod link;
 mod names;
+mod patience;
 
 use std::{
     io,

@@ -274,6 +274,7 @@ fn main() -> ExitCode {
                 passes::a_killed_netd_does_not_touch_what_passes,
                 passes::a_firewall_that_drops_is_named_and_left_alone,
                 passes::a_firewall_that_is_flushed_gets_its_table_back,
+                passes::doubt::an_uplink_that_others_took_over_is_used_no_more_and_made_anew,
                 passes::one_that_goes_leaves_its_guard_to_one_that_stays,
                 passes::switched_off_it_leaves_the_node_alone,
                 passes::the_node_is_as_it_was_when_all_is_taken_down,

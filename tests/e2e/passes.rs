@@ -1,6 +1,8 @@
 //! What leaves by the kernel, without netd: that it does, that it is recorded and cut, that nothing else gets out that
 //! way, and that the node is as it was where it cannot be had, and afterwards.
 
+pub(crate) mod doubt;
+
 use std::{
     fmt::Display,
     net::{Ipv4Addr, SocketAddr},

@@ -241,6 +241,15 @@ fn a_program_that_comes_before_ours_is_put_behind() {
 
 /// An uplink in use whose other end is nowhere.
 fn uplink(datapath: &Datapath) -> Uplink {
+    let uplink = lead_nowhere(datapath);
+    datapath.attach_uplink(&uplink).expect("attached");
+    datapath.set_uplink(Some(uplink)).expect("used");
+    assert!(datapath.guard().expect("a look").is_empty());
+    uplink
+}
+
+/// The same before anybody is told of it.
+pub(crate) fn lead_nowhere(datapath: &Datapath) -> Uplink {
     let router = datapath.router();
     let ifindex = router.run(|| {
         let line = [
@@ -257,15 +266,11 @@ fn uplink(datapath: &Datapath) -> Uplink {
         assert!(made.expect("ip").success());
         nix::net::if_::if_nametoindex(pass::INTERFACE).expect("the uplink")
     });
-    let uplink = Uplink {
+    Uplink {
         ifindex: ifindex.expect("the router"),
         peer_mac: PEER_MAC,
         ipv6: true,
-    };
-    datapath.attach_uplink(&uplink).expect("attached");
-    datapath.set_uplink(Some(uplink)).expect("used");
-    assert!(datapath.guard().expect("a look").is_empty());
-    uplink
+    }
 }
 
 /// The programs of an interface's own list, in their order.
@@ -349,9 +354,16 @@ fn an_uplink_whose_program_cannot_be_put_first_is_used_no_more() {
     assert_eq!(used(&run_dir), 0);
     // No longer in use, no longer looked at.
     assert!(datapath.guard().expect("a look").is_empty());
+    // Nor does anybody use it again who did not see to the program first.
+    assert!(datapath.open_uplink(&uplink, false).is_err());
+    datapath.close_uplink6().expect("nothing to close");
+    datapath.set_prover(None).expect("nothing to prove");
+    assert!(datapath.prepare_uplink(&uplink).is_err());
+    assert_eq!(used(&run_dir), 0);
     drop(intruders);
     hang(&datapath, pass::INTERFACE, 1);
-    datapath.attach_uplink(&uplink).expect("attached again");
-    datapath.set_uplink(Some(uplink)).expect("used again");
+    let proven = datapath.prepare_uplink(&uplink).expect("prepared again");
+    assert!(!proven.ipv4 && !proven.ipv6, "what was proven is proven anew");
+    datapath.open_uplink(&uplink, false).expect("used again");
     assert!(datapath.guard().expect("a look").is_empty());
 }

@@ -113,7 +113,7 @@ impl Listeners {
     }
 }
 
-fn answer(listener: &TcpListener, what: &'static str) {
+pub(crate) fn answer(listener: &TcpListener, what: &'static str) {
     let listener = listener.try_clone().expect("a clone");
     thread::spawn(move || {
         while let Ok((mut stream, _)) = listener.accept() {

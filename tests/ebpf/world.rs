@@ -48,7 +48,7 @@ fn unique() -> String {
 }
 
 /// Runs `ip -batch -` in the calling thread's namespace.
-fn ip(commands: &str) {
+pub(crate) fn ip(commands: &str) {
     let mut child = Command::new("ip")
         .args(["-batch", "-"])
         .stdin(Stdio::piped())
@@ -235,11 +235,11 @@ impl Sandbox {
     }
 }
 
-fn mac_text(mac: [u8; 6]) -> String {
+pub(crate) fn mac_text(mac: [u8; 6]) -> String {
     mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
-fn mac_text_of_gateway() -> String {
+pub(crate) fn mac_text_of_gateway() -> String {
     mac_text(netd_common::GATEWAY_MAC)
 }
 

@@ -104,6 +104,9 @@ pub enum DatapathError {
         /// The interface.
         name: String,
     },
+    /// The uplink is not, or no longer, the one that the programs were told of.
+    #[error("the uplink was taken out of use")]
+    UplinkGone,
     /// The address belongs to another endpoint that is alive.
     #[error("address {address} is in use by interface {ifindex}")]
     AddressInUse {

@@ -195,10 +195,9 @@ impl Tables {
         self.uplink.set(0, uplink, 0).map_err(on_map("write", "UPLINK"))
     }
 
-    /// The interface by which they leave, if they do.
-    pub(super) fn uplink(&self) -> Result<Option<u32>, DatapathError> {
-        let entry = self.uplink.get(&0, 0).map_err(on_map("read", "UPLINK"))?;
-        Ok(Some(entry.ifindex).filter(|ifindex| *ifindex != 0))
+    /// What the programs were told; no interface: nothing leaves.
+    pub(super) fn uplink(&self) -> Result<Uplink, DatapathError> {
+        self.uplink.get(&0, 0).map_err(on_map("read", "UPLINK"))
     }
 
     pub(super) fn known(&self) -> Vec<(EndpointHandle, Ipv4Addr)> {
@@ -574,6 +573,7 @@ fn next_policy(notes: &mut Array<MapData, Meta>) -> Result<u32, DatapathError> {
     change_meta(notes, |meta| meta.last_policy = next)?;
     Ok(next)
 }
+
 fn bound_key(ordinal: u32, address: IpAddr) -> BoundKey {
     BoundKey {
         ordinal,
@@ -585,7 +585,6 @@ fn bound_keys(endpoint: EndpointHandle, addresses: &[IpAddr]) -> Vec<BoundKey> {
     let key = |address: &IpAddr| bound_key(endpoint.ordinal, *address);
     addresses.iter().map(key).collect()
 }
-
 
 fn inbound_key(endpoint: EndpointHandle, sandbox_port: u16, local: SocketAddrV4) -> InboundKey {
     InboundKey {

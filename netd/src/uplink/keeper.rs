@@ -15,10 +15,11 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Place, Uplink, UplinkError, firewall,
     generation::{self, generation},
+    patience::Patience,
 };
 use crate::{
     canary::{self, CanaryError},
-    kernel::{self, Datapath},
+    kernel::Datapath,
     router::pass,
 };
 
@@ -48,9 +49,6 @@ const LOOK: Duration = Duration::from_secs(1);
 const RELOOK: Duration = Duration::from_secs(30);
 /// Announcements of routes come in bursts.
 const SETTLED: Duration = Duration::from_millis(200);
-/// After a failure it is tried again when something has changed, but not sooner than this: each time the node's
-/// settings are changed and restored.
-const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Canaries that are sent before the uplink is taken for broken: to take it away ends whatever leaves by it.
 const FLIGHTS: u32 = 3;
@@ -61,6 +59,17 @@ pub struct Keeper {
     uplink: Mutex<Option<Uplink>>,
     datapath: Arc<Datapath>,
     doubted: Notify,
+}
+
+/// What came of trying IPv6.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Tried {
+    /// It was not.
+    Not,
+    /// The node cannot have it as it is.
+    Impossible,
+    /// A canary flew, or what it needs could not be made.
+    Yes,
 }
 
 /// What has changed on the node since the last look.
@@ -95,28 +104,28 @@ impl Keeper {
     }
 
     /// Makes or adopts the uplink, sends a canary of each family out over it, and has the programs use it for the
-    /// families whose canary returns. If that of IPv4 does not, nothing of the uplink is left. Blocking, a fraction of a
-    /// second when all is well.
+    /// families whose canary returns: until then nobody's packets leave by it but the canary's, or it was in use before.
+    /// If that of IPv4 does not return, nothing of the uplink is left. Blocking, a fraction of a second when all is well.
     pub fn prove(&self) -> Passing {
-        self.prove_again(false, true)
+        self.prove_again(false, true).0
     }
 
     /// The same for an uplink by which IPv6 may have `stood` so far; `again` if it shall be tried where it did not.
-    fn prove_again(&self, stood: bool, again: bool) -> Passing {
+    fn prove_again(&self, stood: bool, again: bool) -> (Passing, Tried) {
         let place = match &self.place {
             Ok(place) => place,
-            Err(reason) => return Passing::nothing(reason.clone()),
+            Err(reason) => return (Passing::nothing(reason.clone()), Tried::Not),
         };
         let mut uplink = self.uplink.lock().unwrap_or_else(PoisonError::into_inner);
         match self.try_out(place, &mut uplink) {
-            Ok(raised) => Passing {
-                ipv4: Ok(()),
-                ipv6: self.try_ipv6(place, raised, stood, again),
-            },
+            Ok(raised) => {
+                let (ipv6, tried) = self.try_ipv6(place, raised, stood, again);
+                (Passing { ipv4: Ok(()), ipv6 }, tried)
+            }
             Err(reason) => {
                 *uplink = None;
                 self.lower(place);
-                Passing::nothing(reason)
+                (Passing::nothing(reason), Tried::Not)
             }
         }
     }
@@ -136,15 +145,17 @@ impl Keeper {
             None => Uplink::raise(place.clone(), self.datapath.router()).map_err(|error| told(&error))?,
         };
         let raised = uplink.insert(raised);
-        self.datapath
-            .attach_uplink(&raised.kernel())
-            .and_then(|()| self.datapath.set_uplink(Some(raised.kernel())))
-            .map_err(|error| told(&error))?;
+        let proven = self.datapath.prepare_uplink(&raised.kernel());
+        let proven = proven.map_err(|error| told(&error))?;
         match self.fly(place, raised, false)? {
-            Ok(()) => Ok(raised),
+            Ok(()) => {
+                let opened = self.datapath.open_uplink(&raised.kernel(), false);
+                opened.map_err(|error| told(&error))?;
+                Ok(raised)
+            }
             Err(error) if error.is_lost() => Err(format!("{error}; {}", firewall::blame(raised.names()))),
             // That nothing could be sent says nothing about the way.
-            Err(error) if stood => {
+            Err(error) if stood && proven.ipv4 => {
                 tracing::warn!(%error, "the kernel pass could not be proven again; it stays as it is");
                 Ok(raised)
             }
@@ -168,29 +179,40 @@ impl Keeper {
     }
 
     /// Has IPv6 leave by an uplink that works, if it can; else takes away what was made for it.
-    fn try_ipv6(&self, place: &Place, uplink: &mut Uplink, stood: bool, again: bool) -> Result<(), String> {
-        let outcome = match uplink.could_ipv6() {
+    fn try_ipv6(
+        &self,
+        place: &Place,
+        uplink: &mut Uplink,
+        stood: bool,
+        again: bool,
+    ) -> (Result<(), String>, Tried) {
+        let (outcome, tried) = match uplink.could_ipv6() {
             // Nothing was made for it.
-            Err(reason) if uplink.ipv6().is_err() => return Err(reason),
-            Err(reason) => Err(reason),
-            Ok(()) if uplink.ipv6().is_err() && !again => return uplink.ipv6(),
-            Ok(()) => self.fly_ipv6(place, uplink, stood),
+            Err(reason) if uplink.ipv6().is_err() => {
+                let tried = if again { Tried::Impossible } else { Tried::Not };
+                return (Err(reason), tried);
+            }
+            Err(reason) => (Err(reason), Tried::Impossible),
+            Ok(()) if uplink.ipv6().is_err() && !again => return (uplink.ipv6(), Tried::Not),
+            Ok(()) => (self.fly_ipv6(place, uplink, stood), Tried::Yes),
         };
         if let Err(reason) = &outcome {
             self.lower_ipv6(uplink, reason);
         }
-        outcome
+        (outcome, tried)
     }
 
     fn fly_ipv6(&self, place: &Place, uplink: &mut Uplink, stood: bool) -> Result<(), String> {
+        let told = |error: &dyn std::error::Error| error.to_string();
         if uplink.ipv6().is_err() {
             let raised = uplink.raise_ipv6(self.datapath.router());
-            raised.map_err(|error| error.to_string())?;
-            let told = self.datapath.set_uplink(Some(uplink.kernel()));
-            told.map_err(|error| error.to_string())?;
+            raised.map_err(|error| told(&error))?;
         }
         match self.fly(place, uplink, true)? {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                let opened = self.datapath.open_uplink(&uplink.kernel(), true);
+                opened.map_err(|error| told(&error))
+            }
             Err(error) if error.is_lost() => Err(format!("{error}; {}", firewall::blame(uplink.names()))),
             Err(error) if stood => {
                 tracing::warn!(%error, "the kernel pass of IPv6 could not be proven again; it stays as it is");
@@ -202,11 +224,7 @@ impl Keeper {
 
     /// First the programs, as below.
     fn lower_ipv6(&self, uplink: &mut Uplink, reason: &str) {
-        let told = self.datapath.set_uplink(Some(kernel::Uplink {
-            ipv6: false,
-            ..uplink.kernel()
-        }));
-        if let Err(error) = told {
+        if let Err(error) = self.datapath.close_uplink6() {
             tracing::error!(%error, "the programs go on using an uplink for IPv6 that does not work");
         }
         if let Err(error) = uplink.lower_ipv6(reason.to_owned(), self.datapath.router()) {
@@ -241,8 +259,10 @@ impl Keeper {
         let (mut routes, mut firewall) = (watch_routes(tasks), watch_firewall(tasks));
         let (mut seen, mut looked) = (self.in_line(), Instant::now());
         let mut pending = Changed::default();
-        // For IPv6 where IPv4 works: whether something has changed since it was tried, and when that was.
-        let (mut pending6, mut tried6) = (false, Instant::now());
+        // For IPv6 where IPv4 works: whether something has changed since it was tried.
+        let mut pending6 = false;
+        let mut patience = Patience::new(passing.ipv4.is_ok(), looked);
+        let mut patience6 = Patience::new(passing.ipv6.is_ok(), looked);
         loop {
             tokio::select! {
                 () = end.cancelled() => return,
@@ -261,25 +281,36 @@ impl Keeper {
             let due = if passing.ipv4.is_ok() {
                 pending.programs || pending.routes || pending.firewall && since >= LOOK || since >= RELOOK
             } else {
-                pending.any() && since >= PATIENCE
+                pending.any() && patience.is_over(Instant::now())
             };
-            let again = passing.ipv6.is_err() && pending6 && tried6.elapsed() >= PATIENCE;
+            let again = passing.ipv6.is_err() && pending6 && patience6.is_over(Instant::now());
             let due6 = again && passing.ipv4.is_ok();
             if !due && !due6 {
                 continue;
             }
             let (keeper, was) = (Arc::clone(&self), passing.clone());
             let looking = tokio::task::spawn_blocking(move || keeper.look(was, pending, again));
-            let found = looking
+            let (found, tried6) = looking
                 .await
-                .unwrap_or_else(|error| Passing::nothing(error.to_string()));
+                .unwrap_or_else(|error| (Passing::nothing(error.to_string()), Tried::Not));
             pending = Changed {
                 // What is not ours went with the uplink that it hung on: the next one may do.
                 programs: pending.programs && found.ipv4.is_err(),
                 ..Changed::default()
             };
-            if again || passing.ipv6.is_ok() {
-                (pending6, tried6) = (false, Instant::now());
+            let now = Instant::now();
+            match found.ipv4 {
+                Ok(()) => patience.worked(now),
+                Err(_) => patience.failed(now),
+            }
+            match (&found.ipv6, tried6) {
+                (Ok(()), _) => patience6.worked(now),
+                (Err(_), Tried::Yes) => patience6.failed(now),
+                (Err(_), Tried::Impossible) => patience6.impossible(now),
+                (Err(_), Tried::Not) => {}
+            }
+            if tried6 != Tried::Not || passing.ipv6.is_ok() {
+                pending6 = false;
             }
             if found.ipv4.is_err() || again {
                 // What we ourselves have just changed is no news.
@@ -329,7 +360,7 @@ impl Keeper {
 
     /// A canary flies where something may have changed on its way; one of IPv6 too where that works, or shall be tried
     /// `again`.
-    fn look(&self, was: Passing, changed: Changed, again: bool) -> Passing {
+    fn look(&self, was: Passing, changed: Changed, again: bool) -> (Passing, Tried) {
         let stood = was.ipv6.is_ok();
         if let (Ok(place), Ok(())) = (&self.place, &was.ipv4)
             && !changed.firewall
@@ -340,12 +371,10 @@ impl Keeper {
                 && matches!(uplink.settle(), Ok(false))
             {
                 if stood && uplink.could_ipv6().is_ok() {
-                    return was;
+                    return (was, Tried::Not);
                 }
-                return Passing {
-                    ipv6: self.try_ipv6(place, uplink, stood, again),
-                    ..was
-                };
+                let (ipv6, tried) = self.try_ipv6(place, uplink, stood, again);
+                return (Passing { ipv6, ..was }, tried);
             }
         }
         self.prove_again(stood, again || was.ipv4.is_err())
