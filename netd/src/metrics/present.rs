@@ -14,6 +14,7 @@ use crate::{
     feed::{Enforced, Standing},
     kernel::{Counters, Datapath},
     sandbox::Sandboxes,
+    uplink::Passing,
 };
 
 /// What netd holds, and what the kernel has counted.
@@ -110,8 +111,22 @@ impl Present {
             let gauge = ConstGauge::new(value);
             gauge.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
         }
-        Ok(())
+        kernel_pass(encoder, &self.standing.borrow().kernel_pass)
     }
+}
+
+fn kernel_pass(encoder: &mut DescriptorEncoder<'_>, passing: &Passing) -> Result<(), fmt::Error> {
+    let mut family = encoder.encode_descriptor(
+        "sandgate_netd_kernel_pass",
+        "1 where what needs no look inside leaves without netd, by family of addresses.",
+        None,
+        MetricType::Gauge,
+    )?;
+    for (name, passes) in [("ipv4", &passing.ipv4), ("ipv6", &passing.ipv6)] {
+        let gauge = ConstGauge::new(u64::from(passes.is_ok()));
+        gauge.encode(family.encode_family(&[("family", name)])?)?;
+    }
+    Ok(())
 }
 
 /// These live as long as the pinned maps do, which is longer than this process.
@@ -147,4 +162,40 @@ fn kernel(encoder: &mut DescriptorEncoder<'_>, counters: &Counters) -> Result<()
 
 fn count(number: usize) -> u64 {
     u64::try_from(number).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use prometheus_client::{encoding::text::encode, registry::Registry};
+    use sandgate_daemon::metrics::prometheus_client;
+
+    use super::*;
+
+    #[derive(Debug)]
+    struct Pass(Passing);
+
+    impl Collector for Pass {
+        fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+            kernel_pass(&mut encoder, &self.0)
+        }
+    }
+
+    #[test]
+    fn each_family_shows_whether_it_passes() {
+        let broken = || Err("broken".to_owned());
+        for (ipv4, ipv6, shown) in [
+            (Ok(()), Ok(()), (1, 1)),
+            (Ok(()), broken(), (1, 0)),
+            (broken(), broken(), (0, 0)),
+        ] {
+            let mut registry = Registry::default();
+            registry.register_collector(Box::new(Pass(Passing { ipv4, ipv6 })));
+            let mut text = String::new();
+            encode(&mut text, &registry).expect("written");
+            for (family, value) in [("ipv4", shown.0), ("ipv6", shown.1)] {
+                let line = format!("\nsandgate_netd_kernel_pass{{family=\"{family}\"}} {value}\n");
+                assert!(text.contains(&line), "{text}");
+            }
+        }
+    }
 }
