@@ -9,7 +9,7 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use ipnet::Ipv4Net;
 use sandgate_daemon::metrics::{InvalidPlace, Place};
-use sandgate_policy::{Platform, PrivateException, Range6};
+use sandgate_policy::{DeniedRanges, Platform, PrivateException, Range6};
 
 pub use tunnels::{MAX_TUNNELS, MAX_TUNNELS_OF_ORGANIZATION, Scheme, Tunnels};
 
@@ -77,6 +77,8 @@ settings! {
     sandbox_cidr6 = "SANDGATE_SANDBOX_CIDR6", "sandbox-cidr6";
     /// Operator exceptions to the private ranges, as netd reads them
     allow_private = "SANDGATE_ALLOW_PRIVATE", "allow-private";
+    /// Ranges that no sandbox may reach besides, as netd reads them
+    deny_ranges = "SANDGATE_DENY_RANGES", "deny-ranges";
     /// Name of the root file system below the image directory [default: default]
     sandbox_image = "SANDBOX_IMAGE", "sandbox-image";
     /// Processors of a sandbox that asks for none [default: 2]
@@ -261,14 +263,15 @@ impl Config {
             sandbox_cidr6: read("SANDGATE_SANDBOX_CIDR6", &settings.sandbox_cidr6, "", |text| {
                 Range6::parse(text, run_dir.as_os_str().as_encoded_bytes()).map_err(|error| error.to_string())
             })?,
-            platform: read("SANDGATE_ALLOW_PRIVATE", &settings.allow_private, "", |text| {
-                if text.is_empty() {
-                    return Ok(Platform::new(Vec::new()));
-                }
-                PrivateException::parse_list(text)
-                    .map(Platform::new)
-                    .map_err(|error| error.to_string())
-            })?,
+            platform: Platform::new(read(
+                "SANDGATE_ALLOW_PRIVATE",
+                &settings.allow_private,
+                "",
+                |text| PrivateException::parse_list(text).map_err(|error| error.to_string()),
+            )?)
+            .without(read("SANDGATE_DENY_RANGES", &settings.deny_ranges, "", |text| {
+                DeniedRanges::parse(text).map_err(|error| error.to_string())
+            })?),
             sandbox: sandbox_defaults(settings)?,
             pool: pool(settings)?,
             disk_reserve_bytes: read("SANDGATE_DISK_RESERVE", &settings.disk_reserve, "2Gi", |text| {
@@ -498,6 +501,7 @@ mod tests {
             ("SANDGATE_SANDBOX_CIDR6", "2001:db8::/64"),
             ("SANDGATE_SANDBOX_CIDR6", "fd00::/120"),
             ("SANDGATE_ALLOW_PRIVATE", "10.0.0.5"),
+            ("SANDGATE_DENY_RANGES", "198.51.100.7/24"),
             ("SANDBOX_IMAGE", "../etc"),
             ("DEFAULT_CPUS", "lots"),
             ("DEFAULT_MEMORY", "2"),

@@ -96,7 +96,8 @@ impl Ground {
             .create(&pins)
             .with_context(|| format!("cannot make {}", pins.display()))?;
         let lock = lock(&directory)?;
-        let platform = Arc::new(Platform::new(config.allow_private.clone()));
+        let platform = Platform::new(config.allow_private.clone()).without(config.deny_ranges.clone());
+        let platform = Arc::new(platform);
         let place = DatapathConfig {
             run_dir: config.run_dir.clone(),
             sandbox_cidr: config.sandbox_cidr,
@@ -145,6 +146,14 @@ fn uplink(config: &Config, datapath: &Datapath) -> Result<Result<Place, String>>
             run_dir: config.run_dir.clone(),
             sandboxes: config.sandbox_cidr,
             sandboxes6: config.sandbox_cidr6,
+            opened6: config
+                .allow_private
+                .iter()
+                .filter_map(|exception| match exception.network() {
+                    IpNet::V6(network) => Some(network),
+                    IpNet::V4(_) => None,
+                })
+                .collect(),
         })),
         KernelPass::Off => {
             datapath

@@ -9,7 +9,7 @@ use std::{
 use clap::Parser;
 use ipnet::{Ipv4Net, Ipv6Net};
 use sandgate_daemon::metrics::{InvalidPlace, Place};
-use sandgate_policy::{PrivateException, Range6};
+use sandgate_policy::{DeniedRanges, PrivateException, Range6};
 
 use crate::{audit::spool, kernel::Attach, metrics::ADDRESS_VARIABLE};
 
@@ -47,6 +47,9 @@ pub struct Arguments {
     /// Exceptions to the private ranges, `10.0.0.5/32:443,10.1.0.0/16:*`
     #[arg(long, env = "SANDGATE_ALLOW_PRIVATE", value_name = "EXCEPTIONS")]
     pub allow_private: Option<String>,
+    /// Ranges that no sandbox may reach, besides the private ones, `198.51.100.0/24,2001:db8:5::/48`
+    #[arg(long, env = "SANDGATE_DENY_RANGES", value_name = "RANGES")]
+    pub deny_ranges: Option<String>,
     /// Addresses of local sandboxes
     #[arg(
         long,
@@ -113,6 +116,8 @@ pub struct Config {
     pub dns_upstream: Vec<SocketAddr>,
     /// Exceptions to the private ranges.
     pub allow_private: Vec<PrivateException>,
+    /// Ranges that no sandbox may reach, besides the private ones.
+    pub deny_ranges: DeniedRanges,
     /// Addresses of local sandboxes.
     pub sandbox_cidr: Ipv4Net,
     /// Their IPv6 addresses, also where the node has no IPv6 and none of them is used.
@@ -170,6 +175,8 @@ impl TryFrom<Arguments> for Config {
             Some(list) => PrivateException::parse_list(list)
                 .map_err(|error| invalid("SANDGATE_ALLOW_PRIVATE", error.to_string()))?,
         };
+        let deny_ranges = DeniedRanges::parse(arguments.deny_ranges.as_deref().unwrap_or_default())
+            .map_err(|error| invalid("SANDGATE_DENY_RANGES", error.to_string()))?;
         if !arguments.run_dir.is_absolute() {
             return Err(invalid("SANDGATE_RUN_DIR", "must be an absolute path"));
         }
@@ -214,6 +221,7 @@ impl TryFrom<Arguments> for Config {
             spool_bytes: size("SANDGATE_AUDIT_SPOOL", &arguments.audit_spool)?,
             dns_upstream,
             allow_private,
+            deny_ranges,
             sandbox_cidr: sandbox_cidr(&arguments.sandbox_cidr)?,
             sandbox_cidr6: range6.network(),
             kernel_pass,
@@ -362,6 +370,7 @@ mod tests {
             audit_spool: "256Mi".into(),
             dns_upstream: Some("192.0.2.53:53, [2001:db8::1]:5353".into()),
             allow_private: Some("10.0.0.5/32:443".into()),
+            deny_ranges: Some("198.51.100.0/24,2001:db8:5::/48".into()),
             sandbox_cidr: "10.213.0.0/16".into(),
             sandbox_cidr6: String::new(),
             kernel_pass: "auto".into(),
@@ -379,6 +388,7 @@ mod tests {
         let config = Config::try_from(arguments()).expect("accepted");
         assert_eq!(config.dns_upstream.len(), 2);
         assert_eq!(config.allow_private.len(), 1);
+        assert_eq!(config.deny_ranges.ranges().len(), 2);
         assert_eq!(config.kernel_pass, KernelPass::Auto);
         assert_eq!(config.attach, Attach::Auto);
         assert_eq!(config.spool_bytes, 256 << 20);
@@ -388,7 +398,7 @@ mod tests {
     #[test]
     fn what_is_wrong_is_named() {
         type Spoil = fn(&mut Arguments);
-        let cases: [(&str, Spoil); 17] = [
+        let cases: [(&str, Spoil); 18] = [
             ("SANDGATE_RUN_DIR", |arguments| arguments.run_dir = "run".into()),
             ("SANDGATE_DATA_DIR", |arguments| arguments.data_dir = "lib".into()),
             ("SANDGATE_AUDIT_SPOOL", |arguments| {
@@ -411,6 +421,9 @@ mod tests {
             }),
             ("SANDGATE_ALLOW_PRIVATE", |arguments| {
                 arguments.allow_private = Some("10.0.0.5/33:443".into())
+            }),
+            ("SANDGATE_DENY_RANGES", |arguments| {
+                arguments.deny_ranges = Some("198.51.100.7/24".into())
             }),
             ("SANDGATE_SANDBOX_CIDR", |arguments| {
                 arguments.sandbox_cidr = "fd00::/64".into()

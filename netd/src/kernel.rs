@@ -186,13 +186,13 @@ pub struct Datapath {
     sweep: SharedSweep,
     state: Mutex<State>,
     /// Apart: nothing else waits while they are looked through. Locked without `state`.
-    /// In so many calls [`Self::ended_flows`] has looked at every flow there can be.
-    pub const FLOW_LOOKS: usize = flows::LOOKS;
-
     flows: Mutex<Flows>,
 }
 
 impl Datapath {
+    /// In so many calls [`Self::ended_flows`] has looked at every flow there can be.
+    pub const FLOW_LOOKS: usize = flows::LOOKS;
+
     /// Makes or adopts the router namespace, the bpffs, maps, programs and links, and writes the platform's ranges.
     /// Endpoints of an earlier netd stay in force under their last policies.
     pub fn open(config: &DatapathConfig, platform: &Platform) -> Result<Self, DatapathError> {
@@ -212,12 +212,13 @@ impl Datapath {
         let ranges = Ranges {
             denied: always_denied(),
             openings: openings(platform),
-            sandboxes: [
+            closed: [
                 Some(IpNet::V4(config.sandbox_cidr)),
                 config.sandbox_cidr6.map(IpNet::V6),
             ]
             .into_iter()
             .flatten()
+            .chain(platform.own().ranges().iter().copied())
             .filter_map(in_one_space)
             .collect(),
         };

@@ -44,6 +44,8 @@ pub struct Place {
     pub sandboxes: Ipv4Net,
     /// Their IPv6 addresses, if they have any.
     pub sandboxes6: Option<Ipv6Net>,
+    /// Private ranges of IPv6 that the operator has opened, which may be on a link of the node's.
+    pub opened6: Vec<Ipv6Net>,
 }
 
 /// An uplink that stands.
@@ -212,7 +214,7 @@ impl Uplink {
     /// # Errors
     /// When that is not possible; the uplink is not to be used then.
     pub fn settle(&self) -> Result<bool, UplinkError> {
-        let mut ways = link::ways(&self.names)?;
+        let mut ways = link::ways(&self.names, &self.place.opened6)?;
         let ipv6 = self.ipv6.is_ok();
         let plan = forwarding::plan(&self.place.run_dir, &self.names, &mut ways, ipv6)?;
         let bounds = (ipv6, firewall::held());

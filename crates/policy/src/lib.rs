@@ -38,7 +38,10 @@ pub use error::PolicyError;
 pub use kernel::{KernelAction, KernelTable, MAX_PREFIXES, MAX_RANGES, PortRange, PrefixEntry};
 pub use names::{DomainName, DomainPattern, NameError};
 pub use path::{NormalPath, PathError, PathPattern, PathPatternError};
-pub use platform::{ExceptionError, Platform, PrivateException, always_denied4, always_denied6};
+pub use platform::{
+    DeniedRangeError, DeniedRanges, ExceptionError, Platform, PrivateException, always_denied4,
+    always_denied6,
+};
 pub use range6::{InvalidRange6, Range6};
 pub use reason::Reason;
 pub use request::{RequestHead, RequestPattern};

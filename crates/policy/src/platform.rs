@@ -1,5 +1,7 @@
 //! Ranges that no sandbox may reach, whatever its policy says, and the operator's exceptions.
 
+mod own;
+
 use std::{
     net::{IpAddr, SocketAddr},
     num::NonZeroU16,
@@ -7,6 +9,7 @@ use std::{
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
+pub use self::own::{DeniedRangeError, DeniedRanges};
 use crate::{
     address,
     document::{Action, Policy},
@@ -159,12 +162,28 @@ impl PrivateException {
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Platform {
     exceptions: Vec<PrivateException>,
+    /// Without exceptions.
+    own: DeniedRanges,
 }
 
 impl Platform {
     /// The denied ranges but for `allow`.
     pub fn new(allow: Vec<PrivateException>) -> Self {
-        Self { exceptions: allow }
+        Self {
+            exceptions: allow,
+            own: DeniedRanges::default(),
+        }
+    }
+
+    /// The same, and these ranges without exception.
+    #[must_use]
+    pub fn without(self, own: DeniedRanges) -> Self {
+        Self { own, ..self }
+    }
+
+    /// What the operator denies besides.
+    pub fn own(&self) -> &DeniedRanges {
+        &self.own
     }
 
     /// What the operator opened.
@@ -176,11 +195,11 @@ impl Platform {
     /// NAT64, Teredo) are denied where that address is. The node's own addresses are not known here.
     pub fn denies(&self, to: SocketAddr) -> bool {
         address::faces(to.ip()).any(|face| {
-            denied(&face)
-                && !self
-                    .exceptions
-                    .iter()
-                    .any(|exception| exception.opens(&face, to.port()))
+            let opened = || {
+                let mut exceptions = self.exceptions.iter();
+                exceptions.any(|exception| exception.opens(&face, to.port()))
+            };
+            self.own.hold(&face) || denied(&face) && !opened()
         })
     }
 
@@ -209,7 +228,7 @@ impl Platform {
         };
         match listed
             .chain(ruled)
-            .find(|(_, range)| inside_denied(range) && !opened(range))
+            .find(|(_, range)| self.own.cover(range) || inside_denied(range) && !opened(range))
         {
             Some((field, range)) => Err(PolicyError::new(
                 field,

@@ -25,8 +25,8 @@ pub(super) struct Ranges {
     pub(super) denied: Vec<Ipv6Net>,
     /// The operator's exceptions.
     pub(super) openings: Vec<Opening>,
-    /// Addresses of sandboxes: denied without exception, for one sandbox never reaches another.
-    pub(super) sandboxes: Vec<Ipv6Net>,
+    /// Denied without exception: addresses of sandboxes, for one never reaches another, and what the operator denies.
+    pub(super) closed: Vec<Ipv6Net>,
 }
 
 impl Ranges {
@@ -42,7 +42,7 @@ impl Ranges {
             .denied
             .iter()
             .chain(self.openings.iter().map(|opening| &opening.prefix))
-            .chain(&self.sandboxes)
+            .chain(&self.closed)
             .chain(&nodes)
             .map(Ipv6Net::trunc)
             .collect();
@@ -60,13 +60,13 @@ impl Ranges {
     }
 
     fn entry(&self, prefix: Ipv6Net, is_node: bool) -> Result<PlatformEntry, DatapathError> {
-        let in_sandboxes = self.sandboxes.iter().any(|range| range.contains(&prefix));
+        let is_closed = self.closed.iter().any(|range| range.contains(&prefix));
         let covered = self.denied.iter().any(|range| range.contains(&prefix));
         let mut entry = PlatformEntry {
-            denied: u32::from(is_node || in_sandboxes || covered),
+            denied: u32::from(is_node || is_closed || covered),
             ..PlatformEntry::default()
         };
-        if in_sandboxes {
+        if is_closed {
             return Ok(entry);
         }
         let opens = |opening: &&Opening| {
@@ -133,7 +133,11 @@ mod tests {
         Ranges {
             denied: vec![net("10.0.0.0/8"), net("127.0.0.0/8"), net("fc00::/7")],
             openings,
-            sandboxes: vec![net("10.213.0.0/16"), net("fd53:4700::/64")],
+            closed: vec![
+                net("10.213.0.0/16"),
+                net("fd53:4700::/64"),
+                net("198.51.100.0/24"),
+            ],
         }
     }
 
@@ -163,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn sandboxes_cannot_be_opened() {
+    fn sandboxes_and_what_the_operator_denies_cannot_be_opened() {
         let openings = vec![
             opening("10.0.0.0/8", 0, u16::MAX),
             opening("10.213.0.9/32", 0, u16::MAX),
@@ -171,6 +175,8 @@ mod tests {
         let entries = ranges(openings).flatten(&BTreeSet::new()).unwrap();
         assert!(denies(&entries, "10.213.0.9", 443));
         assert!(denies(&entries, "10.213.1.1", 1));
+        assert!(denies(&entries, "198.51.100.9", 443));
+        assert!(!denies(&entries, "198.51.101.9", 443));
         assert!(!denies(&entries, "10.1.1.1", 443));
         let entries = ranges(vec![opening("fd00::/8", 0, u16::MAX)])
             .flatten(&BTreeSet::new())

@@ -20,7 +20,7 @@ const ENDPOINTS: usize = limit::ENDPOINTS;
 /// Seconds of silence after which connection tracking forgets a connection of a sandbox: no longer than the programs
 /// remember it, else one sandbox could fill what the whole node has.
 const TIMEOUTS: &str = "established : 7440, close_wait : 60, last_ack : 10, time_wait : 10, close : 5";
-/// What one sandbox may hold of the entries that the node has for connections.
+/// What one sandbox may hold of the entries that the node has for connections: of all families together.
 const SHARE: u64 = 64;
 /// Entries of a node that does not say how many it has: the least of the kernel's defaults.
 const UNSAID: u64 = 65_536;
@@ -28,7 +28,7 @@ const UNSAID: u64 = 65_536;
 /// Where the chain of forwarded packets stands.
 const FORWARD: &str = "type filter hook forward priority filter; policy accept;";
 
-/// How many connections of one sandbox may be tracked at the same time.
+/// How many connections of one sandbox may be tracked at the same time, of both families together.
 pub(super) fn held() -> u64 {
     let most = fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_max")
         .ok()
@@ -72,7 +72,7 @@ pub(super) fn ruleset(
     let responder = &names.canary;
     let mut leave = String::new();
     let mut masquerade = String::new();
-    for (family, range, ways) in &ranges {
+    for (family, range, on) in &ranges {
         let canary = match range {
             IpNet::V4(_) => IpAddr::V4(canary::address(place.sandboxes)),
             IpNet::V6(range) => IpAddr::V6(canary::address6(place.sandboxes, *range)),
@@ -80,9 +80,16 @@ pub(super) fn ruleset(
         leave.push_str(&format!(
             "    iifname \"{uplink}\" {family} saddr {canary} oifname \"{responder}\" jump pass\n"
         ));
-        for way in *ways {
+        for way in *on {
             leave.push_str(&format!(
                 "    iifname \"{uplink}\" {family} saddr {range} oifname \"{way}\" jump pass\n"
+            ));
+        }
+        // What is only on a link is not the internet, and private: the operator's exceptions are all there is.
+        let on_links = ways.links6.iter().filter(|_| matches!(range, IpNet::V6(_)));
+        for (link, opened) in on_links.flat_map(|(link, opened)| opened.iter().map(move |it| (link, it))) {
+            leave.push_str(&format!(
+                "    iifname \"{uplink}\" {family} saddr {range} {family} daddr {opened} oifname \"{link}\" jump pass\n"
             ));
         }
         masquerade.push_str(&format!(
@@ -93,6 +100,8 @@ pub(super) fn ruleset(
         .iter()
         .map(|switch| format!("    {}\n", guard(switch)))
         .collect();
+    // Counted apart, for the two addresses have nothing in common.
+    let held = (held / u64::try_from(ranges.len()).unwrap_or(u64::MAX)).max(1);
     let held: String = ranges
         .iter()
         .map(|(family, ..)| {
@@ -259,18 +268,24 @@ mod tests {
             run_dir: "/run/sandgate".into(),
             sandboxes: "10.213.0.0/16".parse().unwrap(),
             sandboxes6: Some("fd53:4700::/32".parse().unwrap()),
+            opened6: Vec::new(),
         };
         let way = BTreeSet::from(["eth0".to_owned()]);
-        let (ipv4, ipv6) = (way.clone(), way);
-        let ways = Ways { ipv4, ipv6 };
+        let opened = ["fd00:5::/64", "fd00:6::7/128"].map(|range| range.parse().unwrap());
+        let ways = Ways {
+            ipv4: way.clone(),
+            ipv6: way,
+            links6: [("eth1".to_owned(), opened.into())].into(),
+        };
         let text = ruleset(&names, &place, &ways, &BTreeSet::new(), (true, 4096));
         let at = |part: &str| text.find(part).unwrap_or_else(|| panic!("no `{part}` in {text}"));
         let leaves = at("oifname \"eth0\" jump pass");
         for before in [
             "ct state invalid,untracked drop",
             "ct status dnat goto refuse",
-            "add @held_ip { ip saddr ct count over 4096 } goto refuse",
-            "add @held_ip6 { ip6 saddr ct count over 4096 } goto refuse",
+            // One sandbox has both addresses, and its share once.
+            "add @held_ip { ip saddr ct count over 2048 } goto refuse",
+            "add @held_ip6 { ip6 saddr ct count over 2048 } goto refuse",
         ] {
             assert!(at(before) < leaves, "{before}: {text}");
         }
@@ -280,9 +295,23 @@ mod tests {
         let canary6 = format!("ip6 saddr fd53:4700::ffff oifname \"{}\" jump pass", names.canary);
         at(&canary6);
         assert_eq!(text.matches("\"sgcn").count(), 2, "{text}");
-        // Where IPv6 does not pass, nothing of it is let through.
+        // To a link from which nothing leads on goes what the operator has opened there.
+        assert_eq!(text.matches("oifname \"eth1\"").count(), 2, "{text}");
+        for opened in ["fd00:5::/64", "fd00:6::7/128"] {
+            at(&format!(
+                "ip6 saddr fd53:4700::/32 ip6 daddr {opened} oifname \"eth1\" jump pass"
+            ));
+        }
+        // Where IPv6 does not pass, nothing of it is let through, and the share is that of IPv4.
         let without = ruleset(&names, &place, &ways, &BTreeSet::new(), (false, 4096));
-        assert!(!without.contains("ip6 saddr"), "{without}");
+        assert!(
+            !without.contains("ip6 saddr") && !without.contains("eth1"),
+            "{without}"
+        );
+        assert!(
+            without.contains("add @held_ip { ip saddr ct count over 4096 } goto refuse"),
+            "{without}"
+        );
     }
 
     #[test]

@@ -152,7 +152,8 @@ pub(super) fn plan(run_dir: &Path, names: &Names, ways: &mut Ways, ipv6: bool) -
             .retain(|interface| !matches!(Switch::new(Family::V4, interface).is_on(), Ok(Some(false))));
     }
     let wanted4 = ways.ipv4.iter().map(|interface| (Family::V4, interface));
-    let wanted6 = ways.ipv6.iter().map(|interface| (Family::V6, interface));
+    let wanted6 = ways.ipv6.iter().chain(ways.links6.keys());
+    let wanted6 = wanted6.map(|interface| (Family::V6, interface));
     for (family, interface) in wanted4.chain(wanted6.filter(|_| ipv6 && !whole_node(Family::V6))) {
         let switch = Switch::new(family, interface);
         if switch.is_on()? == Some(false) {

@@ -1,8 +1,12 @@
 //! The veth and the routes over it, in the node's namespace.
 
-use std::{collections::BTreeSet, fs, io, path::PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    path::PathBuf,
+};
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv6Net};
 use nix::net::if_::if_nametoindex;
 use serde::Deserialize;
 
@@ -21,6 +25,9 @@ use crate::{
 
 /// Longest alias that the kernel takes, in bytes (`IFALIASZ` of linux/if.h, its end included).
 const ALIAS_MAX: usize = 255;
+
+/// Longest prefix of IPv6 that is no range of a link.
+const WIDE: u8 = 3;
 
 /// An interface, as `ip -j link` prints it.
 #[derive(Debug, Deserialize)]
@@ -60,7 +67,9 @@ impl Route {
 
     /// Whether it leads further than the interface's own link.
     fn leads_on(&self) -> bool {
-        self.dst == "default" || self.gateway.is_some() || !self.nexthops.is_empty()
+        // A tunnel has no gateway, and is the way to all that is public (2000::/3), or to a half of everything.
+        let is_wide = prefix(&self.dst).is_some_and(|range| range.prefix_len() <= WIDE);
+        self.dst == "default" || is_wide || self.gateway.is_some() || !self.nexthops.is_empty()
     }
 }
 
@@ -68,7 +77,11 @@ impl Route {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Ways {
     pub(super) ipv4: BTreeSet<String>,
+    /// Those from which a route leads on: addresses on a link of the node's own are as public as any in IPv6, and are
+    /// meant for the node and its neighbours.
     pub(super) ipv6: BTreeSet<String>,
+    /// The others, and the private ranges on them that the operator has opened.
+    pub(super) links6: BTreeMap<String, BTreeSet<Ipv6Net>>,
 }
 
 /// Makes the pair, or finds it.
@@ -229,20 +242,45 @@ pub(super) fn refuse_clash(names: &Names, range: IpNet) -> Result<(), UplinkErro
     Ok(())
 }
 
-/// Every interface that a route leads to, but for loopback and what is ours.
-pub(super) fn ways(names: &Names) -> Result<Ways, UplinkError> {
-    let of = |family: &str| -> Result<BTreeSet<String>, UplinkError> {
-        let routes = routes(family)?;
-        // Every interface has a link-local range, which leads nowhere else.
-        let leading = routes.iter().filter(|route| !route.dst.starts_with("fe80:"));
-        let devices = leading.flat_map(Route::devices);
-        let foreign = devices.filter(|device| is_foreign(names, device));
-        Ok(foreign.map(str::to_owned).collect())
+/// Every interface that a route leads to, but for loopback and what is ours; in IPv6 as [`Ways`] says.
+pub(super) fn ways(names: &Names, opened6: &[Ipv6Net]) -> Result<Ways, UplinkError> {
+    Ok(ways_of(names, (&routes("-4")?, &routes("-6")?), opened6))
+}
+
+fn ways_of(names: &Names, (four, six): (&[Route], &[Route]), opened6: &[Ipv6Net]) -> Ways {
+    let foreign = |route: &Route| -> Vec<String> {
+        let devices = route.devices().filter(|device| is_foreign(names, device));
+        devices.map(str::to_owned).collect()
     };
-    Ok(Ways {
-        ipv4: of("-4")?,
-        ipv6: of("-6")?,
-    })
+    let ipv6: BTreeSet<String> = six
+        .iter()
+        .filter(|route| route.leads_on())
+        .flat_map(foreign)
+        .collect();
+    let mut links6: BTreeMap<String, BTreeSet<Ipv6Net>> = BTreeMap::new();
+    for route in six {
+        let Some(IpNet::V6(on_link)) = prefix(&route.dst) else {
+            continue;
+        };
+        let narrower = |opened: &Ipv6Net| {
+            if opened.contains(&on_link) {
+                Some(on_link)
+            } else {
+                on_link.contains(opened).then_some(*opened)
+            }
+        };
+        let opened: BTreeSet<Ipv6Net> = opened6.iter().filter_map(narrower).collect();
+        for device in foreign(route) {
+            if !opened.is_empty() && !ipv6.contains(&device) {
+                links6.entry(device).or_default().extend(&opened);
+            }
+        }
+    }
+    Ways {
+        ipv4: four.iter().flat_map(foreign).collect(),
+        ipv6,
+        links6,
+    }
 }
 
 /// Whether a route of IPv6 leads off the node's own links.
@@ -282,4 +320,51 @@ fn parsed<T: for<'de> Deserialize<'de>>(text: &str) -> Result<Vec<T>, UplinkErro
         program: "ip",
         source,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn read(printed: &str) -> Vec<Route> {
+        parsed(printed).expect("routes")
+    }
+
+    #[test]
+    fn by_ipv6_a_way_is_what_leads_on_and_a_link_only_where_the_operator_opened_it() {
+        let names = Names::of(Path::new("/run/sandgate"));
+        let own = format!(
+            r#"{{"dst":"fd53::/64","gateway":"fe80::1","dev":"{}"}}"#,
+            names.interface
+        );
+        let four = read(
+            r#"[{"dst":"default","gateway":"192.0.2.1","dev":"eth0"},{"dst":"10.0.0.0/8","dev":"eth1"}]"#,
+        );
+        let six = read(&format!(
+            r#"[{own},{{"dst":"default","gateway":"fe80::1","dev":"eth0"}},
+                {{"dst":"2001:db8:1::/64","dev":"eth0"}},{{"dst":"2001:db8:2::/64","dev":"eth1"}},
+                {{"dst":"fd00:5::/64","dev":"eth1"}},{{"dst":"fe80::/64","dev":"eth1"}},
+                {{"dst":"2001:db8:3::/64","gateway":"2001:db8:2::1","dev":"eth2"}},
+                {{"dst":"2001:db8:4::/64","dev":"eth3"}},{{"dst":"2000::/3","dev":"tun0"}},
+                {{"dst":"2001:db8:5::/64","nexthops":[{{"gateway":"fe80::5","dev":"eth4"}}]}},
+                {{"dst":"::1","dev":"lo"}}]"#
+        ));
+        let set = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<BTreeSet<_>>();
+        let ways = ways_of(&names, (&four, &six), &[]);
+        assert_eq!(ways.ipv4, set(&["eth0", "eth1"]));
+        assert_eq!(ways.ipv6, set(&["eth0", "eth2", "eth4", "tun0"]));
+        assert!(ways.links6.is_empty(), "{ways:?}");
+        for (opened, there) in [("fd00::/8", "fd00:5::/64"), ("fd00:5::7/128", "fd00:5::7/128")] {
+            let opened: Ipv6Net = opened.parse().expect("a range");
+            let ways = ways_of(&names, (&four, &six), &[opened]);
+            let there: Ipv6Net = there.parse().expect("a range");
+            let expected = BTreeMap::from([("eth1".to_owned(), BTreeSet::from([there]))]);
+            assert_eq!(ways.links6, expected, "{opened}");
+            assert_eq!(ways.ipv6, set(&["eth0", "eth2", "eth4", "tun0"]));
+        }
+        let beside: Ipv6Net = "fd00:6::/64".parse().expect("a range");
+        assert!(ways_of(&names, (&four, &six), &[beside]).links6.is_empty());
+    }
 }

@@ -173,10 +173,21 @@ pub(crate) fn a_firewall_that_drops_ipv6_is_named_and_ipv4_goes_on(six: &Six) {
 
 pub(crate) fn without_a_way_out_it_is_refused_by_the_range(_: &Six) {
     let world = World::fixture6().build().expect("a world");
-    let node = Node::start_with(&world, &[BY_DEFAULT]).expect("it starts");
+    // An address of the network around, which looks as public as any other.
+    let settings = [BY_DEFAULT, ("SANDGATE_DENY_RANGES", "2001:db8:66::/48")];
+    let node = Node::start_with(&world, &settings).expect("it starts");
     let sandbox = node.register("six").sandbox(&json!({ "network": open(&[443]) }));
     let probe = Probe::install(&sandbox, &world);
     assert_eq!(passes6(&node), Ok(()));
+    let mark = world.capture().mark();
+    probe
+        .try_one(&probe::tcp(EVIL6, 443, "canary"))
+        .assert_refused_at_connect();
+    sandbox.audited(&json!({ "ip": EVIL6.to_string(), "reason": "platform_denied" }));
+    world.capture().assert_nothing_to(EVIL6, mark);
+    let within = json!({ "mode": "allowlist", "allowed_cidrs": ["2001:db8:66::/64"] });
+    let asked = sandbox.client().put(&sandbox.path("/network")).json(&within);
+    asked.send().refused_field("allowed_cidrs[0]");
     world.node().ip("-6 route del default").expect("there was one");
     let reason = wait::within(SOON, || passes6(&node).err()).expect("it is noticed");
     assert!(reason.contains("no route"), "{reason}");

@@ -170,6 +170,65 @@ fn a_policy_that_allows_only_what_the_platform_denies_is_refused() {
     assert_eq!(Platform::default().check(&wide), Ok(()));
 }
 
+#[test]
+fn what_the_operator_denies_is_denied_in_every_form_and_cannot_be_opened() {
+    let own = DeniedRanges::parse(" 198.51.100.0/24, 2001:db8:5::/48,10.1.0.0/16").unwrap();
+    let platform = excepting("10.0.0.0/8:*,[fd00::]/8:*").without(own);
+    for denied in [
+        "198.51.100.7:443",
+        "[64:ff9b::198.51.100.7]:443",
+        "[2002:c633:6407::1]:443",
+        "[::198.51.100.7]:443",
+        "[2001:db8:5:6::7]:80",
+        "10.1.2.3:443",
+        "192.168.0.1:443",
+    ] {
+        assert!(platform.denies(at(denied)), "{denied}");
+    }
+    for open in [
+        "198.51.101.7:443",
+        "[2001:db8:6::7]:443",
+        "10.2.2.3:443",
+        "[fd00::7]:443",
+    ] {
+        assert!(!platform.denies(at(open)), "{open}");
+    }
+    let policy =
+        |range: &str| Policy::parse(&json!({"mode": "allowlist", "allowed_cidrs": [range]})).unwrap();
+    for refused in ["198.51.100.0/25", "2001:db8:5::/64", "10.1.2.0/24"] {
+        assert!(platform.check(&policy(refused)).is_err(), "{refused}");
+    }
+    for taken in ["198.51.100.0/23", "2001:db8::/32", "10.0.0.0/8"] {
+        assert_eq!(platform.check(&policy(taken)), Ok(()), "{taken}");
+    }
+}
+
+#[test]
+fn a_list_of_ranges_that_is_not_clear_is_refused_by_its_entry() {
+    for (list, said) in [
+        ("198.51.100.0", "`198.51.100.0` is not a range"),
+        ("198.51.100.0/24,", "`` is not a range"),
+        ("2001:db8::/129", "`2001:db8::/129` is not a range"),
+        ("198.51.100.7/24", "the range is 198.51.100.0/24"),
+        ("2001:db8::1/64", "the range is 2001:db8::/64"),
+        ("::/0", "as IPv4"),
+        ("::ffff:198.51.100.0/120", "as IPv4"),
+    ] {
+        let error = DeniedRanges::parse(list).unwrap_err().to_string();
+        assert!(error.contains(said), "{list}: {error}");
+    }
+    let many = vec!["198.51.100.0/24"; 257].join(",");
+    assert!(matches!(
+        DeniedRanges::parse(&many),
+        Err(DeniedRangeError::TooMany(257))
+    ));
+    assert_eq!(DeniedRanges::parse(" ").unwrap().ranges(), []);
+    assert_eq!(
+        DeniedRanges::parse("2000::/3,0.0.0.0/0").unwrap().ranges().len(),
+        2
+    );
+}
+
 fn any_ipv4() -> impl Strategy<Value = Ipv4Addr> {
     let edges = always_denied4()
         .iter()
