@@ -23,7 +23,14 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// The node's addresses. Clones share the same set.
 #[derive(Debug, Clone, Default)]
 pub struct NodeAddresses {
-    addresses: Arc<RwLock<BTreeSet<IpAddr>>>,
+    known: Arc<RwLock<Known>>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    addresses: BTreeSet<IpAddr>,
+    /// The datapath has taken them.
+    told: bool,
 }
 
 /// The addresses could not be read or watched.
@@ -46,10 +53,8 @@ pub enum NodeAddressError {
 impl NodeAddresses {
     /// Whether the address is one of this node.
     pub fn contains(&self, address: impl Into<IpAddr>) -> bool {
-        self.addresses
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .contains(&address.into())
+        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+        known.addresses.contains(&address.into())
     }
 
     /// Reads the addresses, tells the datapath, and goes on doing so whenever they change. Netlink sockets are
@@ -96,24 +101,29 @@ impl NodeAddresses {
     }
 
     async fn reread(&self, handle: &rtnetlink::Handle, datapath: &Datapath) -> Result<(), NodeAddressError> {
-        let found = read(handle).await?;
+        self.learn(read(handle).await?, |list| datapath.set_node_addresses(list))
+    }
+
+    /// Remembers the addresses, and tells of them until they are taken. They count for netd in any case.
+    fn learn(
+        &self,
+        found: BTreeSet<IpAddr>,
+        tell: impl FnOnce(&[IpAddr]) -> Result<(), DatapathError>,
+    ) -> Result<(), NodeAddressError> {
+        let list: Vec<IpAddr> = found.iter().copied().collect();
         {
-            let mut addresses = self.addresses.write().unwrap_or_else(PoisonError::into_inner);
-            if *addresses == found {
+            let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+            if known.told && known.addresses == found {
                 return Ok(());
             }
-            addresses.clone_from(&found);
+            *known = Known {
+                addresses: found,
+                told: false,
+            };
         }
-        tracing::info!(count = found.len(), "the node's addresses changed");
-        let list: Vec<IpAddr> = found.into_iter().collect();
-        if let Err(error) = datapath.set_node_addresses(&list) {
-            // Forgotten, so that the next reading tells the datapath again.
-            self.addresses
-                .write()
-                .unwrap_or_else(PoisonError::into_inner)
-                .clear();
-            return Err(error.into());
-        }
+        tracing::info!(count = list.len(), "the node's addresses changed");
+        tell(&list)?;
+        self.known.write().unwrap_or_else(PoisonError::into_inner).told = true;
         Ok(())
     }
 }
@@ -173,6 +183,26 @@ mod tests {
 
     fn ip(text: &str) -> IpAddr {
         text.parse().expect("an address")
+    }
+
+    #[test]
+    fn what_the_kernel_half_did_not_take_is_told_again_and_counts_meanwhile() {
+        let (node, own) = (NodeAddresses::default(), ip("203.0.113.9"));
+        let found = BTreeSet::from([own]);
+        let refused = |_: &[IpAddr]| Err(DatapathError::UplinkGone);
+        assert!(node.learn(found.clone(), refused).is_err());
+        assert!(node.contains(own));
+        assert!(node.learn(found.clone(), refused).is_err(), "told again");
+        assert!(
+            node.learn(found.clone(), |list| {
+                assert_eq!(list, [own]);
+                Ok(())
+            })
+            .is_ok()
+        );
+        assert!(node.learn(found, refused).is_ok(), "told once");
+        assert!(node.learn(BTreeSet::new(), |_| Ok(())).is_ok());
+        assert!(!node.contains(own));
     }
 
     #[test]
