@@ -36,10 +36,13 @@ pub(crate) fn an_uplink_that_others_took_over_is_used_no_more_and_made_anew(mach
     let sandbox = machine.sandbox(&open(&[443, ECHO]));
     let probe = Probe::install(&sandbox, &machine.world);
     assert_eq!(passes(&machine.node), Ok(()));
+    // As the node sees it: its mounts are not ours.
+    let run_dir = machine.node.run_dir().strip_prefix("/").expect("absolute");
+    let run_dir = machine.world.node().task().join("root").join(run_dir);
     // As many as there is room for, so that ours cannot be put before them again.
     let mut intruders = Vec::new();
     let reason = wait::within(SOON, || {
-        while let Some(intruder) = come_first(machine.node.run_dir(), intruders.len()) {
+        while let Some(intruder) = come_first(&run_dir, intruders.len()) {
             intruders.push(intruder);
         }
         passes(&machine.node).err()
