@@ -31,6 +31,7 @@ mod upgrade;
 pub mod upstream;
 
 use std::{
+    collections::BTreeSet,
     convert::Infallible,
     future::Future,
     io,
@@ -81,7 +82,7 @@ use self::{
 };
 use crate::{
     egress::dial::NotDialled,
-    sandbox::{AdmittedRequest, Decision, Judgement, RequestFacts},
+    sandbox::{AdmittedRequest, Decision, Judgement, OverQuota, RequestFacts},
 };
 
 /// Time for the client's half of the TLS handshake.
@@ -198,6 +199,17 @@ pub trait World: Send + Sync + 'static {
     /// # Errors
     /// The decision against it.
     fn admit(&self, facts: RequestFacts) -> Result<Leave, Decision>;
+    /// Counts bytes that are about to go to the host, and the host with the first of them. The denial of a tier in audit
+    /// mode, if there is one.
+    ///
+    /// # Errors
+    /// When they are too many; then they must not go.
+    fn spend(&self, bytes: usize) -> Result<Option<Decision>, OverQuota>;
+    /// Counts a request into which these secrets are about to go. The denial of a tier in audit mode, if there is one.
+    ///
+    /// # Errors
+    /// When one of them was used as often as it may be; then none may be used.
+    fn use_secrets(&self, secrets: &BTreeSet<&str>) -> Result<Option<Decision>, OverQuota>;
     /// Whether a request goes on where a failure of ours keeps it from being recorded or from its secret.
     fn fails_open(&self) -> bool;
     /// Whether another request could be recorded.

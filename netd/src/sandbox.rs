@@ -5,7 +5,9 @@
 mod enforced;
 mod index;
 mod library;
+mod quota;
 mod rules;
+pub(crate) mod spending;
 
 use std::{
     collections::BTreeSet,
@@ -25,12 +27,14 @@ use sandgate_policy::{DnsBudget, DomainName, FailureMode, Reason};
 use tokio::sync::{Notify, Semaphore};
 use tracing::Span;
 
-use self::enforced::Enforced;
+use self::{enforced::Enforced, spending::Spending};
 pub use self::{
     enforced::{Cut, CutReason, Facts, FirstLook, RequestFacts, Version},
     index::Sandboxes,
     library::Library,
+    quota::Met,
     rules::{Decision, Judgement, Rules, RulesError},
+    spending::{Host, OverQuota},
 };
 use crate::{
     dns::{budget::Budget, load::Load},
@@ -74,6 +78,8 @@ pub struct Sandbox {
     dns_audited: Mutex<Budget>,
     /// What its answers have cost.
     dns_load: Mutex<Load>,
+    /// What it has used of its quotas. Locked after the state.
+    spending: Mutex<Spending>,
     state: Mutex<State>,
     /// Ports that tunnels lead to, never the agent's. Locked while a connection to one is admitted, so that none
     /// slips in while its port is taken away.
@@ -207,6 +213,7 @@ impl Sandbox {
             dns_budget: Mutex::default(),
             dns_audited: Mutex::default(),
             dns_load: Mutex::default(),
+            spending: Mutex::new(Spending::new(&rules)),
             state: Mutex::new(State {
                 enforced: Enforced::new(rules, pins),
                 log: Some(log),
@@ -373,6 +380,7 @@ impl Sandbox {
         let mut state = self.lock();
         self.leases.retain(rules.bindings(), rules.generation());
         self.upstreams.renew();
+        self.spending().follow(&rules);
         let replaced = state.enforced.replace(rules, seconds());
         state.forget(&self.datapath, self.handle, &self.id, &replaced.unbound);
         drop(state);

@@ -25,6 +25,7 @@ mod passes;
 mod policies;
 mod pool;
 mod promise;
+mod quotas;
 mod restart;
 mod review;
 mod siege;
@@ -123,6 +124,9 @@ fn main() -> ExitCode {
                 policies::edits::of_changes_at_once_none_is_lost,
                 policies::large::ten_thousand_rules_are_enforced_and_one_more_changes_nothing,
                 policies::a_policy_given_at_create_holds_from_the_first_packet,
+                quotas::what_goes_to_a_host_is_counted_over_all_connections,
+                quotas::hosts_beyond_the_quota_are_not_met,
+                quotas::a_quota_in_audit_mode_is_told_and_stops_nothing,
                 review::a_record_is_explained_and_allowed_by_one_call,
                 review::a_candidate_is_tried_on_what_happened,
                 review::what_was_done_in_audit_mode_becomes_a_policy,

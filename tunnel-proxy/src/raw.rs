@@ -111,7 +111,7 @@ async fn relay(
         let idle = connection.proxy.limits.idle_timeout;
         let ended = both_ways(&mut *near, &mut far, idle, &account.traffic).await;
         account.ends(match ended {
-            End::Closed | End::Idle => Outcome::Served,
+            End::Closed | End::Idle | End::Over => Outcome::Served,
             End::NearFailed => Outcome::Abandoned,
             End::FarFailed => Outcome::Failed,
         });

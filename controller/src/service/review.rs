@@ -10,7 +10,7 @@ use sandgate_api::{
     id::{OrgId, SandboxId},
     rest::{ApiCall, AuditDecision, Explanation, ReplayedAttempt, Simulation, Suggestion},
 };
-use sandgate_policy::{Platform, Policy, PolicyError, Reason};
+use sandgate_policy::{Platform, Policy, PolicyError, Quota, Reason};
 use tokio::sync::Semaphore;
 
 use super::{
@@ -163,7 +163,7 @@ impl Service {
         let sentence = format!(
             "{} {}",
             words::sentence(&event),
-            advice(&event, said.as_ref(), &changes, present.is_live)
+            advice(&event, &tiers, said.as_ref(), &changes, present.is_live)
         );
         Ok(Finding {
             explanation: Explanation {
@@ -367,9 +367,20 @@ fn call(id: &SandboxId, change: &Change) -> ApiCall {
 }
 
 /// What follows from it.
-fn advice(event: &AuditEvent, said: Option<&Said>, changes: &[Change], is_live: bool) -> String {
+fn advice(
+    event: &AuditEvent,
+    tiers: &Tiers,
+    said: Option<&Said>,
+    changes: &[Change],
+    is_live: bool,
+) -> String {
     let Some(said) = said else {
-        return "No policy decides this.".to_owned();
+        return match (event.tier, event.rule.as_deref().and_then(Quota::from_path)) {
+            (Some(tier), Some(quota)) if event.reason == Reason::Quota => {
+                words::quota(tier, quota, tiers.quota(tier, quota))
+            }
+            (_, _) => "No policy decides this.".to_owned(),
+        };
     };
     if said.is_allowed() {
         return match event.verdict {

@@ -45,6 +45,9 @@ impl PolicyDocument {
                 "dns": {
                     "types": ["A", "AAAA"], "unique_names_per_minute": 60, "query_bytes_per_minute": 8192,
                     "label_max": 40, "name_max": 128
+                },
+                "quotas": {
+                    "upload_bytes_per_host": 104_857_600, "new_hosts_per_hour": 100, "secret_uses_per_hour": 1000
                 }
             },
             {

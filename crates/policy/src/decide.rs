@@ -1,18 +1,20 @@
 //! The decision over all tiers.
 
+mod limits;
+
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
 use crate::{
     address,
-    dns::DnsBudget,
-    document::{Ech, FailureMode, Policy, Tls},
+    document::{Policy, Tls},
     error::PolicyError,
     kernel::{self, KernelAction, KernelTable},
     names::{DomainName, DomainPattern},
     platform::Platform,
     ports::{PortSet, PortSpan},
+    quota,
     reason::Reason,
     request::RequestHead,
     tier::{Cause, Claim, Judgement, Listed, Place, Tier, View},
@@ -100,7 +102,7 @@ pub struct SandboxPolicy {
     /// How many tiers were given; the default policy stands in for none.
     given: usize,
     bindings: Vec<BoundHost>,
-    /// The ports of all bindings.
+    /// The ports of all bindings; every port where flows are counted.
     read: PortSet,
 }
 
@@ -109,7 +111,8 @@ impl SandboxPolicy {
     ///
     /// # Errors
     ///
-    /// When the tiers together are more than the kernel's table holds. The field is one of the last tier's document.
+    /// When the tiers together are more than the kernel's table holds, or one allows datagrams where another has a quota of
+    /// flows. The field is one of the last tier's document.
     pub fn compile(platform: &Platform, tiers: &[(String, Policy)]) -> Result<Self, PolicyError> {
         Self::compile_with(platform, tiers, &[])
     }
@@ -145,11 +148,7 @@ impl SandboxPolicy {
         } else {
             tiers.iter().map(|(_, policy)| policy).collect()
         };
-        let compiled: Vec<Tier> = policies.iter().map(|policy| Tier::compile(policy)).collect();
-        let bound_ports = bindings.iter().flat_map(|binding| &binding.ports);
-        let read = PortSet::new(bound_ports.copied().map(PortSpan::one));
-        let table = kernel::table(&compiled, &read).map_err(|excess| {
-            let mut error = excess.of(policies.last().map_or(&default, |policy| *policy));
+        let together = |mut error: PolicyError| {
             if let [above @ .., (last, _)] = tiers
                 && !above.is_empty()
             {
@@ -161,7 +160,17 @@ impl SandboxPolicy {
                 );
             }
             error
-        })?;
+        };
+        quota::check(&policies).map_err(together)?;
+        let compiled: Vec<Tier> = policies.iter().map(|policy| Tier::compile(policy)).collect();
+        let read = if compiled.iter().any(|tier| tier.quotas.of_flows().is_some()) {
+            PortSet::all()
+        } else {
+            let bound_ports = bindings.iter().flat_map(|binding| &binding.ports);
+            PortSet::new(bound_ports.copied().map(PortSpan::one))
+        };
+        let table = kernel::table(&compiled, &read)
+            .map_err(|excess| together(excess.of(policies.last().map_or(&default, |policy| *policy))))?;
         let mut order: Vec<usize> = (0..compiled.len()).collect();
         order.sort_by_key(|tier| compiled[*tier].is_audit);
         let policy = Self {
@@ -415,30 +424,6 @@ impl SandboxPolicy {
         }
     }
 
-    /// Decides by what tiers say of DNS beside names: `breach` says whether a query is too much for a budget, and why.
-    /// The tier that enforces the limit comes first, then one that only records it.
-    pub fn decide_dns(&self, breach: impl Fn(&DnsBudget) -> Option<Reason>) -> Verdict {
-        self.decide_field("dns", |tier| breach(&tier.dns))
-    }
-
-    /// Decides a flow whose ClientHello hides its name in a form that is never sent for show.
-    pub fn decide_ech(&self) -> Verdict {
-        self.decide_field("ech", |tier| match tier.ech {
-            Ech::Deny => Some(Reason::Ech),
-            Ech::Allow => None,
-        })
-    }
-
-    fn decide_field(&self, name: &'static str, denies: impl Fn(&Tier) -> Option<Reason>) -> Verdict {
-        let denial = self
-            .order
-            .iter()
-            .find_map(|tier| denies(&self.tiers[*tier]).map(|reason| (*tier, reason)));
-        let (tier, reason) = denial.unwrap_or_else(|| (self.last(), Reason::Allowed));
-        let cause = Cause::Field(name);
-        self.verdict(tier, Judgement { reason, cause }, false)
-    }
-
     /// What the kernel does for a destination: the platform's ranges first, then what [`SandboxPolicy::kernel_table`]
     /// says. The table may give a coarser reason of a denial, and [`KernelAction::Proxy`] where bindings on many ports
     /// would make it too large.
@@ -470,29 +455,6 @@ impl SandboxPolicy {
     /// Never: it fitted when the tiers were compiled.
     pub fn kernel_table(&self) -> KernelTable {
         kernel::table(&self.tiers, &self.read).unwrap_or_else(|excess| unreachable!("{excess:?}"))
-    }
-
-    /// What may be asked of DNS: of each limit the strictest of all tiers that enforce, and no limit where none does.
-    pub fn dns(&self) -> DnsBudget {
-        let budgets = self.counted(Tiers::Enforcing).map(|tier| self.tiers[tier].dns);
-        budgets.fold(DnsBudget::UNLIMITED, DnsBudget::strictest)
-    }
-
-    /// The same over all tiers, where any is in audit mode: what goes beyond it is recorded and not refused.
-    pub fn dns_audited(&self) -> Option<DnsBudget> {
-        let budgets = self.counted(Tiers::All).map(|tier| self.tiers[tier].dns);
-        let is_audited = self.tiers.iter().any(|tier| tier.is_audit);
-        is_audited.then(|| budgets.fold(DnsBudget::UNLIMITED, DnsBudget::strictest))
-    }
-
-    /// The strictest of the modes of tiers that enforce; open where none does.
-    pub fn failure_mode(&self) -> FailureMode {
-        let open = |tier: usize| self.tiers[tier].failure_mode == FailureMode::FailOpen;
-        if self.counted(Tiers::Enforcing).all(open) {
-            FailureMode::FailOpen
-        } else {
-            FailureMode::FailClosed
-        }
     }
 
     fn verdict(&self, tier: usize, judgement: Judgement, needs_name: bool) -> Verdict {

@@ -19,6 +19,7 @@ use crate::{
     error::PolicyError,
     names::DomainPattern,
     ports::PortSpan,
+    quota::{Quota, Quotas},
     request::RequestPattern,
 };
 
@@ -236,6 +237,7 @@ pub struct Policy {
     /// Shared with what they compile to.
     pub(crate) rules: Vec<Arc<Rule>>,
     pub(crate) dns: DnsBudget,
+    pub(crate) quotas: Quotas,
     pub(crate) ech: Ech,
     pub(crate) enforcement: Enforcement,
     pub(crate) failure_mode: FailureMode,
@@ -253,6 +255,7 @@ impl Default for Policy {
             allowed_ports: vec![443],
             rules: Vec::new(),
             dns: DnsBudget::default(),
+            quotas: Quotas::default(),
             ech: Ech::Deny,
             enforcement: Enforcement::Enforce,
             failure_mode: FailureMode::FailClosed,
@@ -285,6 +288,7 @@ impl Policy {
             "allowed_ports": self.allowed_ports,
             "rules": self.rules.iter().map(|rule| rule.to_value()).collect::<Vec<_>>(),
             "dns": budget(&self.dns),
+            "quotas": quotas(&self.quotas),
             "ech": self.ech.as_str(),
             "enforcement": self.enforcement.as_str(),
             "failure_mode": self.failure_mode.as_str(),
@@ -314,6 +318,11 @@ impl Policy {
     /// What may be asked of DNS.
     pub fn dns(&self) -> DnsBudget {
         self.dns
+    }
+
+    /// How much may be done of what is allowed.
+    pub fn quotas(&self) -> Quotas {
+        self.quotas
     }
 
     /// What happens to names that are hidden.
@@ -367,6 +376,13 @@ fn budget(dns: &DnsBudget) -> Value {
         "label_max": dns.label_max,
         "name_max": dns.name_max,
     })
+}
+
+fn quotas(quotas: &Quotas) -> Value {
+    let limits = Quota::ALL
+        .into_iter()
+        .filter_map(|quota| Some((quota.field().to_owned(), quotas.limit(quota)?.into())));
+    Value::Object(limits.collect())
 }
 
 fn requests(pattern: &RequestPattern) -> Value {

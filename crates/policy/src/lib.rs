@@ -23,6 +23,7 @@ mod names;
 mod path;
 mod platform;
 mod ports;
+mod quota;
 #[cfg(test)]
 mod random;
 mod range6;
@@ -42,6 +43,7 @@ pub use platform::{
     DeniedRangeError, DeniedRanges, ExceptionError, Platform, PrivateException, always_denied4,
     always_denied6,
 };
+pub use quota::{Quota, Quotas};
 pub use range6::{InvalidRange6, Range6};
 pub use reason::Reason;
 pub use request::{RequestHead, RequestPattern};

@@ -6,31 +6,32 @@
 //! below them depends on the port alone.
 
 mod index;
+mod rule;
 
-use std::{
-    collections::HashMap,
-    net::IpAddr,
-    sync::{Arc, LazyLock},
-};
+use std::{collections::HashMap, net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
 
 pub(crate) use self::index::NONE;
-use self::index::{AddressIndex, FirstByPort};
+use self::{
+    index::{AddressIndex, FirstByPort},
+    rule::{Match, Origin, TierRule, rule_ports},
+};
 use crate::{
     address,
     dns::DnsBudget,
     document::{Action, Ech, Enforcement, FailureMode, Inside, Mode, Policy, Rule, RuleProtocol},
     kernel::KernelAction,
-    names::{DomainIndex, DomainName, DomainPattern, DomainSet},
+    names::{DomainIndex, DomainName, DomainPattern},
     ports::{PortSet, PortSpan},
+    quota::Quotas,
     reason::Reason,
 };
 
 /// A compiled document.
 #[derive(Debug, Clone)]
 pub(crate) struct Tier {
-    pub(crate) rules: Vec<TierRule>,
+    rules: Vec<TierRule>,
     /// The different sets of ports of the rules.
     port_sets: Vec<PortSet>,
     /// Where the mode allows what no rule mentions. `None`: nowhere.
@@ -40,6 +41,7 @@ pub(crate) struct Tier {
     pub(crate) failure_mode: FailureMode,
     pub(crate) ech: Ech,
     pub(crate) dns: DnsBudget,
+    pub(crate) quotas: Quotas,
     addresses: AddressIndex,
     hosts: DomainIndex,
     /// Rules that deny every address of one family.
@@ -61,20 +63,6 @@ struct First {
     allows_names: FirstByPort,
     /// That denies IPv4 ranges.
     denies_ranges4: FirstByPort,
-}
-
-/// One entry of the ordered list.
-#[derive(Debug, Clone)]
-pub(crate) struct TierRule {
-    origin: Origin,
-    /// The document's, or one that says what a list says.
-    rule: Arc<Rule>,
-    /// Its domains, to be searched; none where it has none.
-    domains: Option<Box<DomainSet>>,
-    /// Of a long list of ranges: positions in it.
-    index: Option<Box<AddressIndex>>,
-    /// Which of the tier's sets of ports.
-    ports: u32,
 }
 
 /// A rule that lists an address, as far as the kernel's answer depends on it.
@@ -126,15 +114,6 @@ pub(crate) struct Place<'a> {
     pub(crate) listed: &'a [Listed],
     /// They carry IPv4 addresses, which rules that deny IPv4 ranges may mean.
     pub(crate) wraps: bool,
-}
-
-/// What a rule is called in the audit.
-#[derive(Debug, Clone, Copy)]
-enum Origin {
-    /// By its author, or by its place among the rules, which is the same here as in the document.
-    Rule,
-    /// By the list and the entry that matched.
-    List(&'static str),
 }
 
 /// What decided: for [`Tier::label`].
@@ -258,6 +237,7 @@ impl Tier {
             failure_mode: policy.failure_mode,
             ech: policy.ech,
             dns: policy.dns,
+            quotas: policy.quotas,
         }
     }
 
@@ -640,104 +620,6 @@ impl PortSets {
 
 fn numbered(rules: &[TierRule]) -> impl Iterator<Item = (u32, &TierRule)> {
     (0u32..).zip(rules)
-}
-
-/// A deny rule without ports concerns them all; an allow rule opens what the document opens.
-fn rule_ports(rule: &Rule, listed: &PortSet) -> PortSet {
-    match (&rule.ports, rule.action) {
-        (Some(spans), _) => PortSet::new(spans.iter().copied()),
-        (None, Action::Deny) => PortSet::all(),
-        (None, Action::Allow) => listed.clone(),
-    }
-}
-
-/// How an allow rule matched; the number is the entry of its list.
-enum Match {
-    /// By the address, by what it is pinned for, or by the name shown for which it is pinned.
-    Full(usize),
-    /// Only by the name shown.
-    Unbound(usize),
-    None,
-}
-
-impl TierRule {
-    fn new(origin: Origin, rule: Arc<Rule>, ports: u32) -> Self {
-        let has_domains = !rule.domains.is_empty();
-        let is_long = rule.cidrs.len() > 16;
-        Self {
-            origin,
-            domains: has_domains.then(|| Box::new(DomainSet::new(&rule.domains))),
-            index: is_long.then(|| Box::new(AddressIndex::new((0u32..).zip(&rule.cidrs)))),
-            rule,
-            ports,
-        }
-    }
-
-    fn action(&self) -> Action {
-        self.rule.action
-    }
-
-    fn protocol(&self) -> RuleProtocol {
-        self.rule.protocol
-    }
-
-    fn domains(&self) -> &DomainSet {
-        static NONE: LazyLock<DomainSet> = LazyLock::new(DomainSet::default);
-        self.domains.as_deref().unwrap_or(&NONE)
-    }
-
-    fn denies(&self, flow: &View<'_>) -> Option<usize> {
-        let shown = match flow.claim {
-            Claim::Name(name) => self.domains().covering(name),
-            Claim::Nothing | Claim::Unlisted => None,
-        };
-        let pinned = || match self.protocol() {
-            RuleProtocol::Http | RuleProtocol::Udp => None,
-            RuleProtocol::Tcp => flow.bound.iter().find_map(|name| self.domains().covering(name)),
-        };
-        let wrapped = || address::faces(flow.address).find_map(|face| self.lists(face));
-        wrapped()
-            .or_else(|| self.domains().any())
-            .or(shown)
-            .or_else(pinned)
-    }
-
-    fn allows(&self, flow: &View<'_>) -> Match {
-        if let Some(entry) = self.lists(address::canonical(flow.address)) {
-            return Match::Full(entry);
-        }
-        match (self.protocol(), flow.claim) {
-            (RuleProtocol::Tcp, _) => {
-                let pinned = flow.bound.iter().find_map(|name| self.domains().opening(name));
-                pinned.map_or(Match::None, Match::Full)
-            }
-            (RuleProtocol::Http, Claim::Name(name)) => match self.domains().opening(name) {
-                Some(entry) if flow.bound.contains(name) => Match::Full(entry),
-                Some(entry) => Match::Unbound(entry),
-                None => Match::None,
-            },
-            (RuleProtocol::Http, Claim::Nothing | Claim::Unlisted) | (RuleProtocol::Udp, _) => Match::None,
-        }
-    }
-
-    /// The first of its ranges that holds the address.
-    fn lists(&self, address: IpAddr) -> Option<usize> {
-        match &self.index {
-            Some(index) => index.containing(address).min().map(|position| position as usize),
-            None => self
-                .rule
-                .cidrs
-                .iter()
-                .position(|network| network.contains(&address)),
-        }
-    }
-
-    /// The entry that makes the rule concern every address of a family.
-    fn everywhere(&self, family: usize) -> Option<usize> {
-        let of_family = |range: &IpNet| matches!((range, family), (IpNet::V4(_), 0) | (IpNet::V6(_), 1));
-        let mut ranges = self.rule.cidrs.iter();
-        ranges.position(|range| of_family(range) && range.prefix_len() == 0)
-    }
 }
 
 #[cfg(test)]

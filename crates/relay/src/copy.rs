@@ -6,7 +6,10 @@
 use std::{
     io,
     pin::pin,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -14,6 +17,8 @@ use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     time::Instant,
 };
+
+use crate::allowance::Allowance;
 
 /// Bytes moved at once, per direction.
 pub const CHUNK: usize = 16 * 1024;
@@ -23,9 +28,30 @@ pub const CHUNK: usize = 16 * 1024;
 pub struct Traffic {
     up: AtomicU64,
     down: AtomicU64,
+    /// What may still go up; none: everything.
+    allowance: Option<Arc<Allowance>>,
 }
 
 impl Traffic {
+    /// Traffic of which no more goes up than `allowance` has.
+    pub fn within(allowance: Arc<Allowance>) -> Self {
+        Self {
+            allowance: Some(allowance),
+            ..Self::default()
+        }
+    }
+
+    /// Takes so many bytes of what may go up, for the caller itself to send and then to count with
+    /// [`Traffic::add_up`]. False: they may not go.
+    #[must_use]
+    pub fn may_send(&self, bytes: usize) -> bool {
+        self.allowance().is_none_or(|allowance| allowance.take(bytes))
+    }
+
+    pub(crate) fn allowance(&self) -> Option<&Allowance> {
+        self.allowance.as_deref()
+    }
+
     /// Bytes from the near side to the far side.
     pub fn up(&self) -> u64 {
         self.up.load(Ordering::Relaxed)
@@ -109,6 +135,8 @@ pub enum End {
     NearFailed,
     /// The far side's connection failed.
     FarFailed,
+    /// More would have gone up than may.
+    Over,
 }
 
 /// Copies both ways between `near` and `far` until both directions have ended, one of them failed, or
@@ -125,8 +153,14 @@ where
     let (mut far_read, mut far_write) = tokio::io::split(far);
     let active = Activity::default();
 
-    let up = one_way(&mut near_read, &mut far_write, &traffic.up, &active);
-    let down = one_way(&mut far_read, &mut near_write, &traffic.down, &active);
+    let up = one_way(
+        &mut near_read,
+        &mut far_write,
+        &traffic.up,
+        &active,
+        traffic.allowance(),
+    );
+    let down = one_way(&mut far_read, &mut near_write, &traffic.down, &active, None);
     until_both_end(up, down, &active, idle).await
 }
 
@@ -141,12 +175,14 @@ pub(crate) async fn until_both_end(
         up.await.map_err(|side| match side {
             Side::Reading => End::NearFailed,
             Side::Writing => End::FarFailed,
+            Side::Over => End::Over,
         })
     };
     let down = async {
         down.await.map_err(|side| match side {
             Side::Reading => End::FarFailed,
             Side::Writing => End::NearFailed,
+            Side::Over => End::Over,
         })
     };
     let both = pin!(async { tokio::try_join!(up, down) });
@@ -163,9 +199,26 @@ pub(crate) async fn until_both_end(
 pub(crate) enum Side {
     Reading,
     Writing,
+    /// Nowhere: what was read may not go on.
+    Over,
 }
 
-async fn one_way<R, W>(from: &mut R, to: &mut W, moved: &AtomicU64, active: &Activity) -> Result<(), Side>
+/// Takes what is about to be written, where that is limited.
+pub(crate) fn take(allowance: Option<&Allowance>, bytes: usize) -> Result<(), Side> {
+    if allowance.is_none_or(|allowance| allowance.take(bytes)) {
+        Ok(())
+    } else {
+        Err(Side::Over)
+    }
+}
+
+async fn one_way<R, W>(
+    from: &mut R,
+    to: &mut W,
+    moved: &AtomicU64,
+    active: &Activity,
+    allowance: Option<&Allowance>,
+) -> Result<(), Side>
 where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
@@ -182,6 +235,7 @@ where
                 Err(_) => Err(Side::Writing),
             };
         }
+        take(allowance, length)?;
         let mut rest = &chunk[..length];
         while !rest.is_empty() {
             // Written piece by piece, so that slow progress counts as progress.
@@ -238,6 +292,29 @@ mod tests {
         copying.near.read_to_end(&mut answer).await.expect("read");
         assert_eq!(answer, [7; 10]);
         assert_eq!(copying.ended.await.expect("joined"), (End::Closed, 8, 10));
+    }
+
+    #[tokio::test]
+    async fn no_more_goes_up_than_may_and_down_is_not_counted() {
+        let allowance = Arc::new(Allowance::within(Arc::new(AtomicU64::new(10))));
+        let (mut near, near_inside) = tokio::io::duplex(1024);
+        let (mut far, far_inside) = tokio::io::duplex(1024);
+        let traffic = Traffic::within(Arc::clone(&allowance));
+        let copying = both_ways(near_inside, far_inside, Duration::from_secs(60), &traffic);
+        let talking = async {
+            near.write_all(b"0123456").await.expect("written");
+            let mut seen = [0; 7];
+            far.read_exact(&mut seen).await.expect("what may go, goes");
+            far.write_all(&[7; 100]).await.expect("written");
+            near.read_exact(&mut [0; 100]).await.expect("answered");
+            near.write_all(b"789a").await.expect("written");
+            let mut rest = Vec::new();
+            far.read_to_end(&mut rest).await.expect("closed");
+            assert_eq!(rest, b"", "beyond the limit");
+        };
+        let (end, ()) = tokio::join!(copying, talking);
+        assert_eq!((end, traffic.up(), traffic.down()), (End::Over, 7, 100));
+        assert_eq!(allowance.used(), 7);
     }
 
     #[tokio::test(start_paused = true)]

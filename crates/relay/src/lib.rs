@@ -3,6 +3,7 @@
 //!
 //! | module | owns |
 //! |---|---|
+//! | [`allowance`] | how many bytes may go, over all streams that share it |
 //! | [`copy`] | the two-way streaming copy: half-close, idle limit, byte counts, being cut |
 //! | [`dial`] | the guarded dialer: it never connects to an address the platform forbids |
 //! | [`encoded`] | decoding compressed bodies piece by piece, without unbounded output |
@@ -13,6 +14,7 @@
 //! | [`splice`] | the two-way copy between TCP connections whose bulk stays in the kernel |
 //! | [`websocket`] | the same inside the frames of a WebSocket |
 
+pub mod allowance;
 pub mod copy;
 pub mod dial;
 pub mod encoded;

@@ -19,7 +19,10 @@ use rustix::{
 };
 use tokio::{io::Interest, net::TcpStream};
 
-use crate::copy::{self, Activity, CHUNK, End, Side, Traffic};
+use crate::{
+    allowance::Allowance,
+    copy::{self, Activity, CHUNK, End, Side, Traffic},
+};
 
 /// Full chunks in a row after which a direction counts as bulk.
 const BULK_AFTER: u32 = 4;
@@ -34,12 +37,18 @@ const PIPES: usize = 1024;
 /// As [`copy::both_ways`].
 pub async fn both_ways(near: &TcpStream, far: &TcpStream, idle: Duration, traffic: &Traffic) -> End {
     let active = Activity::default();
-    let up = one_way(near, far, traffic.up_counter(), &active);
-    let down = one_way(far, near, traffic.down_counter(), &active);
+    let up = one_way(near, far, traffic.up_counter(), &active, traffic.allowance());
+    let down = one_way(far, near, traffic.down_counter(), &active, None);
     copy::until_both_end(up, down, &active, idle).await
 }
 
-async fn one_way(from: &TcpStream, to: &TcpStream, moved: &AtomicU64, active: &Activity) -> Result<(), Side> {
+async fn one_way(
+    from: &TcpStream,
+    to: &TcpStream,
+    moved: &AtomicU64,
+    active: &Activity,
+    allowance: Option<&Allowance>,
+) -> Result<(), Side> {
     let mut chunk = vec![0_u8; CHUNK];
     let mut full = 0;
     let mut paused = false;
@@ -62,6 +71,7 @@ async fn one_way(from: &TcpStream, to: &TcpStream, moved: &AtomicU64, active: &A
         if length == 0 {
             return close(to);
         }
+        copy::take(allowance, length)?;
         write_all(to, &chunk[..length], moved, active).await?;
         full = if length == CHUNK { full + 1 } else { 0 };
         if full < BULK_AFTER {
@@ -69,7 +79,7 @@ async fn one_way(from: &TcpStream, to: &TcpStream, moved: &AtomicU64, active: &A
         }
         full = 0;
         let Some(pipe) = Pipe::take() else { continue };
-        match stream(from, to, &pipe, moved, active).await? {
+        match stream(from, to, &pipe, moved, active, allowance).await? {
             Streamed::ToTheEnd => return close(to),
             Streamed::UntilAPause => paused = true,
         }
@@ -88,6 +98,7 @@ async fn stream(
     pipe: &Pipe,
     moved: &AtomicU64,
     active: &Activity,
+    allowance: Option<&Allowance>,
 ) -> Result<Streamed, Side> {
     let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
     loop {
@@ -108,6 +119,7 @@ async fn stream(
         if rest == 0 {
             return Ok(Streamed::ToTheEnd);
         }
+        copy::take(allowance, rest)?;
         while rest > 0 {
             let draining = || Ok(splice(&pipe.begin, None, to, None, rest, flags)?);
             match to.try_io(Interest::WRITABLE, draining) {
@@ -328,6 +340,33 @@ mod tests {
         drop(far);
         near.write_all(b"lost").await.ok();
         assert_eq!(ended.await.expect("joined"), End::FarFailed);
+    }
+
+    #[tokio::test]
+    async fn bulk_stops_at_what_may_go_up() {
+        let limit = 3 << 20;
+        let allowance = Arc::new(Allowance::within(Arc::new(AtomicU64::new(limit))));
+        let ((mut near, near_inside), (mut far, far_inside)) = (pair().await, pair().await);
+        let traffic = Traffic::within(Arc::clone(&allowance));
+        let sent = pattern(8 << 20);
+        let copying = async {
+            let end = both_ways(&near_inside, &far_inside, Duration::from_secs(60), &traffic).await;
+            // As the flow's owner does: nobody takes this for an ordinary end.
+            drop((near_inside, far_inside));
+            end
+        };
+        let mut received = Vec::new();
+        let (end, _reset, _cut) =
+            tokio::join!(copying, near.write_all(&sent), far.read_to_end(&mut received));
+        assert_eq!(end, End::Over);
+        assert!(
+            u64::try_from(received.len()).expect("few") <= limit,
+            "{}",
+            received.len()
+        );
+        assert!(sent.starts_with(&received), "changed on the way");
+        assert!(traffic.up() <= limit && allowance.used() <= limit);
+        assert!(traffic.up() > limit / 2, "{} of {limit}", traffic.up());
     }
 
     #[tokio::test]

@@ -2,10 +2,11 @@
 //! records. Decides nothing.
 
 use std::{
+    collections::BTreeSet,
     future::Future,
     pin::pin,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -33,7 +34,7 @@ use crate::{
         pool::Pool,
     },
     metrics::InterceptionEnd,
-    sandbox::{Admitted, CutReason, Decision, RequestFacts, Sandbox},
+    sandbox::{Admitted, CutReason, Decision, Met, OverQuota, RequestFacts, Sandbox},
 };
 
 /// The surroundings of one flow that is read.
@@ -43,6 +44,8 @@ pub(super) struct Surroundings {
     owner: Owner,
     target: Target,
     has_recorded: AtomicBool,
+    /// Once a request is about to go to the host.
+    met: Mutex<Option<Met>>,
 }
 
 impl Surroundings {
@@ -53,6 +56,7 @@ impl Surroundings {
             owner,
             target,
             has_recorded: AtomicBool::new(false),
+            met: Mutex::new(None),
         })
     }
 
@@ -63,6 +67,11 @@ impl Surroundings {
 
     fn sandbox(&self) -> &Arc<Sandbox> {
         self.admitted.sandbox()
+    }
+
+    /// What `look` says of what has gone to the host.
+    fn with_met<T>(&self, look: impl FnOnce(&mut Option<Met>) -> T) -> T {
+        look(&mut self.met.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -78,6 +87,27 @@ impl World for Surroundings {
             bindings: Arc::clone(&admitted.bindings),
             books: Some(admitted),
         })
+    }
+
+    fn spend(&self, bytes: usize) -> Result<Option<Decision>, OverQuota> {
+        self.with_met(|met| {
+            let met = match met {
+                Some(met) => met,
+                None => {
+                    let sandbox = self.sandbox();
+                    let host = sandbox.host(self.target.name.as_ref(), self.target.to.ip());
+                    met.insert(sandbox.meet(host)?)
+                }
+            };
+            if !met.upload().take(bytes) {
+                return Err(met.over());
+            }
+            Ok(met.noted.clone())
+        })
+    }
+
+    fn use_secrets(&self, secrets: &BTreeSet<&str>) -> Result<Option<Decision>, OverQuota> {
+        self.sandbox().use_secrets(secrets.iter().copied())
     }
 
     fn fails_open(&self) -> bool {
@@ -114,6 +144,9 @@ impl World for Surroundings {
             up: exchange.up,
             down: exchange.down,
         };
+        let is_plain = decision.reason == Reason::Allowed;
+        let beyond = self.with_met(|met| met.as_ref().filter(|_| is_plain).and_then(Met::beyond));
+        let decision = beyond.as_ref().unwrap_or(decision);
         Some(self.egress.audit.flow(&self.owner, decision, attempt, passed))
     }
 
@@ -192,7 +225,7 @@ impl Egress {
             Ended::Stopped(_) => InterceptionEnd::Stopped,
             Ended::Client(_) => InterceptionEnd::Client,
             Ended::Cut(_) => InterceptionEnd::Cut,
-            Ended::Failed(..) => InterceptionEnd::Failed,
+            Ended::Failed(..) | Ended::Over(_) => InterceptionEnd::Failed,
         });
         let (decision, ended) = ended.settle(decision);
         detail = ended.or(detail);

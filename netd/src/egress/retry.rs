@@ -32,6 +32,9 @@ pub enum Unsettled {
     /// The server's side failed or ended.
     #[error("the server went away")]
     FarFailed,
+    /// The server's side takes no byte.
+    #[error("the server takes nothing")]
+    FarTakesNothing,
     /// The client's side failed or ended.
     #[error("the client went away")]
     NearFailed,
@@ -44,6 +47,9 @@ pub enum Unsettled {
     /// The second hello cannot be read.
     #[error("after a HelloRetryRequest: {0}")]
     Malformed(&'static str),
+    /// More would have gone to the server than may.
+    #[error("no more may go to this host")]
+    Over,
 }
 
 /// Brings the server's first bytes to the client and, if they ask for a second hello, that one to the server
@@ -164,6 +170,9 @@ fn other_record(received: &[u8]) -> Result<Option<usize>, Unsettled> {
 }
 
 async fn send<F: AsyncWrite + Unpin>(far: &mut F, bytes: &[u8], traffic: &Traffic) -> Result<(), Unsettled> {
+    if !traffic.may_send(bytes.len()) {
+        return Err(Unsettled::Over);
+    }
     far.write_all(bytes)
         .await
         .map_err(|_error| Unsettled::FarFailed)?;

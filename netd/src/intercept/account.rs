@@ -88,6 +88,12 @@ impl Account {
         open.books = books;
     }
 
+    /// It goes no further.
+    pub(crate) fn cut(&self, decision: Decision, why: String) {
+        self.note(why);
+        self.lock().decision = Some(decision);
+    }
+
     pub(crate) fn credential(&self, names: &[&str]) {
         self.lock().credential = (!names.is_empty()).then(|| names.join(","));
     }

@@ -3,15 +3,15 @@
 use bytes::Bytes;
 use http::{
     Response, StatusCode,
-    header::{CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HeaderValue},
+    header::{CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER},
 };
 use http_body_util::{BodyExt as _, Full};
 use sandgate_api::feed::TierName;
-use sandgate_policy::Reason;
+use sandgate_policy::{Quota, Reason};
 use serde_json::{Map, Value, json};
 
 use super::{Body, Flow, account::Account};
-use crate::sandbox::Decision;
+use crate::sandbox::{Decision, OverQuota};
 
 /// A refusal.
 #[derive(Debug)]
@@ -22,6 +22,8 @@ pub(crate) struct Refusal {
     pub(crate) message: String,
     /// Whether the connection ends with it.
     pub(crate) closes: bool,
+    /// In seconds.
+    pub(crate) retry_after: Option<u64>,
 }
 
 impl Refusal {
@@ -31,6 +33,7 @@ impl Refusal {
             decision: Decision::of(reason),
             message: message.into(),
             closes: status == StatusCode::BAD_REQUEST,
+            retry_after: None,
         }
     }
 
@@ -44,6 +47,21 @@ impl Refusal {
             decision,
             message,
             closes: false,
+            retry_after: None,
+        }
+    }
+
+    /// A quota is used up.
+    pub(crate) fn over(over: OverQuota) -> Self {
+        Self {
+            status: StatusCode::TOO_MANY_REQUESTS,
+            decision: over.decision,
+            message: over.detail,
+            closes: false,
+            // Rounded up: who comes back then is not too early.
+            retry_after: over
+                .retry_after
+                .map(|time| time.as_secs() + u64::from(time.subsec_nanos() > 0)),
         }
     }
 
@@ -74,6 +92,9 @@ impl Refusal {
         if let Some(event) = event.and_then(|event| HeaderValue::from_str(&event).ok()) {
             headers.insert("x-sandgate-event", event);
         }
+        if let Some(seconds) = self.retry_after {
+            headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
+        }
         if self.closes && is_http1 {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
@@ -82,7 +103,8 @@ impl Refusal {
 
     /// The one call that would allow it, where rules forbid it.
     fn allow(&self, flow: &Flow) -> Option<Value> {
-        if !matches!(self.decision.reason, Reason::MethodDenied | Reason::PathDenied) {
+        let quota = self.decision.rule.as_deref().and_then(Quota::from_path);
+        if quota.is_none() && !matches!(self.decision.reason, Reason::MethodDenied | Reason::PathDenied) {
             return None;
         }
         let call = if self.decision.tier == Some(TierName::Organization) {
@@ -91,6 +113,7 @@ impl Refusal {
             format!("PUT /api/v1/sandbox/{}/network", flow.world.sandbox_id())
         };
         let change = match &self.decision.rule {
+            Some(quota) if self.decision.reason == Reason::Quota => format!("with a higher `{quota}`"),
             Some(rule) => format!("with this method and path in the `http` list of the rule {rule}"),
             None => "with a rule that has this method and path in its `http` list".to_owned(),
         };

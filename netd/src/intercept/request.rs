@@ -22,7 +22,7 @@ use sandgate_policy::{NormalPath, Reason};
 use sandgate_relay::{headers, redact::Needles};
 
 use super::{
-    Body, BodyError, Flow, FlowTasks, HEADERS_MAX,
+    Body, BodyError, Flow, FlowTasks, HEADERS_MAX, World,
     account::Account,
     answer::Refusal,
     bindings::Bindings,
@@ -32,7 +32,7 @@ use super::{
     response, upgrade,
     upstream::UpstreamError,
 };
-use crate::sandbox::{Decision, Judgement, RequestFacts};
+use crate::sandbox::{Decision, Judgement, OverQuota, RequestFacts};
 
 /// How much, and for how long, is read of a body that goes nowhere.
 const DISCARDED_MAX: usize = 32 << 20;
@@ -80,6 +80,7 @@ async fn exchange(
     let fate = Arc::new(OnceLock::new());
     let body = Upward {
         inner: Some(body),
+        world: Arc::clone(&flow.world),
         account: Arc::clone(account),
         tasks: flow.tasks.clone(),
         fate: Arc::clone(&fate),
@@ -136,7 +137,9 @@ async fn exchange(
     for name in METHOD_OVERRIDES.iter().filter(|_| is_read) {
         outgoing.headers.remove(*name);
     }
-    let needles = inject(
+    let sent = flow.world.spend(size(&facts.method, &outgoing));
+    let beyond = sent.map_err(Refusal::over)?;
+    let (needles, overused) = inject(
         flow,
         account,
         &mut outgoing,
@@ -145,7 +148,13 @@ async fn exchange(
         &leave.judgement,
     )
     .await?;
-    account.admitted(leave.judgement.decision, leave.books);
+    let mut decision = leave.judgement.decision;
+    if decision.reason == Reason::Allowed
+        && let Some(noted) = beyond.or(overused)
+    {
+        decision = noted;
+    }
+    account.admitted(decision, leave.books);
     if upgrades {
         upgrade::ask_again(&mut outgoing.headers);
     }
@@ -223,7 +232,23 @@ fn target(outgoing: &Outgoing) -> Result<Uri, Refusal> {
         .map_err(|_invalid: http::uri::InvalidUri| Refusal::malformed("not a request target"))
 }
 
-/// Puts the secrets in; returns what must not come back.
+/// Bytes of a request's head as the sandbox made it.
+fn size(method: &str, outgoing: &Outgoing) -> usize {
+    let query = outgoing.query.as_ref().map_or(0, |query| 1 + query.len());
+    // Two spaces and a line's end.
+    method.len() + outgoing.path.len() + query + 4 + headers_size(&outgoing.headers)
+}
+
+/// With a colon, a space and a line's end for each.
+fn headers_size(headers: &HeaderMap) -> usize {
+    headers
+        .iter()
+        .map(|(name, value)| name.as_str().len() + value.len() + 4)
+        .sum()
+}
+
+/// Puts the secrets in; returns what must not come back, and the denial of a tier in audit mode if they were used too
+/// often for it.
 async fn inject(
     flow: &Flow,
     account: &Account,
@@ -231,7 +256,7 @@ async fn inject(
     facts: &RequestFacts,
     bindings: &Bindings,
     judgement: &Judgement,
-) -> Result<Arc<Needles>, Refusal> {
+) -> Result<(Arc<Needles>, Option<Decision>), Refusal> {
     let port = flow.target.to.port();
     let name = flow.target.name.as_ref().filter(|_| flow.target.is_secure());
     let Some(name) = name else {
@@ -248,6 +273,7 @@ async fn inject(
         }
     }
     account.credential(&needed.iter().copied().collect::<Vec<_>>());
+    let overused = flow.world.use_secrets(&needed).map_err(Refusal::over)?;
     let written = needed.clone();
     // A server that had a value from another request must not hand it back in the answer to this one.
     needed.extend(bindings.for_host(name, port).map(|bound| bound.secret.as_str()));
@@ -274,7 +300,7 @@ async fn inject(
     if !needles.is_empty() {
         headers::prepare_redacted_request(&mut outgoing.headers);
     }
-    Ok(needles)
+    Ok((needles, overused))
 }
 
 /// No secret goes out in clear, so that none can come back: a rule that wants one denies the request.
@@ -282,7 +308,7 @@ fn in_clear(
     outgoing: &mut Outgoing,
     bindings: &Bindings,
     judgement: &Judgement,
-) -> Result<Arc<Needles>, Refusal> {
+) -> Result<(Arc<Needles>, Option<Decision>), Refusal> {
     static NONE: LazyLock<Arc<Needles>> = LazyLock::new(|| Arc::new(Needles::new(Vec::new())));
     if !judgement.credentials.is_empty() {
         let decision = judgement.decision.clone().because(Reason::CredentialUnavailable);
@@ -292,7 +318,7 @@ fn in_clear(
     outgoing
         .plan(bindings, &[], &[])
         .map_err(|misuse| misused(&misuse))?;
-    Ok(Arc::clone(&NONE))
+    Ok((Arc::clone(&NONE), None))
 }
 
 fn misused(misuse: &Misuse) -> Refusal {
@@ -325,23 +351,31 @@ fn refusal(error: &UpstreamError, fate: Option<&Fate>) -> Refusal {
             refusal
         }
         Some(Fate::Broken) => Refusal::malformed("a broken request body"),
+        Some(Fate::Over(over)) => {
+            let mut refusal = Refusal::over(over.clone());
+            refusal.closes = true;
+            refusal
+        }
         None => Refusal::of(StatusCode::BAD_GATEWAY, error.reason(), error.to_string()),
     }
 }
 
 /// Why a request's body did not end well.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum Fate {
     /// It holds a placeholder.
     Misuse,
     /// The client did not finish it, or not well.
     Broken,
+    /// It is more than may go to the host.
+    Over(OverQuota),
 }
 
 /// A request's body on its way to the server: counted, and searched for placeholders as it streams.
 struct Upward {
     /// Until it is dropped.
     inner: Option<Incoming>,
+    world: Arc<dyn World>,
     account: Arc<Account>,
     tasks: FlowTasks,
     fate: Arc<OnceLock<Fate>>,
@@ -394,15 +428,21 @@ impl HttpBody for Upward {
             Some(Err(_broken)) => return Poll::Ready(Some(Err(self.give_up(Fate::Broken)))),
             Some(Ok(frame)) => frame,
         };
-        let misused = match (frame.data_ref(), frame.trailers_ref()) {
+        let (misused, length) = match (frame.data_ref(), frame.trailers_ref()) {
             (Some(data), _) => {
-                self.account.add_up(data.len());
                 let data = data.clone();
-                self.is_misused(&data)
+                (self.is_misused(&data), data.len())
             }
-            (None, Some(trailers)) => is_marked_anywhere(trailers),
-            (None, None) => false,
+            (None, Some(trailers)) => (is_marked_anywhere(trailers), headers_size(trailers)),
+            (None, None) => (false, 0),
         };
+        if let Err(over) = self.world.spend(length) {
+            self.account.cut(over.decision.clone(), over.detail.clone());
+            return Poll::Ready(Some(Err(self.give_up(Fate::Over(over)))));
+        }
+        if frame.is_data() {
+            self.account.add_up(length);
+        }
         Poll::Ready(Some(if misused {
             Err(self.give_up(Fate::Misuse))
         } else {

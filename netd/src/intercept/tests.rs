@@ -2,6 +2,7 @@
 
 mod clear;
 mod limits;
+mod quotas;
 mod reuse;
 mod streams;
 mod world;

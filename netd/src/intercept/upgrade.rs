@@ -23,7 +23,7 @@ use sandgate_relay::{
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
 use super::{
-    Body, Flow,
+    Body, Flow, World,
     account::Account,
     answer::Refusal,
     response::{mask, masked},
@@ -65,10 +65,10 @@ pub(super) fn agree(
     headers::strip_alt_svc(&mut parts.headers);
     mask(account, &needles, &mut parts.headers);
     ask_again(&mut parts.headers);
-    let account = Arc::clone(account);
+    let (account, world) = (Arc::clone(account), Arc::clone(&flow.world));
     flow.tasks.spawn_upgrade(async move {
         match tokio::try_join!(near, far) {
-            Ok((near, far)) => both_ways(near, far, &account, needles).await,
+            Ok((near, far)) => both_ways((near, far), &account, &*world, needles).await,
             Err(error) => account.note(format!("the protocol could not be changed: {error}")),
         }
     });
@@ -78,10 +78,19 @@ pub(super) fn agree(
     Ok(response)
 }
 
-async fn both_ways(near: Upgraded, far: Upgraded, account: &Account, needles: Arc<Needles>) {
+async fn both_ways(
+    (near, far): (Upgraded, Upgraded),
+    account: &Account,
+    world: &dyn World,
+    needles: Arc<Needles>,
+) {
     let (mut near_read, mut near_write) = tokio::io::split(TokioIo::new(near));
     let (mut far_read, mut far_write) = tokio::io::split(TokioIo::new(far));
     let up = copy(&mut near_read, &mut far_write, |bytes| {
+        if let Err(over) = world.spend(bytes.len()) {
+            account.cut(over.decision, over.detail);
+            return Err(None);
+        }
         account.add_up(bytes.len());
         Ok(bytes)
     });
@@ -91,7 +100,7 @@ async fn both_ways(near: Upgraded, far: Upgraded, account: &Account, needles: Ar
             account.add_down(bytes.len());
             match &mut frames {
                 Some(frames) if bytes.is_empty() => Ok(frames.finish()),
-                Some(frames) => frames.push(bytes),
+                Some(frames) => frames.push(bytes).map_err(Some),
                 None => Ok(bytes),
             }
         })
@@ -117,11 +126,12 @@ async fn both_ways(near: Upgraded, far: Upgraded, account: &Account, needles: Ar
     }
 }
 
-/// Copies through `change`, which gets an empty chunk at the end. Fails without a reason when a side fails.
+/// Copies through `change`, which gets an empty chunk at the end. Fails without a reason when a side fails, or `change`
+/// has told it already.
 async fn copy<R, W>(
     from: &mut R,
     to: &mut W,
-    mut change: impl FnMut(Bytes) -> Result<Bytes, WebSocketError>,
+    mut change: impl FnMut(Bytes) -> Result<Bytes, Option<WebSocketError>>,
 ) -> Result<(), Option<WebSocketError>>
 where
     R: AsyncRead + Unpin,

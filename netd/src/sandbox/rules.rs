@@ -8,8 +8,8 @@ use sandgate_api::{
     id::OrgId,
 };
 use sandgate_policy::{
-    BoundHost, DnsBudget, DomainName, FailureMode, Flow, KernelTable, Platform, Policy, PolicyError, Reason,
-    RequestHead, SandboxPolicy, Verdict,
+    BoundHost, DnsBudget, DomainName, FailureMode, Flow, KernelTable, Platform, Policy, PolicyError, Quota,
+    Quotas, Reason, RequestHead, SandboxPolicy, Verdict,
 };
 
 use super::library::Library;
@@ -242,6 +242,21 @@ impl Rules {
     /// Beyond what of it is recorded, where tiers are in audit mode.
     pub fn dns_audited(&self) -> Option<DnsBudget> {
         self.compiled.policy.dns_audited()
+    }
+
+    /// How much may be done of what is allowed.
+    pub fn quotas(&self) -> Quotas {
+        self.compiled.policy.quotas()
+    }
+
+    /// The same with tiers in audit mode: what is counted.
+    pub fn quotas_counted(&self) -> Quotas {
+        self.compiled.policy.quotas_counted()
+    }
+
+    /// Judges so much of what a quota is for.
+    pub fn judge_quota(&self, quota: Quota, used: u64) -> Decision {
+        self.decision(self.compiled.policy.decide_quota(quota, used))
     }
 
     /// Judges a flow.

@@ -83,7 +83,7 @@ pub fn agree(
             let idle = connection.proxy.limits.idle_timeout;
             let ended = both_ways(TokioIo::new(near), TokioIo::new(far), idle, &account.traffic).await;
             account.ends(match ended {
-                End::Closed | End::Idle => Outcome::Upgraded,
+                End::Closed | End::Idle | End::Over => Outcome::Upgraded,
                 End::NearFailed => Outcome::Abandoned,
                 End::FarFailed => Outcome::Failed,
             });

@@ -8,7 +8,7 @@ use sandgate_api::{
     rest::{AuditDecision, ReplayedAttempt},
 };
 use sandgate_policy::{
-    DomainName, Flow, NormalPath, Platform, Policy, PolicyError, Protocol, Reason, RequestHead,
+    DomainName, Flow, NormalPath, Platform, Policy, PolicyError, Protocol, Quota, Reason, RequestHead,
     SandboxPolicy, Verdict,
 };
 
@@ -206,6 +206,12 @@ impl Tiers {
             return vec![(TierName::Sandbox, Policy::default())];
         }
         self.0.clone()
+    }
+
+    /// What a tier's policy says of a quota.
+    pub(super) fn quota(&self, tier: TierName, quota: Quota) -> Option<u64> {
+        let policy = self.0.iter().find(|(name, _)| *name == tier);
+        policy.and_then(|(_, policy)| policy.quotas().limit(quota))
     }
 
     /// The same with another policy in one tier.

@@ -270,3 +270,29 @@ fn sentences_say_what_how_and_why() {
     let address: IpAddr = [203, 0, 113, 10].into();
     assert!(words::sentence(&event(&json!({ "protocol": "udp" }))).contains(&address.to_string()));
 }
+
+#[test]
+fn a_quota_is_explained_by_the_tier_that_has_it() {
+    let fields = json!({
+        "reason": "quota", "tier": "organization", "rule": "quotas.upload_bytes_per_host",
+        "detail": "quotas.upload_bytes_per_host is 1000",
+    });
+    let record = event(&fields);
+    assert_eq!(Attempt::of(&record), None, "what was used is not known here");
+    let say = |organization: Value| {
+        let own = json!({ "mode": "allow_all", "quotas": { "upload_bytes_per_host": 5 } });
+        let tiers = Tiers::new(Some(policy(&organization)), Some(policy(&own)));
+        advice(&record, &tiers, None, &[], true)
+    };
+    let present = json!({ "mode": "allow_all", "quotas": { "upload_bytes_per_host": 2000 } });
+    assert_eq!(
+        say(present),
+        "The policy of the organization says 2000 in `quotas.upload_bytes_per_host` now; a higher one, or none, lets \
+         more through."
+    );
+    assert!(say(json!({ "mode": "allow_all" })).contains("has no such quota any more"));
+    assert!(words::sentence(&record).contains("a limit of the sandbox was reached"));
+    let other = event(&json!({ "reason": "quota", "detail": "too many connections at once" }));
+    let tiers = Tiers::new(None, None);
+    assert_eq!(advice(&other, &tiers, None, &[], true), "No policy decides this.");
+}

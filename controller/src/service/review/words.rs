@@ -4,7 +4,7 @@ use sandgate_api::{
     audit::{AuditEvent, AuditVerdict},
     feed::TierName,
 };
-use sandgate_policy::Reason;
+use sandgate_policy::{Quota, Reason};
 
 /// What was tried, how it ended and why.
 pub(super) fn sentence(event: &AuditEvent) -> String {
@@ -39,6 +39,18 @@ pub(super) fn tier_word(tier: TierName) -> &'static str {
         TierName::Organization => "organization",
         TierName::Template => "template",
         TierName::Sandbox => "sandbox",
+    }
+}
+
+/// What would let more of what a quota counts go through: how much is used, only the node knows.
+pub(super) fn quota(tier: TierName, quota: Quota, limit: Option<u64>) -> String {
+    let tier = tier_word(tier);
+    match limit {
+        Some(limit) => format!(
+            "The policy of the {tier} says {limit} in `{}` now; a higher one, or none, lets more through.",
+            quota.path()
+        ),
+        None => format!("The policy of the {tier} has no such quota any more."),
     }
 }
 

@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::*;
+use crate::FailureMode;
 
 const SERVER: &str = "203.0.113.5";
 
@@ -189,35 +190,6 @@ fn a_tier_in_audit_mode_looks_inside_and_wants_no_credential() {
     );
     let other = request(&policy, "other.test", "POST", "/", false);
     assert!(other.is_audited() && !other.intercept);
-}
-
-#[test]
-fn what_is_no_rule_counts_in_the_strictest_of_the_tiers_that_enforce() {
-    let names = |number: u32, enforcement: &str, ech: &str| json!({"mode": "allow_all", "enforcement": enforcement, "ech": ech, "dns": {"unique_names_per_minute": number}});
-    let policy = compile(&[
-        names(90, "enforce", "allow"),
-        names(70, "enforce", "allow"),
-        names(5, "audit", "deny"),
-    ]);
-    assert_eq!(policy.dns().unique_names_per_minute, 70);
-    let audited = policy.dns_audited().map(|budget| budget.unique_names_per_minute);
-    assert_eq!(audited, Some(5));
-    assert_eq!(compile(&[names(5, "enforce", "allow")]).dns_audited(), None);
-    let breach = |count: u32| {
-        move |budget: &DnsBudget| (budget.unique_names_per_minute < count).then_some(Reason::DnsBudget)
-    };
-    allowed(&policy.decide_dns(breach(5)));
-    let audited = policy.decide_dns(breach(6));
-    assert!(audited.is_audited() && audited.tier == Some(2), "{audited:?}");
-    let verdict = policy.decide_dns(breach(71));
-    denied(&verdict, Reason::DnsBudget);
-    assert_eq!((verdict.tier, verdict.rule.as_deref()), (Some(1), Some("dns")));
-    assert!(policy.decide_ech().is_audited());
-    denied(&compile(&[]).decide_ech(), Reason::Ech);
-    let only_audit = compile(&[names(5, "audit", "allow")]);
-    assert_eq!(only_audit.dns(), DnsBudget::UNLIMITED);
-    assert_eq!(only_audit.failure_mode(), FailureMode::FailOpen);
-    allowed(&only_audit.decide_ech());
 }
 
 #[test]

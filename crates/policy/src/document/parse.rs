@@ -2,6 +2,7 @@
 
 mod dns;
 mod inside;
+mod quotas;
 
 use std::{
     collections::{HashMap, HashSet},
@@ -21,6 +22,7 @@ use crate::{
     kernel,
     names::{DomainPattern, NameError},
     ports::{PortSet, PortSpan},
+    quota,
     tier::Tier,
 };
 
@@ -52,6 +54,7 @@ pub(super) fn policy(value: &Value) -> Result<Policy, PolicyError> {
             .unwrap_or_else(|| vec![443]),
         rules: rules(&fields)?,
         dns: dns::dns(&fields)?,
+        quotas: quotas::quotas(&fields)?,
         ech: fields.word("ech", Ech::ALL)?.unwrap_or(Ech::Deny),
         enforcement: fields
             .word("enforcement", Enforcement::ALL)?
@@ -74,6 +77,7 @@ pub(super) fn policy(value: &Value) -> Result<Policy, PolicyError> {
     }
     rule_names(&policy.rules)?;
     totals(&policy)?;
+    quota::check(&[&policy])?;
     // A document that the kernel cannot hold is refused while its author is there to read why.
     kernel::table(&[Tier::compile(&policy)], &PortSet::default()).map_err(|excess| excess.of(&policy))?;
     Ok(policy)

@@ -26,6 +26,11 @@ pub(super) const BYTES_PER_MINUTE: RangeInclusive<u64> = 1..=100_000_000;
 pub(super) const LABEL: RangeInclusive<u64> = 1..=63;
 pub(super) const NAME: RangeInclusive<u64> = 1..=253;
 
+/// What a quota may be. Zero would forbid what rules forbid better.
+pub(super) const UPLOAD_BYTES: RangeInclusive<u64> = 1..=1 << 50;
+pub(super) const HOSTS_PER_HOUR: RangeInclusive<u64> = 1..=10_000;
+pub(super) const USES_PER_HOUR: RangeInclusive<u64> = 1..=10_000_000;
+
 /// One field of an object.
 pub(super) struct Field {
     pub(super) name: &'static str,
@@ -130,6 +135,11 @@ pub(super) const DOCUMENT: &[Field] = &[
         "dns",
         "What may be asked of DNS. Of several tiers the strictest counts.",
         Shape::Object(DNS),
+    ),
+    field(
+        "quotas",
+        "How much may be done of what is allowed. Of several tiers the strictest counts; what is not given has no limit.",
+        Shape::Object(QUOTAS),
     ),
     field(
         "ech",
@@ -242,4 +252,23 @@ pub(super) const DNS: &[Field] = &[
     ),
     field("label_max", "Longest label in bytes.", Shape::Whole(LABEL)),
     field("name_max", "Longest name in bytes.", Shape::Whole(NAME)),
+];
+
+/// The fields of `quotas`.
+pub(super) const QUOTAS: &[Field] = &[
+    field(
+        "upload_bytes_per_host",
+        "Bytes that may go to one host (a name, or an address where none is known) over all connections of the sandbox's life.",
+        Shape::Whole(UPLOAD_BYTES),
+    ),
+    field(
+        "new_hosts_per_hour",
+        "Hosts that may be connected to for the first time, in an hour.",
+        Shape::Whole(HOSTS_PER_HOUR),
+    ),
+    field(
+        "secret_uses_per_hour",
+        "Requests into which one secret may be put, in an hour.",
+        Shape::Whole(USES_PER_HOUR),
+    ),
 ];

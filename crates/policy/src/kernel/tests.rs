@@ -219,6 +219,26 @@ proptest! {
     }
 
     #[test]
+    fn a_quota_of_flows_sends_all_tcp_through_userland_and_changes_no_decision(
+        tiers in any_tiers(Parts { udp: false, audit: true, ..ALL }),
+        place in any::<proptest::sample::Index>(),
+        field in select(vec!["upload_bytes_per_host", "new_hosts_per_hour"]),
+        to in any_destination(),
+    ) {
+        let mut documents: Vec<_> = tiers.iter().map(Policy::to_value).collect();
+        place.get_mut(&mut documents)["quotas"] = serde_json::json!({ field: 1 });
+        let counted: Vec<Policy> = documents.iter().map(|document| Policy::parse(document).expect("a policy")).collect();
+        let (without, with) = (compile(&tiers), compile(&counted));
+        let action = with.decide_address_port(Protocol::Tcp, to);
+        prop_assert_eq!(action, reading(without.decide_address_port(Protocol::Tcp, to), true));
+        prop_assert_ne!(action, KernelAction::Pass);
+        prop_assert_eq!(with.kernel_table().lookup(to.ip(), Protocol::Tcp, to.port()) == KernelAction::Pass, false);
+        for ((_, _, before), (_, _, after)) in answers(&without, to).into_iter().zip(answers(&with, to)) {
+            prop_assert_eq!(after, before);
+        }
+    }
+
+    #[test]
     fn what_must_be_read_is_never_passed_unread(
         tiers in any_tiers(ALL), bindings in any_bindings(), to in any_destination(),
     ) {

@@ -1,12 +1,14 @@
 //! A small world around the interception: a real TLS server, a real TLS client, real rules, all on loopback.
 
 use std::{
+    collections::BTreeSet,
     convert::Infallible,
     net::SocketAddr,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
+    time::Instant,
 };
 
 use bytes::Bytes;
@@ -54,7 +56,10 @@ use super::super::{
 };
 use crate::{
     egress::dial::NotDialled,
-    sandbox::{Decision, RequestFacts, Rules},
+    sandbox::{
+        Decision, Host, OverQuota, RequestFacts, Rules,
+        spending::{Spending, over_upload},
+    },
 };
 
 pub(super) const NAME: &str = "api.test";
@@ -141,6 +146,7 @@ impl Broker for Vault {
 pub(super) struct Surroundings {
     id: SandboxId,
     rules: Mutex<Rules>,
+    spending: Mutex<Spending>,
     leases: Leases,
     pub(super) vault: Vault,
     pub(super) pool: Arc<Pool>,
@@ -178,6 +184,24 @@ impl World for Surroundings {
             bindings: Arc::clone(rules.bindings()),
             books: None,
         })
+    }
+
+    fn spend(&self, bytes: usize) -> Result<Option<Decision>, OverQuota> {
+        let rules = self.rules.lock().expect("whole");
+        let host = Host::Name(DomainName::parse(NAME).expect("a name"));
+        let mut spending = self.spending.lock().expect("whole");
+        let (upload, noted) = spending.meet(&rules, &host, Instant::now())?;
+        if upload.take(bytes) {
+            Ok(noted)
+        } else {
+            Err(over_upload(&rules))
+        }
+    }
+
+    fn use_secrets(&self, secrets: &BTreeSet<&str>) -> Result<Option<Decision>, OverQuota> {
+        let rules = self.rules.lock().expect("whole");
+        let mut spending = self.spending.lock().expect("whole");
+        spending.use_secrets(&rules, secrets.iter().copied(), Instant::now())
     }
 
     fn fails_open(&self) -> bool {
@@ -318,9 +342,11 @@ impl Place {
         };
         let authority = Arc::new(Authority::new(&lease, provider()).expect("an authority"));
         let to = SocketAddr::from(([203, 0, 113, 10], if is_secure { 443 } else { 80 }));
+        let rules = rules(&plan.policy, &plan.bindings);
         let world = Arc::new(Surroundings {
             id: SandboxId::random(),
-            rules: Mutex::new(rules(&plan.policy, &plan.bindings)),
+            spending: Mutex::new(Spending::new(&rules)),
+            rules: Mutex::new(rules),
             leases: Leases::default(),
             vault: Vault {
                 lease: Mutex::new((CANARY.to_owned(), 1)),
@@ -379,6 +405,7 @@ impl Place {
         let rules = rules(policy, bindings);
         self.world.leases.retain(rules.bindings(), 0);
         self.world.pool.renew();
+        self.world.spending.lock().expect("whole").follow(&rules);
         *self.world.rules.lock().expect("whole") = rules;
     }
 

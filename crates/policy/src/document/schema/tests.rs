@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::document::table::{DNS, REQUESTS, RULE};
+use crate::document::table::{DNS, QUOTAS, REQUESTS, RULE};
 use crate::random::{ALL, Parts, any_policy};
 
 /// Whether the value is one that the schema describes. Knows the words that [`Policy::schema`] uses, and no other.
@@ -98,6 +98,7 @@ fn example() -> Value {
             "types": ["A", "TXT"], "unique_names_per_minute": 60, "query_bytes_per_minute": 8192,
             "label_max": 40, "name_max": 128,
         },
+        "quotas": {"secret_uses_per_hour": 100},
         "org_id": "org-1", "updated_at": null, "revision": 7, "applied": true, "effective": [],
     })
 }
@@ -110,6 +111,7 @@ fn every_field_of_the_schema_is_read_and_no_other_is() {
         (RULE, "rules[0]."),
         (REQUESTS, "rules[0].http[0]."),
         (DNS, "dns."),
+        (QUOTAS, "quotas."),
     ] {
         for field in fields
             .iter()
@@ -120,6 +122,7 @@ fn every_field_of_the_schema_is_read_and_no_other_is() {
             let place = match inside {
                 "" => &mut document,
                 "dns." => &mut document["dns"],
+                "quotas." => &mut document["quotas"],
                 "rules[0]." => &mut document["rules"][0],
                 _ => &mut document["rules"][0]["http"][0],
             };
@@ -165,6 +168,8 @@ fn examples_fit_the_schema_and_mistakes_do_not() {
         ("dns", json!({"label_max": 64})),
         ("dns", json!({"types": ["HTTPS"]})),
         ("ech", json!(true)),
+        ("quotas", json!({"upload_bytes_per_host": 0})),
+        ("quotas", json!({"upload_bytes": 1})),
     ] {
         let mut document = json!({"mode": "allow_all"});
         document[field] = value;
@@ -221,7 +226,7 @@ fn any_json() -> impl Strategy<Value = Value> {
         proptest::sample::select(WORDS).prop_map(Value::from),
         any::<String>().prop_map(Value::from),
     ];
-    let names = [DOCUMENT, RULE, REQUESTS, DNS];
+    let names = [DOCUMENT, RULE, REQUESTS, DNS, QUOTAS];
     let names: Vec<String> = names
         .iter()
         .copied()
