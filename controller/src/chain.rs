@@ -107,6 +107,8 @@ pub struct Columns {
     pub verdict: String,
     /// The name.
     pub host: Option<String>,
+    /// Why somebody should look at it, in its word.
+    pub alert: Option<String>,
 }
 
 impl Columns {
@@ -118,6 +120,7 @@ impl Columns {
             time: event.time.as_millisecond(),
             verdict: event.verdict.as_str().to_owned(),
             host: event.host.clone(),
+            alert: event.alert.map(|alert| alert.as_str().to_owned()),
         }
     }
 }

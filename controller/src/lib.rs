@@ -16,6 +16,7 @@
 //! | [`vault`], [`authority`], [`installation`] | keys: sealing secrets, sandboxes' certificate authorities |
 //! | [`chain`], [`ledger`] | what makes the audit tamper-evident |
 //! | [`places`] | what organisations may have at once, so that none takes it all |
+//! | [`alerts`] | which audit records somebody should look at, pure |
 //! | [`broker`] | what a node gets on demand |
 //! | [`up`], [`down`], [`app`], [`verify`] | the commands |
 //!
@@ -23,6 +24,7 @@
 //! not each other.
 
 pub mod agent;
+pub mod alerts;
 pub mod api;
 pub mod app;
 pub mod authority;

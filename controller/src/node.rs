@@ -18,6 +18,7 @@ use std::{
 };
 
 use sandgate_api::{
+    audit::AlertKind,
     feed::{FeedAck, HEARTBEAT_SECONDS, Revision},
     id::SandboxId,
 };
@@ -30,7 +31,7 @@ use tokio::{
 
 pub use sandgate_relay::inward::DialFailure;
 
-use crate::{broker::Broker, feedsocket, store::Store};
+use crate::{alerts::Alerts, broker::Broker, feedsocket, store::Store};
 
 /// Most sandboxes whose last refusal is remembered.
 const MAX_REFUSALS: usize = 10_000;
@@ -102,6 +103,10 @@ struct Shared {
     dialer: Dialer,
     /// Audit records that were stored.
     records: AtomicU64,
+    /// Which of them are alerts. Held while a batch is stored.
+    alerts: tokio::sync::Mutex<Alerts>,
+    /// Alerts that were stored, by kind, in the order of all kinds.
+    raised: Vec<AtomicU64>,
     /// Told with every acknowledgement.
     heard: Notify,
 }
@@ -115,6 +120,8 @@ impl NodeLink {
             refusals: Mutex::default(),
             dialer: Dialer::new(Arc::clone(&channel), tasks.clone()),
             records: AtomicU64::new(0),
+            alerts: tokio::sync::Mutex::default(),
+            raised: AlertKind::ALL.iter().map(|_kind| AtomicU64::new(0)).collect(),
             heard: Notify::new(),
         });
         let link = Self { shared };
@@ -201,6 +208,20 @@ impl NodeLink {
     /// How many audit records the node delivered and the store took, those it has delivered twice included.
     pub fn records_stored(&self) -> u64 {
         self.shared.records.load(Ordering::Relaxed)
+    }
+
+    /// How many of them are alerts, by kind.
+    pub fn alerts_stored(&self) -> impl Iterator<Item = (AlertKind, u64)> {
+        let raised = self.shared.raised.iter();
+        let counts = AlertKind::ALL.iter().zip(raised);
+        counts.map(|(kind, count)| (*kind, count.load(Ordering::Relaxed)))
+    }
+
+    fn count_alert(&self, raised: AlertKind) {
+        let mut kinds = AlertKind::ALL.iter().zip(&self.shared.raised);
+        if let Some((_, count)) = kinds.find(|(kind, _)| **kind == raised) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     /// A node that hangs keeps its connections; what it says no more is that all is well.

@@ -17,7 +17,7 @@ use std::{
 
 use jiff::Timestamp;
 use sandgate_api::{
-    audit::{AuditEvent, AuditGap},
+    audit::{AlertKind, AuditEvent, AuditGap},
     id::{OrgId, SandboxId},
 };
 use sandgate_policy::{FailureMode, Reason};
@@ -90,6 +90,8 @@ pub struct Attempt {
     pub credential: Option<String>,
     /// What people should know besides, for example the error of an upstream connect.
     pub detail: Option<String>,
+    /// What makes it an alert that its reason does not tell.
+    pub alert: Option<AlertKind>,
 }
 
 /// What a flow that was admitted came to.
@@ -258,6 +260,7 @@ fn event(owner: &Owner, decision: &Decision, attempt: Attempt, passed: Passed, r
         repeated,
         detail: attempt.detail,
         gap: None,
+        alert: attempt.alert,
     };
     tracing::info!(
         target: "audit",
@@ -292,6 +295,7 @@ fn gap(sandbox_id: &SandboxId, org_id: &OrgId, lost: u64) -> AuditEvent {
         detail: Some(format!(
             "{lost} attempts have no record: there was no room for more, and the oldest were given up"
         )),
+        alert: Some(AlertKind::AuditFull),
         ..Attempt::default()
     };
     let passed = Passed {

@@ -47,7 +47,7 @@ pub(crate) fn what_goes_to_a_host_is_counted_over_all_connections(machine: &Mach
     );
     let record = sandbox.audited(&json!({
         "decision": "deny", "reason": "quota", "tier": "sandbox", "rule": "quotas.upload_bytes_per_host",
-        "host": "ok.test",
+        "host": "ok.test", "alert": "quota_exceeded",
     }));
     // Another host has its own, and what was reset is no end of the sandbox.
     probe

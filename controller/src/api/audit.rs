@@ -3,7 +3,7 @@
 use axum::{Json, extract::State, response::Response};
 use http::{HeaderMap, HeaderValue};
 use sandgate_api::{
-    audit::AuditVerdict,
+    audit::{AlertKind, AuditVerdict},
     error::ErrorEnvelope,
     id::SandboxId,
     rest::{AuditPage, AuditRecord, AuditVerification},
@@ -28,6 +28,8 @@ struct Selection {
     decision: Option<String>,
     /// `false`: what went through although a tier in audit mode denies it
     enforced: Option<bool>,
+    /// `any`: what somebody should look at; or one kind of it
+    alert: Option<String>,
     /// Not before: RFC 3339, or seconds since 1970
     since: Option<String>,
 }
@@ -55,7 +57,7 @@ pub(super) async fn list(
 
 /// Sends records as they are stored, as server-sent events. Each event's id is its position: give the last one back as
 /// `cursor`, or as the header `Last-Event-ID`, and nothing is missed. Without either, records follow from now on, or, with
-/// `since`, from then.
+/// `since`, from then. A record with an `alert` comes a second time before that, as an event `security.alert` without id.
 #[utoipa::path(
     get, path = "/egress/audit/stream", operation_id = "stream_egress_audit", tag = "network",
     params(
@@ -140,11 +142,24 @@ fn filter(parameters: &Parameters) -> Result<AuditFilter, ApiError> {
             .text("host")
             .map(|host| host.trim_end_matches('.').to_lowercase()),
         verdicts,
+        alerts: alerts(parameters.text("alert"))?,
         since: parameters.time("since")?,
         until: parameters.time("until")?,
         before: parameters.cursor()?,
         offset: parameters.whole("offset", 0..=1_000_000)?.unwrap_or(0),
         limit: parameters.whole("limit", 1..=1_000)?.unwrap_or(50),
+    })
+}
+
+fn alerts(wanted: Option<&str>) -> Result<&'static [AlertKind], ApiError> {
+    let Some(wanted) = wanted else { return Ok(&[]) };
+    if wanted == "any" {
+        return Ok(AlertKind::ALL);
+    }
+    let place = AlertKind::ALL.iter().position(|kind| kind.as_str() == wanted);
+    place.map(|at| &AlertKind::ALL[at..=at]).ok_or_else(|| {
+        let words: Vec<&str> = AlertKind::ALL.iter().map(|kind| kind.as_str()).collect();
+        ApiError::field("alert", format!("expected `any` or one of {}", words.join(", ")))
     })
 }
 
@@ -171,6 +186,11 @@ mod tests {
         assert_eq!(filtered("").expect("defaults").limit, 50);
         let audited = filtered("enforced=false").expect("a filter");
         assert_eq!(audited.verdicts, [AuditVerdict::Audit]);
+        assert_eq!(
+            filtered("alert=scanning").expect("a filter").alerts,
+            [AlertKind::Scanning]
+        );
+        assert_eq!(filtered("alert=any").expect("a filter").alerts, AlertKind::ALL);
         let carried_out = filtered("decision=deny&enforced=true").expect("a filter");
         assert_eq!(carried_out.verdicts, [AuditVerdict::Deny]);
     }
@@ -181,6 +201,7 @@ mod tests {
             ("sandbox_id=x", "sandbox_id"),
             ("decision=audit", "decision"),
             ("enforced=maybe", "enforced"),
+            ("alert=true", "alert"),
             ("decision=allow&enforced=false", "enforced"),
             ("since=x", "since"),
             ("until=x", "until"),

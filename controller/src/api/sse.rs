@@ -45,9 +45,16 @@ pub(super) fn records(trail: Trail) -> Response {
             Err(_elapsed) => Bytes::from_static(b": ping\n\n"),
             Ok(next) => {
                 let (position, record) = next?;
-                [format!("id: {position}\n").as_bytes(), &line(&record)]
-                    .concat()
-                    .into()
+                let line = line(&record);
+                let mut bytes = Vec::with_capacity(2 * line.len() + 64);
+                // Before the record, whose id says that all up to it was read.
+                if record.event.alert.is_some() {
+                    bytes.extend_from_slice(b"event: security.alert\n");
+                    bytes.extend_from_slice(&line);
+                }
+                bytes.extend_from_slice(format!("id: {position}\n").as_bytes());
+                bytes.extend_from_slice(&line);
+                bytes.into()
             }
         };
         Some((Ok::<Bytes, Infallible>(bytes), trail))

@@ -60,6 +60,7 @@ fn event(org: &OrgId, number: i64) -> AuditEvent {
         repeated: 1,
         detail: None,
         gap: None,
+        alert: None,
     }
 }
 

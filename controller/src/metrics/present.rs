@@ -6,7 +6,7 @@ use sandgate_api::feed::Revision;
 use sandgate_daemon::metrics::prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeMetric},
-    metrics::{counter::ConstCounter, gauge::ConstGauge},
+    metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
 };
 use tokio::sync::watch;
 
@@ -60,6 +60,17 @@ impl Collector for Present {
             "Audit records that the node delivered and the store took.",
             None,
             counter.metric_type(),
-        )?)
+        )?)?;
+        let mut alerts = encoder.encode_descriptor(
+            "sandgate_controller_security_alerts",
+            "Audit records that somebody should look at, by kind.",
+            None,
+            MetricType::Counter,
+        )?;
+        for (kind, count) in self.node.alerts_stored() {
+            let labels = [("kind", kind.as_str())];
+            ConstCounter::new(count).encode(alerts.encode_family(&labels)?)?;
+        }
+        Ok(())
     }
 }

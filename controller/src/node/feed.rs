@@ -156,10 +156,12 @@ async fn acknowledge(State(context): State<Context>, body: Bytes) -> Response {
 }
 
 async fn audit(State(context): State<Context>, body: Bytes) -> Response {
-    let batch: AuditBatch = match serde_json::from_slice(&body) {
+    let mut batch: AuditBatch = match serde_json::from_slice(&body) {
         Ok(batch) => batch,
         Err(error) => return refused(&error),
     };
+    let mut alerts = context.link.shared.alerts.lock().await;
+    let raised = alerts.mark(&mut batch.events);
     match context
         .store
         .insert_audit(context.broker.chain(), &batch.events)
@@ -168,9 +170,16 @@ async fn audit(State(context): State<Context>, body: Bytes) -> Response {
         Ok(()) => {
             let count = u64::try_from(batch.events.len()).unwrap_or(u64::MAX);
             context.link.shared.records.fetch_add(count, Ordering::Relaxed);
+            for alert in raised {
+                tracing::warn!(target: "audit", sandbox_id = %alert.sandbox_id, alert = alert.kind.as_str(), "security.alert");
+                context.link.count_alert(alert.kind);
+            }
             done()
         }
-        Err(error) => failed(&error),
+        Err(error) => {
+            alerts.unmark(raised);
+            failed(&error)
+        }
     }
 }
 

@@ -334,6 +334,44 @@ async fn records_arrive_once_however_often_they_are_delivered() {
 }
 
 #[tokio::test]
+async fn of_what_somebody_should_look_at_the_first_is_marked_and_counted() {
+    let world = world().await;
+    let event = |number: u32, sandbox: &str| {
+        serde_json::json!({
+            "id": format!("alert-{number}"), "time": "2026-01-30T10:00:00Z", "org_id": world.org,
+            "sandbox_id": sandbox, "verdict": "deny", "reason": "placeholder_misuse", "protocol": "https",
+            "host": "evil.test",
+        })
+    };
+    let events = [
+        event(1, "sandbox-1"),
+        event(2, "sandbox-1"),
+        event(3, "sandbox-2"),
+    ];
+    let batch = serde_json::json!({ "events": events });
+    assert_eq!(world.post("/feed/audit", &batch).await, 200);
+    // Delivered again it raises nothing.
+    assert_eq!(world.post("/feed/audit", &batch).await, 200);
+    let filter = AuditFilter {
+        limit: 9,
+        alerts: AlertKind::ALL,
+        ..AuditFilter::default()
+    };
+    let marked = world.store.audit(&world.org, &filter).await.expect("records");
+    let mut ids: Vec<&str> = marked.iter().map(|row| row.event.id.as_str()).collect();
+    ids.sort_unstable();
+    assert_eq!(ids, ["alert-1", "alert-3"]);
+    for (kind, count) in world.link.alerts_stored() {
+        let expected = if kind == AlertKind::PlaceholderMisuse {
+            2
+        } else {
+            0
+        };
+        assert_eq!(count, expected, "{kind:?}");
+    }
+}
+
+#[tokio::test]
 async fn another_node_has_no_feed_here() {
     let world = world().await;
     let request = http::Request::get("/feed?node=other")

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, btree_map::Entry};
 use futures_util::TryStreamExt as _;
 use jiff::Timestamp;
 use sandgate_api::{
-    audit::{AuditEvent, AuditGap, AuditVerdict},
+    audit::{AlertKind, AuditEvent, AuditGap, AuditVerdict},
     id::{OrgId, SandboxId},
     rest::{AuditProblemKind, AuditVerification},
 };
@@ -25,6 +25,8 @@ pub struct AuditFilter {
     pub host: Option<String>,
     /// With one of these verdicts; none: all.
     pub verdicts: &'static [AuditVerdict],
+    /// Alerts of one of these kinds; none: all records.
+    pub alerts: &'static [AlertKind],
     /// Not before.
     pub since: Option<Timestamp>,
     /// Before.
@@ -70,8 +72,8 @@ impl Store {
             };
             let place = key.next(&event.org_id, end.get(), &text);
             let done = sqlx::query(
-                "INSERT INTO egress_audit (id, org_id, sandbox_id, time, verdict, host, document, epoch, position, mac) \
-                 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
+                "INSERT INTO egress_audit (id, org_id, sandbox_id, time, verdict, host, alert, document, epoch, position, mac) \
+                 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
             )
             .bind(&event.id)
             .bind(event.org_id.as_str())
@@ -79,6 +81,7 @@ impl Store {
             .bind(millis(event.time))
             .bind(event.verdict.as_str())
             .bind(&event.host)
+            .bind(event.alert.map(AlertKind::as_str))
             .bind(text)
             .bind(place.epoch)
             .bind(place.position)
@@ -195,7 +198,7 @@ impl Store {
             .await?;
         let excess = stored.saturating_sub(to_stored(keep));
         let oldest = sqlx::query(
-            "SELECT org_id, sequence, id, sandbox_id, time, verdict, host, document, epoch, position, mac \
+            "SELECT org_id, sequence, id, sandbox_id, time, verdict, host, alert, document, epoch, position, mac \
              FROM egress_audit ORDER BY sequence LIMIT ?",
         )
         .bind(limit)
@@ -330,7 +333,7 @@ impl Store {
             }
         };
         let mut rows = sqlx::query(
-            "SELECT sequence, id, sandbox_id, time, verdict, host, document, epoch, position, mac FROM egress_audit \
+            "SELECT sequence, id, sandbox_id, time, verdict, host, alert, document, epoch, position, mac FROM egress_audit \
              WHERE org_id = ? ORDER BY sequence",
         )
         .bind(org_id.as_str())
@@ -439,6 +442,14 @@ fn selection(org_id: &OrgId, filter: &AuditFilter) -> QueryBuilder<Sqlite> {
         }
         query.push(")");
     }
+    if !filter.alerts.is_empty() {
+        query.push(" AND alert IN (");
+        let mut wanted = query.separated(", ");
+        for alert in filter.alerts {
+            wanted.push_bind(alert.as_str());
+        }
+        query.push(")");
+    }
     if let Some(since) = filter.since {
         query.push(" AND time >= ").push_bind(millis(since));
     }
@@ -542,6 +553,7 @@ fn link(row: &SqliteRow) -> Result<Link, StoreError> {
             time: row.try_get("time")?,
             verdict: row.try_get("verdict")?,
             host: row.try_get("host")?,
+            alert: row.try_get("alert")?,
         },
         document: row.try_get("document")?,
         place: place(row)?,

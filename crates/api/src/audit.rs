@@ -35,6 +35,52 @@ impl AuditVerdict {
     }
 }
 
+macro_rules! alerts {
+    ($($(#[doc = $doc:literal])+ $name:ident = $text:literal,)+) => {
+        /// Why somebody should look at a record: the kinds of `security.alert`.
+        #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+        pub enum AlertKind {
+            $($(#[doc = $doc])+ #[serde(rename = $text)] $name,)+
+        }
+
+        impl AlertKind {
+            /// Every kind.
+            pub const ALL: &'static [Self] = &[$(Self::$name,)+];
+
+            /// As it is spelled.
+            pub const fn as_str(self) -> &'static str {
+                match self {
+                    $(Self::$name => $text,)+
+                }
+            }
+        }
+    };
+}
+
+alerts! {
+    /// A quota of the policy is used up.
+    QuotaExceeded = "quota_exceeded",
+    /// A placeholder was sent to where its secret is not bound.
+    PlaceholderMisuse = "placeholder_misuse",
+    /// A host sent a secret's value back; it was masked.
+    SecretEchoed = "secret_echoed",
+    /// A secret could not be had, and what needs it was refused.
+    CredentialUnavailable = "credential_unavailable",
+    /// More was asked of DNS than the policy's budget allows, as whoever carries data out by names does.
+    DnsTunnelling = "dns_tunnelling",
+    /// A name was answered with addresses that nobody may reach.
+    DnsRebinding = "dns_rebinding",
+    /// Packets bore an address that is not the sandbox's.
+    SpoofedSource = "spoofed_source",
+    /// Many different destinations were refused within a minute.
+    Scanning = "scanning",
+    /// Many attempts were refused within a minute.
+    RepeatedDenials = "repeated_denials",
+    /// The audit has no room: flows are refused, or go on without a record.
+    AuditFull = "audit_full",
+}
+
 /// One decision. Never holds a query string, a body or a secret's value.
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -97,6 +143,9 @@ pub struct AuditEvent {
     /// Only in a record that stands for others which found no room.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gap: Option<AuditGap>,
+    /// Somebody should look at it: of each kind the first of a sandbox within a minute.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alert: Option<AlertKind>,
 }
 
 /// What the organisation's chain of records ended with when a gap was stored: the last that is known before it. netd

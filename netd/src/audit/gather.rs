@@ -73,6 +73,7 @@ impl Gatherer {
             key.attempt = Attempt {
                 protocol: key.attempt.protocol,
                 detail,
+                alert: key.attempt.alert,
                 ..Attempt::default()
             };
         }

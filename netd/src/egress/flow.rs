@@ -6,6 +6,7 @@ mod reading;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
+use sandgate_api::audit::AlertKind;
 use sandgate_policy::{DomainName, NormalPath, Reason};
 use sandgate_relay::{
     copy::{self, Traffic},
@@ -20,7 +21,7 @@ use super::{
     retry::{self, Unsettled},
 };
 use crate::{
-    audit::{Owner, Passed},
+    audit::{Attempt, Owner, Passed},
     intercept::{Channel, Target},
     sandbox::{Admitted, CutReason, Decision, Facts, FirstLook, Met, OverQuota, Sandbox},
 };
@@ -54,20 +55,21 @@ impl Egress {
     /// Counts a flow in, or records why not.
     pub(super) fn enter(&self, sandbox: &Arc<Sandbox>, to: SocketAddr) -> Option<Entry> {
         let owner = Owner::of(sandbox);
-        let refused = |reason, detail: &str| {
-            let said = Said {
+        let refused = |detail: &str, alert| {
+            let attempt = Attempt {
                 detail: Some(detail.to_owned()),
-                ..Said::nothing()
+                alert,
+                ..Said::nothing().attempt(to)
             };
-            self.audit
-                .deny(&owner, &Decision::of(reason), said.attempt(to), 1);
+            self.audit.deny(&owner, &Decision::of(Reason::Quota), attempt, 1);
         };
         let Ok(slot) = Arc::clone(&sandbox.limits.flows).try_acquire_owned() else {
-            refused(Reason::Quota, "too many connections at once");
+            refused("too many connections at once", None);
             return None;
         };
         if !self.audit.has_room(&owner) {
-            refused(Reason::Quota, "the audit has no room for more records");
+            let alert = Some(AlertKind::AuditFull);
+            refused("the audit has no room for more records", alert);
             return None;
         }
         let look = sandbox.first_look(to);

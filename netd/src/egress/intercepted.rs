@@ -13,7 +13,7 @@ use std::{
 
 use futures_util::future::BoxFuture;
 use jiff::Timestamp;
-use sandgate_api::id::SandboxId;
+use sandgate_api::{audit::AlertKind, id::SandboxId};
 use sandgate_policy::{FailureMode, Reason};
 use sandgate_relay::redact::Needles;
 use tokio::net::TcpStream;
@@ -124,6 +124,7 @@ impl World for Surroundings {
             path: exchange.path,
             credential: exchange.credential,
             detail: exchange.detail,
+            alert: exchange.is_echoed.then_some(AlertKind::SecretEchoed),
             ..said(
                 &self.target,
                 match self.target.channel {

@@ -37,6 +37,8 @@ pub struct Exchange {
     pub down: u64,
     /// What people should know besides.
     pub detail: Option<String>,
+    /// A value came back and was masked.
+    pub is_echoed: bool,
 }
 
 /// An exchange that is going on.
@@ -55,6 +57,7 @@ struct Open {
     path: Option<String>,
     credential: Option<String>,
     notes: Vec<String>,
+    is_echoed: bool,
     decision: Option<Decision>,
     /// The request in the books: it leaves them with its record.
     books: Option<AdmittedRequest>,
@@ -105,6 +108,12 @@ impl Account {
         }
     }
 
+    /// The value of a secret came back and was masked.
+    pub(crate) fn echoed(&self, name: &str) {
+        self.note(format!("the value of {name} was masked in the answer"));
+        self.lock().is_echoed = true;
+    }
+
     pub(crate) fn add_up(&self, bytes: usize) {
         self.up.fetch_add(bytes as u64, Ordering::Relaxed);
     }
@@ -128,6 +137,7 @@ impl Account {
             up: self.up.load(Ordering::Relaxed),
             down: self.down.load(Ordering::Relaxed),
             detail: (!open.notes.is_empty()).then(|| open.notes.join("; ")),
+            is_echoed: open.is_echoed,
         };
         drop(open);
         self.world.record(decision, exchange)

@@ -89,12 +89,8 @@ pub(super) fn finish(
 /// Masks values in headers.
 pub(super) fn mask(account: &Account, needles: &Needles, headers: &mut HeaderMap) {
     for name in redact_headers(needles, headers) {
-        masked(account, &name);
+        account.echoed(&name);
     }
-}
-
-pub(super) fn masked(account: &Account, name: &str) {
-    account.note(format!("the value of {name} was masked in the answer"));
 }
 
 /// An answer's body.
@@ -153,7 +149,7 @@ impl Downward {
         };
         let rest = redactor.finish();
         for (name, _) in redactor.hits() {
-            masked(&self.account, name);
+            self.account.echoed(name);
         }
         Ok(rest)
     }

@@ -22,12 +22,7 @@ use sandgate_relay::{
 };
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
-use super::{
-    Body, Flow, World,
-    account::Account,
-    answer::Refusal,
-    response::{mask, masked},
-};
+use super::{Body, Flow, World, account::Account, answer::Refusal, response::mask};
 
 /// Time that is left to one half when the other has ended.
 const LINGER: Duration = Duration::from_secs(30);
@@ -106,7 +101,7 @@ async fn both_ways(
         })
         .await;
         if let Some(frames) = &frames {
-            frames.hits().for_each(|name| masked(account, name));
+            frames.hits().for_each(|name| account.echoed(name));
         }
         ended
     };

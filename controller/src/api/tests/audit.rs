@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use http_body_util::BodyExt as _;
-use sandgate_api::audit::AuditEvent;
+use sandgate_api::audit::{AlertKind, AuditEvent};
 
 use super::*;
 
@@ -41,7 +41,7 @@ impl Stream {
         }
     }
 
-    /// The next event: its id, and the record's id.
+    /// The next event: its id (or its name, where it has no id), and the record's id.
     async fn next(&mut self) -> (String, String) {
         loop {
             if let Some((block, rest)) = self.text.split_once("\n\n") {
@@ -53,7 +53,7 @@ impl Stream {
                 let data = data.strip_prefix("data: ").expect("one line of data");
                 let data: Value = serde_json::from_str(data).expect("JSON");
                 return (
-                    id.strip_prefix("id: ").expect("an id").to_owned(),
+                    id.strip_prefix("id: ").unwrap_or(id).to_owned(),
                     data["id"].as_str().expect("an id").to_owned(),
                 );
             }
@@ -157,6 +157,54 @@ async fn a_gap_shows_what_the_chain_ended_with_before_it() {
     assert_eq!(before["position"], 2);
     assert!(events[1].get("gap").is_none(), "{events}");
     assert_eq!(verify().await["position"], 3);
+}
+
+#[tokio::test]
+async fn alerts_are_found_and_come_with_an_event_of_their_own() {
+    let world = world().await;
+    let tenant = world.tenant("a@b").await;
+    let mut alert = event(&tenant, 1, "deny");
+    alert.alert = Some(AlertKind::Scanning);
+    store(
+        &world,
+        &[event(&tenant, 0, "deny"), alert, event(&tenant, 2, "deny")],
+    )
+    .await;
+    for (query, found) in [
+        ("", vec!["event-2", "event-1", "event-0"]),
+        ("?alert=any", vec!["event-1"]),
+        ("?alert=scanning", vec!["event-1"]),
+        ("?alert=quota_exceeded", vec![]),
+        ("?alert=scanning&decision=allow", vec![]),
+    ] {
+        let path = format!("/egress/audit{query}");
+        let page = world.call(&tenant, "GET", &path, &Value::Null).await.body;
+        let events = page["events"].as_array().expect("events");
+        let ids: Vec<&str> = events.iter().filter_map(|event| event["id"].as_str()).collect();
+        assert_eq!(ids, found, "{query}");
+        for event in events {
+            let kind = (event["id"] == "event-1").then(|| json!("scanning"));
+            assert_eq!(event.get("alert"), kind.as_ref(), "{event}");
+        }
+    }
+    let verified = world
+        .call(&tenant, "GET", "/egress/audit/verify", &Value::Null)
+        .await
+        .body;
+    assert_eq!(verified["verified"], true, "{verified}");
+
+    let mut stream = Stream::open(&world, &tenant, "since=0", None).await;
+    assert_eq!(stream.next().await.1, "event-0");
+    assert_eq!(
+        stream.next().await,
+        ("event: security.alert".to_owned(), "event-1".to_owned())
+    );
+    let (position, record) = stream.next().await;
+    assert_eq!(record, "event-1");
+    assert_eq!(stream.next().await.1, "event-2");
+    let mut only = Stream::open(&world, &tenant, "since=0&alert=any", None).await;
+    assert_eq!(only.next().await.0, "event: security.alert");
+    assert_eq!(only.next().await, (position, "event-1".to_owned()));
 }
 
 #[tokio::test]

@@ -33,6 +33,7 @@ fn event(world: &World, host: &str, verdict: AuditVerdict, age_seconds: i64) -> 
         repeated: 1,
         detail: None,
         gap: None,
+        alert: None,
     }
 }
 
