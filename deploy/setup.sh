@@ -4,7 +4,7 @@
 #
 #   deploy/setup.sh            install what building and running need
 #   deploy/setup.sh --tests    the same, and what the tests need
-#   deploy/setup.sh --bench    the same, and what the benchmarks need: nginx and unbound, which are not started
+#   deploy/setup.sh --bench    the same, and the peers of the benchmarks (nginx, haproxy, squid, mitmproxy, unbound), which are not started
 #   deploy/setup.sh --fuzz     the same, and what fuzzing needs: a C++ compiler
 #   deploy/setup.sh --check    change nothing: list what is missing; exit 1 if anything is
 #
@@ -31,7 +31,7 @@ PACKAGES=(ca-certificates debian-archive-keyring e2fsprogs gcc iproute2 kmod lib
   python3 runc util-linux)
 TEST_PACKAGES=(curl jq openssl tcpdump)
 FUZZ_PACKAGES=(g++) # libFuzzer is C++
-BENCH_PACKAGES=(nginx libnginx-mod-stream unbound)
+BENCH_PACKAGES=(nginx libnginx-mod-stream haproxy squid-openssl mitmproxy unbound)
 
 check_only=false
 with_tests=false

@@ -20,17 +20,24 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 pub(crate) mod api;
 mod connects;
 pub(crate) mod dns;
+mod flood;
 mod lifetime;
 mod origin;
 mod policy;
+mod refusals;
+mod relays;
 mod requests;
+mod sockmap;
 pub(crate) mod stream;
 
 pub(crate) use connects::Connects;
 pub(crate) use dns::{NameServer, Questions};
+pub(crate) use flood::Flood;
 pub(crate) use lifetime::{Create, Execute, Lives, PARTS};
 pub(crate) use origin::{BULK, Origin};
 pub(crate) use policy::{Change, Changes};
+pub(crate) use refusals::Refusals;
+pub(crate) use relays::{Manner, Relay, Relayed};
 pub(crate) use requests::{Rate, Requests};
 pub(crate) use stream::{Bulk, Target};
 
@@ -52,8 +59,14 @@ pub(crate) enum Task {
     Dns(Questions),
     /// Read an endless answer. Gives bits a second.
     Bulk(Bulk),
-    /// Connect, ask, close. Gives connections a second.
+    /// Connect, ask, close. Gives [`Rate`].
     Connects(Connects),
+    /// Be refused. Gives milliseconds.
+    Refusals(Refusals),
+    /// Take all there is until standard input ends.
+    Flood(Flood),
+    /// Relay over loopback. Gives [`Relayed`].
+    Relay(Relay),
     /// Requests on connections that are kept. Gives [`Rate`].
     Requests(Requests),
     /// Create, run a command, stop. Gives [`Lives`].
@@ -84,6 +97,11 @@ pub(crate) fn serve(namespace: &Namespace, origin: Origin) -> Result<Server> {
 /// Starts a name server and waits until it listens.
 pub(crate) fn serve_dns(namespace: &Namespace, server: NameServer) -> Result<Server> {
     serving(namespace, &Task::ServeDns(server))
+}
+
+/// Starts a flood and waits until it flows.
+pub(crate) fn flood(namespace: &Namespace, flood: Flood) -> Result<Server> {
+    serving(namespace, &Task::Flood(flood))
 }
 
 fn serving(namespace: &Namespace, task: &Task) -> Result<Server> {
@@ -141,6 +159,17 @@ pub(crate) fn main(mut arguments: impl Iterator<Item = String>) -> Result<()> {
             sched_setaffinity(Pid::from_raw(0), &set)?;
             tell(&connects.measure()?)
         }
+        Task::Refusals(refusals) => {
+            sched_setaffinity(Pid::from_raw(0), &set)?;
+            tell(&refusals.measure()?)
+        }
+        Task::Flood(flood) => {
+            sched_setaffinity(Pid::from_raw(0), &set)?;
+            flood.start()?;
+            until_told_to_end()
+        }
+        // Three ends, which the scheduler may place.
+        Task::Relay(relay) => tell(&relay.measure()?),
         Task::Requests(requests) => {
             sched_setaffinity(Pid::from_raw(0), &set)?;
             tell(&requests.measure()?)

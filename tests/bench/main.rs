@@ -29,11 +29,12 @@ mod result;
 mod world;
 
 /// Every benchmark, in the order of a whole run.
-const NAMES: [&str; 10] = [
-    "program", "scale", "memory", "exec", "policy", "create", "splice", "connects", "dns", "tunnel",
+const NAMES: [&str; 13] = [
+    "program", "scale", "manners", "memory", "exec", "policy", "create", "splice", "connects", "read",
+    "verdicts", "dns", "tunnel",
 ];
 /// Those before this make their own world.
-const ON_A_NODE: usize = 3;
+const ON_A_NODE: usize = 4;
 
 fn main() -> Result<ExitCode> {
     let mut arguments = env::args().skip(1).peekable();
@@ -66,13 +67,19 @@ fn main() -> Result<ExitCode> {
 fn smoke(words: &[String]) -> ExitCode {
     const NAME: &str = "bench::every_benchmark_runs";
     let filters: Vec<_> = words.iter().filter(|word| !word.starts_with('-')).collect();
-    let wanted = filters.is_empty() || filters.iter().any(|filter| NAME.contains(filter.as_str()));
+    // By their names, some of them.
+    let some: Vec<&str> = NAMES
+        .into_iter()
+        .filter(|name| filters.iter().any(|filter| filter.as_str() == *name))
+        .collect();
+    let wanted =
+        filters.is_empty() || !some.is_empty() || filters.iter().any(|filter| NAME.contains(filter.as_str()));
     if !wanted || !harness::suite::root() {
         say("test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 1 filtered out");
         return ExitCode::SUCCESS;
     }
     let began = Instant::now();
-    match measure(&[], Effort::SMOKE) {
+    match measure(&some, Effort::SMOKE) {
         Ok(_) => {
             say(&format!("test {NAME} ... ok ({:.1?})", began.elapsed()));
             say("test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out");
@@ -115,6 +122,10 @@ fn measure(wanted: &[&str], effort: Effort) -> Result<Vec<Outcome>> {
         return Ok(outcomes);
     }
     let ground = Ground::make()?;
+    if wants("manners") {
+        let began = Instant::now();
+        keep("manners", began, measure::manners::manners(&ground, effort)?);
+    }
     if wants("memory") && effort.more_nodes {
         let began = Instant::now();
         keep("memory", began, measure::memory::memory(&ground, effort)?);
@@ -132,6 +143,8 @@ fn measure(wanted: &[&str], effort: Effort) -> Result<Vec<Outcome>> {
             "create" => measure::create::create(&guarded, effort),
             "splice" => measure::relay::splice(&ground, &guarded, effort),
             "connects" => measure::relay::connects(&ground, &guarded, effort),
+            "read" => measure::read::read(&ground, &guarded, effort),
+            "verdicts" => measure::verdicts::verdicts(&ground, &guarded, effort),
             "dns" => measure::dns::dns(&ground, &guarded, effort),
             "tunnel" => measure::tunnel::tunnel(&ground, &guarded, effort).map(Option::unwrap_or_default),
             other => bail!("no benchmark `{other}`"),

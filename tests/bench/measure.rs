@@ -3,12 +3,15 @@
 pub(crate) mod create;
 pub(crate) mod dns;
 pub(crate) mod execute;
+pub(crate) mod manners;
 pub(crate) mod memory;
 pub(crate) mod policy;
 pub(crate) mod program;
+pub(crate) mod read;
 pub(crate) mod relay;
 pub(crate) mod scale;
 pub(crate) mod tunnel;
+pub(crate) mod verdicts;
 
 /// How much is measured.
 #[derive(Debug, Clone, Copy)]

@@ -26,6 +26,8 @@ use harness::{
 };
 use serde_json::{Value, json};
 
+pub(crate) mod peers;
+
 use crate::load::{self, Access, Identity, NameServer, Origin, Server, Target, stream::Secure};
 
 /// The origin.
@@ -42,6 +44,10 @@ pub(crate) const MIDDLE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 137);
 pub(crate) const PLAIN: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 138);
 /// Names of the origin: what netd does with each is in the policy.
 pub(crate) const NAMES: [&str; 3] = ["spliced.test", "read.test", "masked.test"];
+/// One more, of which a rule lists what may be asked.
+pub(crate) const LISTED: &str = "listed.test";
+/// Ports of the origin by TLS on the way to which something else than netd reads.
+pub(crate) const PEER_PORTS: [u16; 4] = [8441, 8442, 8443, 8444];
 const API: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 8080);
 /// A secret that netd puts into requests to `masked.test`, and masks in what comes back.
 const SECRET: &str = "sk-bench-0123456789abcdefghijklmnopqrstuv";
@@ -59,13 +65,13 @@ pub(crate) struct Ground {
 impl Ground {
     pub(crate) fn make() -> Result<Self> {
         let mut builder = World::builder().unwatched();
-        for name in NAMES {
+        for name in NAMES.into_iter().chain([LISTED]) {
             builder = builder.name(name, &[&ORIGIN.to_string()]);
         }
         let world = builder.build()?;
         let (middle, plain) = (Namespace::network("middle")?, Namespace::network("plain")?);
         join(&world, &middle, &plain)?;
-        let (certificate, key) = world.ca.issue(&NAMES, Validity::Now)?;
+        let (certificate, key) = world.ca.issue(&[&NAMES[..], &[LISTED]].concat(), Validity::Now)?;
         let file = |name: &str| world.directory().join(name);
         fs::write(file("origin.crt"), &certificate)?;
         fs::write(file("origin.key"), key.secret_pkcs8_der())?;
@@ -73,7 +79,7 @@ impl Ground {
         let origin = Origin {
             address: ORIGIN,
             plain: vec![PASSED, OPAQUE],
-            tls: vec![443],
+            tls: [&[443][..], &PEER_PORTS].concat(),
             identity: Some(Identity {
                 certificate: file("origin.crt"),
                 key: file("origin.key"),
@@ -214,6 +220,23 @@ impl Guarded {
         }
     }
 
+    /// The same in another sandbox, which has an authority of its own.
+    pub(crate) fn secure_in(&self, ground: &Ground, sandbox: &Sandbox, name: &str) -> Result<Target> {
+        let bundle = sandbox.sh_ok("cat /etc/ssl/certs/ca-certificates.crt");
+        let authorities = ground.world.directory().join(format!("{}.pem", sandbox.id));
+        fs::write(&authorities, bundle + "\n" + ground.world.ca.pem())?;
+        let mut target = self.secure(name);
+        if let Some(secure) = &mut target.tls {
+            secure.authorities = authorities;
+        }
+        Ok(target)
+    }
+
+    /// The network namespace of another sandbox.
+    pub(crate) fn inside_of(&self, sandbox: &str) -> Result<Namespace> {
+        Namespace::join("another sandbox", &network_of(&self.node, sandbox)?[0])
+    }
+
     /// The API for a load on the node.
     pub(crate) fn access(&self) -> Access {
         access(&self.organization)
@@ -261,6 +284,8 @@ pub(crate) fn policy() -> Value {
           "ports": [OPAQUE.to_string()], "protocol": "tcp" },
         { "name": "spliced", "action": "allow", "domains": ["spliced.test"], "ports": ["443"] },
         { "name": "read", "action": "allow", "domains": ["read.test"], "ports": ["443"], "tls": "intercept" },
+        { "name": "listed", "action": "allow", "domains": [LISTED], "ports": ["443"],
+          "http": [{ "methods": ["GET"], "paths": ["/"] }] },
     ] })
 }
 

@@ -222,7 +222,6 @@ impl Egress {
         ended
     }
 }
-}
 
 /// Settles which server the handshake of a TLS flow is with.
 async fn handshake(

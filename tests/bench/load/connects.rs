@@ -10,7 +10,10 @@ use std::{
 use anyhow::{Result, anyhow, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::stream::{Connector, Target};
+use super::{
+    Rate,
+    stream::{Connector, Target},
+};
 
 /// New connections, one after the other on each of some threads.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -24,8 +27,8 @@ pub(crate) struct Connects {
 }
 
 impl Connects {
-    /// Connections a second of all threads together.
-    pub(super) fn measure(self) -> Result<f64> {
+    /// Connections of all threads together, and how long each took.
+    pub(super) fn measure(self) -> Result<Rate> {
         let connector = Arc::new(Connector::new(self.target)?);
         once(&connector)?;
         let began = Instant::now();
@@ -33,21 +36,22 @@ impl Connects {
         let threads: Vec<_> = (0..self.threads)
             .map(|_| {
                 let connector = Arc::clone(&connector);
-                thread::spawn(move || -> Result<u32> {
-                    let mut count = 0;
-                    while Instant::now() < end {
+                thread::spawn(move || -> Result<Vec<f64>> {
+                    let mut took = Vec::new();
+                    while took.is_empty() || Instant::now() < end {
+                        let began = Instant::now();
                         once(&connector)?;
-                        count += 1;
+                        took.push(began.elapsed().as_secs_f64() * 1000.0);
                     }
-                    Ok(count)
+                    Ok(took)
                 })
             })
             .collect();
-        let mut count = 0;
+        let mut took = Vec::new();
         for thread in threads {
-            count += thread.join().map_err(|_panic| anyhow!("a client died"))??;
+            took.extend(thread.join().map_err(|_panic| anyhow!("a client died"))??);
         }
-        Ok(f64::from(count) / began.elapsed().as_secs_f64())
+        Rate::of(took, began.elapsed().as_secs_f64() * 1000.0)
     }
 }
 
@@ -56,7 +60,12 @@ fn once(connector: &Connector) -> Result<()> {
     stream.write_all(&connector.request("/", true))?;
     stream.flush()?;
     let mut answer = Vec::with_capacity(2048);
-    stream.read_to_end(&mut answer)?;
+    match stream.read_to_end(&mut answer) {
+        Ok(_) => {}
+        // Some close without a word of TLS; whether the answer is whole is seen below.
+        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {}
+        Err(error) => return Err(error.into()),
+    }
     ensure!(
         answer.starts_with(b"HTTP/1.1 200 ") && answer.len() > super::origin::BODY,
         "{:?}",

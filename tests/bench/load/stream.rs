@@ -78,10 +78,16 @@ impl Connector {
         Ok(Self { target, tls })
     }
 
+    /// With what TLS begins.
+    pub(super) fn tls(&self) -> Option<(Arc<ClientConfig>, ServerName<'static>)> {
+        self.tls.clone()
+    }
+
     /// The request for a path.
     pub(super) fn request(&self, path: &str, close: bool) -> Vec<u8> {
         let host = match &self.target.tls {
-            Some(secure) => secure.name.clone(),
+            Some(secure) if self.target.to.port() == 443 => secure.name.clone(),
+            Some(secure) => format!("{}:{}", secure.name, self.target.to.port()),
             None => self.target.to.ip().to_string(),
         };
         let close = if close { "Connection: close\r\n" } else { "" };
@@ -190,6 +196,10 @@ impl Bulk {
         thread::sleep(Duration::from_millis(self.warm_ms));
         let (began, before) = (Instant::now(), bytes.load(Ordering::Relaxed));
         thread::sleep(Duration::from_millis(self.count_ms));
+        // On a machine that is busy with something else nothing may have come yet.
+        while bytes.load(Ordering::Relaxed) == before && began.elapsed() < PATIENCE {
+            thread::sleep(Duration::from_millis(10));
+        }
         let (took, moved) = (began.elapsed(), bytes.load(Ordering::Relaxed) - before);
         over.store(true, Ordering::Relaxed);
         for flow in flows {

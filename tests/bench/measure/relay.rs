@@ -5,8 +5,8 @@ use harness::namespace::Namespace;
 
 use super::Effort;
 use crate::{
-    load::{self, Bulk, Connects, Target, Task},
-    place::{Ground, Guarded, MIDDLE, NAMES, Nginx, OPAQUE, ORIGIN, PASSED, clear},
+    load::{self, Bulk, Connects, Rate, Target, Task},
+    place::{Ground, Guarded, MIDDLE, NAMES, Nginx, OPAQUE, ORIGIN, PASSED, clear, peers::Peer},
     result::{Kind, Table},
 };
 
@@ -16,10 +16,13 @@ const WARM_MS: u64 = 200;
 const THREADS: usize = 4;
 /// Where nginx relays TCP.
 const RELAY: u16 = 6001;
+/// Where haproxy does.
+const HAPROXY_RELAY: u16 = 6002;
 
 const ONE_LINK: &str = "raw, one link";
 const TWO_LINKS: &str = "raw, two links";
 const NGINX: &str = "nginx stream";
+const HAPROXY: &str = "haproxy, mode tcp, splicing";
 const PASS: &str = "kernel pass, three links";
 const NETD: &str = "netd, spliced";
 const TLS_DIRECT: &str = "TLS, raw, two links";
@@ -34,7 +37,7 @@ struct Way<'a> {
     target: Target,
 }
 
-fn ways<'a>(ground: &'a Ground, guarded: &'a Guarded, nginx: Option<&Nginx>) -> Vec<Way<'a>> {
+fn ways<'a>(ground: &'a Ground, guarded: &'a Guarded, relays: &Relays) -> Vec<Way<'a>> {
     let way = |name, from, target| Way { name, from, target };
     let [spliced, read, masked] = NAMES;
     let inside = &guarded.inside;
@@ -48,10 +51,28 @@ fn ways<'a>(ground: &'a Ground, guarded: &'a Guarded, nginx: Option<&Nginx>) -> 
         way(TLS_READ, inside, guarded.secure(read)),
         way(TLS_MASKED, inside, guarded.secure(masked)),
     ];
-    if nginx.is_some() {
+    if relays.haproxy.is_some() {
+        ways.insert(2, way(HAPROXY, &ground.plain, clear(MIDDLE, HAPROXY_RELAY)));
+    }
+    if relays.nginx.is_some() {
         ways.insert(2, way(NGINX, &ground.plain, clear(MIDDLE, RELAY)));
     }
     ways
+}
+
+/// What relays beside netd, as far as it is installed.
+struct Relays {
+    nginx: Option<Nginx>,
+    haproxy: Option<Peer>,
+}
+
+impl Relays {
+    fn start(ground: &Ground) -> Result<Self> {
+        Ok(Self {
+            nginx: nginx(ground)?,
+            haproxy: Peer::haproxy(ground, HAPROXY_RELAY, OPAQUE)?,
+        })
+    }
 }
 
 fn nginx(ground: &Ground) -> Result<Option<Nginx>> {
@@ -64,7 +85,7 @@ fn nginx(ground: &Ground) -> Result<Option<Nginx>> {
 
 fn rows(ways: &[Way<'_>], without: &[&str]) -> Vec<(&'static str, Option<&'static str>)> {
     let peer = |name: &str| match name {
-        TWO_LINKS | NGINX | NETD => Some(ONE_LINK),
+        TWO_LINKS | NGINX | HAPROXY | NETD => Some(ONE_LINK),
         // The sandbox's veth and the node's link are the two; what there is besides is the wall's.
         PASS => Some(TWO_LINKS),
         TLS_SPLICED | TLS_READ | TLS_MASKED => Some(TLS_DIRECT),
@@ -78,8 +99,8 @@ fn rows(ways: &[Way<'_>], without: &[&str]) -> Vec<(&'static str, Option<&'stati
 
 /// Bits a second, by one flow and by four.
 pub(crate) fn splice(ground: &Ground, guarded: &Guarded, effort: Effort) -> Result<Vec<Table>> {
-    let nginx = nginx(ground)?;
-    let ways = ways(ground, guarded, nginx.as_ref());
+    let relays = Relays::start(ground)?;
+    let ways = ways(ground, guarded, &relays);
     let names = rows(&ways, &[]);
     let mut tables = Vec::new();
     for flows in [1, 4] {
@@ -103,13 +124,41 @@ pub(crate) fn splice(ground: &Ground, guarded: &Guarded, effort: Effort) -> Resu
             }
         }
     }
-    Ok(tables.into_iter().map(|(_, table)| table).collect())
+    Ok(tables
+        .into_iter()
+        .flat_map(|(_, table)| [against_relays(&table), Some(table)])
+        .flatten()
+        .collect())
+}
+
+/// The same figures of what relays in clear, held against haproxy, where it is there.
+fn against_relays(table: &Table) -> Option<Table> {
+    let names: Vec<(&str, Option<&str>)> = [HAPROXY, NGINX, NETD]
+        .into_iter()
+        .filter(|name| table.rows.iter().any(|row| row.name == *name))
+        .map(|name| (name, (name != HAPROXY).then_some(HAPROXY)))
+        .collect();
+    if !names.contains(&(HAPROXY, None)) {
+        return None;
+    }
+    let title = format!("{}: relays", table.title);
+    let mut relays = Table::new(&title, &table.unit, table.kind, &names);
+    for row in table
+        .rows
+        .iter()
+        .filter(|row| names.iter().any(|(name, _)| *name == row.name))
+    {
+        row.rounds
+            .iter()
+            .for_each(|round| relays.add(&row.name, round.clone()));
+    }
+    Some(relays)
 }
 
 /// Connect, request, 1 KiB answer, close.
 pub(crate) fn connects(ground: &Ground, guarded: &Guarded, effort: Effort) -> Result<Vec<Table>> {
-    let nginx = nginx(ground)?;
-    let ways = ways(ground, guarded, nginx.as_ref());
+    let relays = Relays::start(ground)?;
+    let ways = ways(ground, guarded, &relays);
     let names = rows(&ways, &[]);
     let mut table = Table::new(
         "Connect, request, 1 KiB, close: 4 clients",
@@ -124,9 +173,12 @@ pub(crate) fn connects(ground: &Ground, guarded: &Guarded, effort: Effort) -> Re
                 threads: THREADS,
                 count_ms: effort.count_ms,
             };
-            let rate: f64 = load::run(way.from, &Task::Connects(connects))?;
-            table.add(way.name, vec![rate]);
+            let rate: Rate = load::run(way.from, &Task::Connects(connects))?;
+            table.add(way.name, vec![rate.per_second]);
         }
     }
-    Ok(vec![table])
+    Ok([against_relays(&table), Some(table)]
+        .into_iter()
+        .flatten()
+        .collect())
 }

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::Effort;
 use crate::{
-    load::{self, Origin, Rate, Requests, Task},
+    load::{self, Origin, Rate, Requests, Target, Task},
     place::{Ground, Guarded, MIDDLE, PLAIN},
     result::{Kind, Table},
 };
@@ -75,8 +75,10 @@ pub(crate) fn tunnel(ground: &Ground, guarded: &Guarded, effort: Effort) -> Resu
     for _ in 0..effort.rounds {
         for (name, from, to) in &ways {
             let requests = Requests {
-                to: *to,
+                target: Target { to: *to, tls: None },
                 host: to.to_string(),
+                path: "/".to_owned(),
+                status: 200,
                 headers: String::new(),
                 connections: CONNECTIONS,
                 warm_ms: WARM_MS.min(effort.count_ms),
