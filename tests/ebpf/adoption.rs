@@ -34,7 +34,8 @@ fn refused(sandbox: &Sandbox, to: std::net::SocketAddrV4) {
         ErrorKind::ConnectionRefused,
         "{to}"
     );
-    assert!(took < Duration::from_millis(100), "{to} took {took:?}");
+    // Below the second after which a SYN would be sent again (RFC 6298, 2).
+    assert!(took < Duration::from_millis(900), "{to} took {took:?}");
 }
 
 /// Not a test of its own: the process that the next one kills.
@@ -344,7 +345,7 @@ fn an_interface_that_is_gone_frees_its_address() {
 
 /// Waits until an interface is gone whose sandbox's namespace has just lost its last holder.
 fn wait_gone(world: &World, interface: &str) {
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while world
         .datapath
         .router()

@@ -45,9 +45,9 @@ fn bound(world: &World) -> (Socket, SocketAddrV4) {
 }
 
 fn hear(socket: Socket, to: Ipv4Addr) -> io::Result<String> {
-    socket.connect_timeout(&SocketAddrV4::new(to, AGENT).into(), Duration::from_millis(700))?;
+    socket.connect_timeout(&SocketAddrV4::new(to, AGENT).into(), Duration::from_secs(2))?;
     let mut stream = TcpStream::from(socket);
-    stream.set_read_timeout(Some(Duration::from_millis(700)))?;
+    stream.set_read_timeout(Some(Duration::from_secs(2)))?;
     let mut heard = String::new();
     stream.read_to_string(&mut heard)?;
     Ok(heard)

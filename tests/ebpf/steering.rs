@@ -190,7 +190,7 @@ fn one_port_may_be_used_again_at_once() {
     });
 }
 
-/// Connects from a given port as soon as this end has let go of it; the other end gets half a second.
+/// Connects from a given port as soon as this end has let go of it; the other end gets less than a SYN needs to be sent again.
 fn from_port(port: u16, to: SocketAddrV4) -> (Socket, Duration) {
     let deadline = Instant::now() + Duration::from_secs(5);
     loop {
@@ -198,7 +198,7 @@ fn from_port(port: u16, to: SocketAddrV4) -> (Socket, Duration) {
         socket.set_reuse_address(true).expect("reuse");
         socket.bind(&at([10, 213, 0, 1], port).into()).expect("bound");
         let started = Instant::now();
-        match socket.connect_timeout(&to.into(), Duration::from_millis(500)) {
+        match socket.connect_timeout(&to.into(), Duration::from_millis(900)) {
             Ok(()) => return (socket, started.elapsed()),
             // The last acknowledgement of the connection before is still to come.
             Err(error) if error.kind() == ErrorKind::AddrNotAvailable && Instant::now() < deadline => {

@@ -71,7 +71,7 @@ pub(crate) fn ip(commands: &str) {
 
 /// Waits until an interface of the calling thread's namespace can send.
 fn wait_up(interface: &str) {
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         let shown = Command::new("ip")
             .args(["-o", "link", "show", interface])
@@ -334,12 +334,12 @@ pub(crate) fn allow_443() -> KernelTable {
     ])
 }
 
-/// Reads events until `enough` says so; fails after five seconds.
+/// Reads events until `enough` says so; fails after a minute.
 pub(crate) fn events_until(
     reader: &mut EventReader,
     enough: impl Fn(&[DenyEvent]) -> bool,
 ) -> Vec<DenyEvent> {
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + Duration::from_secs(60);
     let mut events = Vec::new();
     loop {
         events.extend(reader.next_batch(Duration::from_millis(300)).expect("events"));

@@ -107,7 +107,7 @@ async fn a_later_process_adopts_what_runs_and_finds_what_died() {
     let pid = process_of(&world, &dead);
     let exit = world.backend.wait_exit(&dead.sandbox_id);
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).unwrap();
-    tokio::time::timeout(Duration::from_secs(5), exit)
+    tokio::time::timeout(Duration::from_secs(60), exit)
         .await
         .expect("the end of PID 1 is noticed");
 
@@ -131,7 +131,7 @@ async fn a_later_process_adopts_what_runs_and_finds_what_died() {
     assert_eq!(world.sh(&kept, "echo still here").await.stdout, "still here\n");
     let exit = later.wait_exit(&kept.sandbox_id);
     later.destroy(&kept.sandbox_id).await.unwrap();
-    tokio::time::timeout(Duration::from_secs(5), exit)
+    tokio::time::timeout(Duration::from_secs(60), exit)
         .await
         .expect("the end of PID 1 is noticed");
     for id in [&dead.sandbox_id, &new.sandbox_id] {

@@ -36,7 +36,7 @@ async fn limits_bite_and_only_the_one_that_reaches_them() {
         .map(|line| line.parse::<f64>().unwrap())
         .sum();
     assert!(
-        (0.3..1.0).contains(&spent),
+        (0.1..1.0).contains(&spent),
         "{spent} s of CPU in 3 s at 200 thousandths"
     );
 
@@ -61,23 +61,25 @@ async fn limits_bite_and_only_the_one_that_reaches_them() {
     );
     world.backend.destroy(&greedy.sandbox_id).await.unwrap();
     world.start(&greedy).await;
-    let forks = "import os, time\nwhile True:\n try: child = os.fork()\n except OSError: break\n \
-        if child == 0:\n  time.sleep(60)\n  os._exit(0)\ntime.sleep(3)\nos.killpg(0, 9)";
+    let forks = "import os, time\nwhile not os.path.exists(\"/workspace/enough\"):\n try: child = os.fork()\n \
+        except OSError:\n  time.sleep(0.05)\n  continue\n if child == 0:\n  time.sleep(60)\n  os._exit(0)\nos.killpg(0, 9)";
     let filled = format!("exec python3 -c '{forks}'");
-    let (bomb, full) = tokio::join!(world.sh(&greedy, &filled), async {
-        tokio::time::sleep(Duration::from_secs(2)).await;
-        world.try_exec(&greedy, shell("true")).await
+    let (bomb, ()) = tokio::join!(world.sh(&greedy, &filled), async {
+        // A busy machine may need a while to fill it.
+        loop {
+            match world.try_exec(&greedy, shell("true")).await {
+                Ok(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+                Err(AgentError::Refused {
+                    code: AgentErrorCode::Internal,
+                    ..
+                }) => break,
+                Err(other) => panic!("{other:?}"),
+            }
+        }
+        let agent = world.agent(&greedy).await;
+        let written = agent.write_file("/workspace/enough", None, vec![0].into()).await;
+        written.unwrap();
     });
-    assert!(
-        matches!(
-            full,
-            Err(AgentError::Refused {
-                code: AgentErrorCode::Internal,
-                ..
-            })
-        ),
-        "{full:?}"
-    );
     assert_eq!(bomb.code, 137, "{bomb:?}");
     assert_eq!(world.sh(&greedy, "echo free").await.stdout, "free\n");
 

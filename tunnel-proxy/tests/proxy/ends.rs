@@ -12,7 +12,9 @@ use tokio::{
 
 use crate::{
     requests::{body, echo_after_upgrade, http2, request, upgrade},
-    world::{OK, World, id, program, public, read_all, read_until, recorder, route, status, within_a_second},
+    world::{
+        OK, SOON, World, id, in_time, program, public, read_all, read_until, recorder, route, status, until,
+    },
 };
 
 /// A program that begins an answer and never ends it.
@@ -55,8 +57,8 @@ async fn closing_cuts_answers_under_way() {
     let host = world.open(3000, endless(false).await).await;
     let mut client = begin(&world, &host).await;
     read_until(&mut client, "hello").await;
-    within_a_second("closing", world.close(3000)).await;
-    let rest = within_a_second("the end", async {
+    in_time("closing", world.close(3000)).await;
+    let rest = in_time("the end", async {
         let mut rest = Vec::new();
         let ended = client.read_to_end(&mut rest).await;
         (ended, rest)
@@ -72,12 +74,13 @@ async fn closing_cuts_a_client_that_does_not_read() {
     let world = World::start().await;
     let host = world.open(3000, endless(true).await).await;
     let mut client = begin(&world, &host).await;
-    tokio::time::sleep(Duration::from_millis(500)).await;
     let tunnel = world.proxy.table.by_id(&id(3000)).expect("open");
-    within_a_second("closing", world.close(3000)).await;
+    until("it is under way", || tunnel.under_way() == 1).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    in_time("closing", world.close(3000)).await;
     assert_eq!(tunnel.under_way(), 0, "it is still under way");
     let mut rest = Vec::new();
-    let ended = within_a_second("the end", client.read_to_end(&mut rest)).await;
+    let ended = in_time("the end", client.read_to_end(&mut rest)).await;
     assert!(ended.is_err(), "a cut answer looks like a whole one");
 }
 
@@ -94,10 +97,10 @@ async fn closing_cuts_a_stream_of_http2_that_nobody_reads() {
     tokio::time::sleep(Duration::from_millis(500)).await;
     let tunnel = world.proxy.table.by_id(&id(3000)).expect("open");
     assert_eq!(tunnel.under_way(), 1);
-    within_a_second("closing", world.close(3000)).await;
+    in_time("closing", world.close(3000)).await;
     assert_eq!(tunnel.under_way(), 0, "it is still under way");
     let mut rest = answer.into_body();
-    within_a_second("the end", async {
+    in_time("the end", async {
         while let Some(frame) = rest.frame().await {
             if frame.is_err() {
                 return;
@@ -118,10 +121,11 @@ async fn closing_answers_those_who_wait_for_an_answer() {
     .await;
     let host = world.open(3000, silent).await;
     let mut client = begin(&world, &host).await;
-    tokio::time::sleep(Duration::from_millis(200)).await;
-    within_a_second("closing", world.close(3000)).await;
+    let tunnel = world.proxy.table.by_id(&id(3000)).expect("open");
+    until("it is under way", || tunnel.under_way() == 1).await;
+    in_time("closing", world.close(3000)).await;
     assert_eq!(
-        status(&within_a_second("the answer", read_until(&mut client, "}}")).await),
+        status(&in_time("the answer", read_until(&mut client, "}}")).await),
         404
     );
     // The connection is not the tunnel's: it goes on for others.
@@ -151,8 +155,8 @@ async fn closing_cuts_streams_of_http2_and_leaves_those_of_others() {
         .expect("an answer")
         .into_body();
     cut.frame().await.expect("a frame").expect("data");
-    within_a_second("closing", world.close(3000)).await;
-    within_a_second("the end", async {
+    in_time("closing", world.close(3000)).await;
+    in_time("the end", async {
         loop {
             match cut.frame().await {
                 Some(Ok(_)) => {}
@@ -179,8 +183,8 @@ async fn closing_cuts_upgraded_connections() {
     read_until(&mut client, "\r\n\r\n").await;
     client.write_all(b"ping").await.expect("written");
     read_until(&mut client, "ping").await;
-    within_a_second("closing", world.close(3000)).await;
-    let rest = within_a_second("the end", read_all(&mut client)).await;
+    in_time("closing", world.close(3000)).await;
+    let rest = in_time("the end", read_all(&mut client)).await;
     assert_eq!(rest, "");
 }
 
@@ -195,12 +199,11 @@ async fn expiry_cuts_too() {
         .expect("written");
     read_until(&mut client, "\r\n\r\n").await;
     let mut short = route(3000, TunnelProtocol::Http, public());
-    short.expires_at = Timestamp::now() + 700.milliseconds();
+    short.expires_at = Timestamp::now() + 3.seconds();
     world.upsert(short).await;
     client.write_all(b"ping").await.expect("written");
     read_until(&mut client, "ping").await;
-    let cut = tokio::time::timeout(Duration::from_millis(1700), read_all(&mut client)).await;
-    assert_eq!(cut.expect("a second after the expiry at most"), "");
+    assert_eq!(in_time("the end", read_all(&mut client)).await, "");
     assert_eq!(status(&world.get(&host, "").await), 410);
 }
 
@@ -221,8 +224,8 @@ async fn connections_to_the_program_end_with_the_tunnel() {
     .await;
     let host = world.open(3000, watched).await;
     assert_eq!(status(&world.get(&host, "").await), 200);
-    within_a_second("closing", world.close(3000)).await;
-    within_a_second("the end", ended.recv()).await.expect("it ended");
+    in_time("closing", world.close(3000)).await;
+    in_time("the end", ended.recv()).await.expect("it ended");
 }
 
 #[tokio::test]
@@ -237,11 +240,9 @@ async fn the_end_of_the_program_finishes_what_is_under_way() {
     .await;
     let host = world.open(3000, slow).await;
     let mut client = begin(&world, &host).await;
-    tokio::time::sleep(Duration::from_millis(100)).await;
-    let (drained, answer) = tokio::join!(
-        world.tasks.drain(Duration::from_secs(5)),
-        read_until(&mut client, "\r\n\r\nok")
-    );
+    let tunnel = world.proxy.table.by_id(&id(3000)).expect("open");
+    until("it is under way", || tunnel.under_way() == 1).await;
+    let (drained, answer) = tokio::join!(world.tasks.drain(SOON), read_until(&mut client, "\r\n\r\nok"));
     assert_eq!(drained, Ok(()));
     assert_eq!(status(&answer), 200);
 }

@@ -10,8 +10,7 @@ use tokio::{
 };
 
 use crate::world::{
-    OK, TOKEN, World, header, private, program, public, read_all, read_until, recorder, status,
-    within_a_second,
+    OK, TOKEN, World, header, in_time, private, program, public, read_all, read_until, recorder, status,
 };
 
 /// Echoes until its client has ended, then says goodbye.
@@ -150,11 +149,11 @@ async fn closing_cuts_bytes_and_gives_the_port_up() {
     let mut client = TcpStream::connect(address).await.expect("connected");
     client.write_all(b"ping").await.expect("written");
     read_until(&mut client, "ping").await;
-    within_a_second("closing", world.close(5432)).await;
-    assert_eq!(within_a_second("the end", read_all(&mut client)).await, "");
+    in_time("closing", world.close(5432)).await;
+    assert_eq!(in_time("the end", read_all(&mut client)).await, "");
     ports.follow(true).await;
     assert!(ports.listening().is_empty());
-    within_a_second("giving up the port", async {
+    in_time("giving up the port", async {
         while TcpStream::connect(address).await.is_ok() {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
@@ -177,9 +176,9 @@ async fn an_idle_connection_on_a_port_of_its_own_ends_with_the_tunnel() {
     read_until(&mut used, "ok").await;
     let mut fresh = TcpStream::connect(address).await.expect("connected");
     tokio::time::sleep(Duration::from_millis(100)).await;
-    within_a_second("closing", world.close(3000)).await;
-    within_a_second("the end", read_all(&mut used)).await;
-    within_a_second("the end", read_all(&mut fresh)).await;
+    in_time("closing", world.close(3000)).await;
+    in_time("the end", read_all(&mut used)).await;
+    in_time("the end", read_all(&mut fresh)).await;
 }
 
 #[tokio::test]
@@ -232,7 +231,7 @@ async fn what_is_kept_for_a_tunnel_that_is_gone_is_given_up_once_that_is_known()
         .expect("it may only not be known yet");
     ports.follow(true).await;
     let _forced = world.tasks.drain(Duration::ZERO).await;
-    within_a_second("giving up the port", async {
+    in_time("giving up the port", async {
         while TcpStream::connect(address).await.is_ok() {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }

@@ -216,7 +216,7 @@ impl World {
 
     /// Waits until the supervisor holds so many sockets: it hears out one start of the program before the next.
     pub(crate) async fn holds(&self, count: usize) {
-        within_a_second("the descriptor store", async {
+        in_time("the descriptor store", async {
             while self.store.len() != count {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
@@ -236,7 +236,7 @@ impl World {
         TcpStream::connect(self.address).await.expect("connected")
     }
 
-    /// Sends bytes on a connection of their own and reads until the other side closes it, for at most 5 s.
+    /// Sends bytes on a connection of their own and reads until the other side closes it, for at most twice [`SOON`].
     pub(crate) async fn say(&self, bytes: &[u8]) -> String {
         let mut stream = self.connect().await;
         // The answer may come before everything is said.
@@ -284,7 +284,7 @@ pub(crate) fn private() -> Access {
 pub(crate) async fn read_all(stream: &mut TcpStream) -> String {
     let mut all = Vec::new();
     let reading = async { while matches!(stream.read_buf(&mut all).await, Ok(1..)) {} };
-    let _elapsed = tokio::time::timeout(Duration::from_secs(5), reading).await;
+    let _elapsed = tokio::time::timeout(2 * SOON, reading).await;
     String::from_utf8_lossy(&all).into_owned()
 }
 
@@ -299,7 +299,7 @@ pub(crate) async fn read_until(stream: &mut TcpStream, end: &str) -> String {
             }
         }
     };
-    let _elapsed = tokio::time::timeout(Duration::from_secs(5), reading).await;
+    let _elapsed = tokio::time::timeout(SOON, reading).await;
     let text = String::from_utf8_lossy(&all).into_owned();
     assert!(text.contains(end), "{end:?} did not come, but {text:?}");
     text
@@ -381,10 +381,24 @@ pub(crate) fn spawn(task: impl Future<Output = ()> + Send + 'static) {
     tokio::spawn(task);
 }
 
-/// Fails when it takes longer than a second: what is cut is cut within that time.
-pub(crate) async fn within_a_second<T>(what: &str, future: impl Future<Output = T>) -> T {
-    match tokio::time::timeout(Duration::from_secs(1), future).await {
+/// Longest wait for what happens within a second on a machine that has nothing else to do, and without its cause not in an
+/// hour ([`LIMITS`]).
+pub(crate) const SOON: Duration = Duration::from_secs(30);
+
+/// Fails when it takes longer than that.
+pub(crate) async fn in_time<T>(what: &str, future: impl Future<Output = T>) -> T {
+    match tokio::time::timeout(SOON, future).await {
         Ok(output) => output,
-        Err(_elapsed) => panic!("{what} took longer than a second"),
+        Err(_elapsed) => panic!("{what} took longer than {SOON:?}"),
     }
+}
+
+/// Waits until it is so.
+pub(crate) async fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    in_time(what, async {
+        while !is_so() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
 }

@@ -230,9 +230,10 @@ async fn closing_says_so_when_nobody_has_cut_and_can_be_asked_again() {
 
     // Nobody answers; the second time it is no longer in the list.
     let (first, second) = tokio::join!(world.call(&owner, "DELETE", &short, &Value::Null), async {
-        tokio::time::sleep(Duration::from_millis(500)).await;
-        let listed = world.call(&owner, "GET", &path, &Value::Null).await;
-        assert_eq!(listed.body, json!({"tunnels": []}));
+        let listed = async || world.call(&owner, "GET", &path, &Value::Null).await.body;
+        while listed().await != json!({"tunnels": []}) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
         world.call(&owner, "DELETE", &long, &Value::Null).await
     });
     assert_eq!(first.refusal(), (503, "UNAVAILABLE", None));

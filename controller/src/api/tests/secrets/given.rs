@@ -112,7 +112,7 @@ async fn a_command_has_placeholders_plain_values_and_what_its_caller_set() {
             },
         );
         // The node of this test never acknowledges; the store has changed before it is waited for.
-        let _pending = tokio::time::timeout(std::time::Duration::from_millis(300), update).await;
+        let _pending = tokio::time::timeout(std::time::Duration::from_secs(2), update).await;
     }
     let env = world.environment(&record, json!({})).await;
     assert_eq!(env["ANTHROPIC_API_KEY"], placeholder);
