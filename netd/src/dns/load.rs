@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 
 /// What a record costs that is given out.
 const GIVEN: u64 = 1;
-/// What an address costs that was not pinned under the name: the books, the kernel, the log.
-const PINNED: u64 = 16;
+/// What an address costs that was not pinned under the name: the books, the kernel, the log. So much more, because resolvers
+/// that get a large answer ask for it a dozen times.
+const PINNED: u64 = 64;
 /// What a sandbox may spend at once: all the pins that it can have, twice.
 const MOST: u64 = 2 * PINS_MAX * PINNED;
 /// What it gets back in a second: a thousand new pins.
