@@ -1,8 +1,9 @@
-//! Where everything is measured: one internet with the origin, and three ways to it.
+//! Where everything is measured: one internet with the origin, and four ways to it.
 //!
 //! ```text
 //!  sandbox ── router (netd) ── [node] ── internet     through Sandgate
-//!  plain ─────── middle ──────────────── internet     the same two links, the kernel forwards
+//!  deep ───── inner ────────── gate ──── internet     the same three links, the kernel forwards and masquerades
+//!  plain ─────── middle ──────────────── internet     two links, the kernel forwards
 //!                middle ──────────────── internet     one link
 //! ```
 
@@ -56,7 +57,9 @@ const SECRET: &str = "sk-bench-0123456789abcdefghijklmnopqrstuv";
 pub(crate) struct Ground {
     pub(crate) middle: Namespace,
     pub(crate) plain: Namespace,
+    pub(crate) deep: Namespace,
     pub(crate) world: Arc<World>,
+    _between: [Namespace; 2],
     _origin: Server,
     _names: Server,
     authorities: PathBuf,
@@ -71,6 +74,9 @@ impl Ground {
         let world = builder.build()?;
         let (middle, plain) = (Namespace::network("middle")?, Namespace::network("plain")?);
         join(&world, &middle, &plain)?;
+        let deep = Namespace::network("deep")?;
+        let between = [Namespace::network("gate")?, Namespace::network("inner")?];
+        join_deep(&world, &between, &deep)?;
         let (certificate, key) = world.ca.issue(&[&NAMES[..], &[LISTED]].concat(), Validity::Now)?;
         let file = |name: &str| world.directory().join(name);
         fs::write(file("origin.crt"), &certificate)?;
@@ -95,7 +101,9 @@ impl Ground {
         Ok(Self {
             middle,
             plain,
+            deep,
             world,
+            _between: between,
             _origin: origin,
             _names: names,
             authorities,
@@ -133,8 +141,47 @@ pub(crate) fn clear(to: Ipv4Addr, port: u16) -> Target {
     }
 }
 
+fn place(namespace: &Namespace) -> String {
+    namespace.task().join("ns/net").display().to_string()
+}
+
+/// What a node does to a packet that the kernel passes, without a program: two forwards, and one address for all.
+fn join_deep(world: &World, [gate, inner]: &[Namespace; 2], deep: &Namespace) -> Result<()> {
+    let links = [
+        (
+            world.internet(),
+            "deepside",
+            gate,
+            "198.51.100.141",
+            "198.51.100.142",
+        ),
+        (gate, "below", inner, "198.51.100.145", "198.51.100.146"),
+        (inner, "below", deep, "198.51.100.149", "198.51.100.150"),
+    ];
+    for (above, name, below, address, other) in links {
+        above.ip(&format!(
+            "link add {name} type veth peer name up netns {}",
+            place(below)
+        ))?;
+        above.ip(&format!("addr add {address}/30 dev {name}"))?;
+        above.ip(&format!("link set {name} up"))?;
+        below.ip(&format!("addr add {other}/30 dev up"))?;
+        below.ip("link set up up")?;
+        below.ip(&format!("route add default via {address}"))?;
+    }
+    gate.ip("route add 198.51.100.148/30 via 198.51.100.146")?;
+    for forwards in [gate, inner] {
+        forwards.sysctl("net/ipv4/ip_forward", "1")?;
+    }
+    let masquerade = "add table ip gate; \
+                      add chain ip gate out { type nat hook postrouting priority 100; }; \
+                      add rule ip gate out oifname up masquerade";
+    let done = gate.command("nft", &[masquerade])?;
+    ensure!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    Ok(())
+}
+
 fn join(world: &World, middle: &Namespace, plain: &Namespace) -> Result<()> {
-    let place = |namespace: &Namespace| namespace.task().join("ns/net").display().to_string();
     let internet = world.internet();
     internet.ip(&format!(
         "link add side type veth peer name uplink netns {}",

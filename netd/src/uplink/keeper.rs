@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     canary::{self, CanaryError},
-    kernel::Datapath,
+    kernel::{Datapath, DatapathError},
     router::pass,
 };
 
@@ -145,12 +145,18 @@ impl Keeper {
             None => Uplink::raise(place.clone(), self.datapath.router()).map_err(|error| told(&error))?,
         };
         let raised = uplink.insert(raised);
-        let proven = self.datapath.prepare_uplink(&raised.kernel());
-        let proven = proven.map_err(|error| told(&error))?;
+        let refused = |error: DatapathError| {
+            if matches!(error, DatapathError::NotFirst { .. }) {
+                // What stands before ours goes with the uplink: the next one may do, whatever else changes or does not.
+                self.doubt();
+            }
+            told(&error)
+        };
+        let proven = self.datapath.prepare_uplink(&raised.kernel()).map_err(refused)?;
         match self.fly(place, raised, false)? {
             Ok(()) => {
                 let opened = self.datapath.open_uplink(&raised.kernel(), false);
-                opened.map_err(|error| told(&error))?;
+                opened.map_err(refused)?;
                 Ok(raised)
             }
             Err(error) if error.is_lost() => Err(format!("{error}; {}", firewall::blame(raised.names()))),

@@ -23,6 +23,7 @@ const ONE_LINK: &str = "raw, one link";
 const TWO_LINKS: &str = "raw, two links";
 const NGINX: &str = "nginx stream";
 const HAPROXY: &str = "haproxy, mode tcp, splicing";
+const THREE_LINKS: &str = "raw, three links, masqueraded";
 const PASS: &str = "kernel pass, three links";
 const NETD: &str = "netd, spliced";
 const TLS_DIRECT: &str = "TLS, raw, two links";
@@ -44,6 +45,7 @@ fn ways<'a>(ground: &'a Ground, guarded: &'a Guarded, relays: &Relays) -> Vec<Wa
     let mut ways = vec![
         way(ONE_LINK, &ground.middle, clear(ORIGIN, OPAQUE)),
         way(TWO_LINKS, &ground.plain, clear(ORIGIN, OPAQUE)),
+        way(THREE_LINKS, &ground.deep, clear(ORIGIN, OPAQUE)),
         way(PASS, inside, clear(ORIGIN, PASSED)),
         way(NETD, inside, clear(ORIGIN, OPAQUE)),
         way(TLS_DIRECT, &ground.plain, ground.secure(spliced)),
@@ -85,9 +87,9 @@ fn nginx(ground: &Ground) -> Result<Option<Nginx>> {
 
 fn rows(ways: &[Way<'_>], without: &[&str]) -> Vec<(&'static str, Option<&'static str>)> {
     let peer = |name: &str| match name {
-        TWO_LINKS | NGINX | HAPROXY | NETD => Some(ONE_LINK),
-        // The sandbox's veth and the node's link are the two; what there is besides is the wall's.
-        PASS => Some(TWO_LINKS),
+        TWO_LINKS | THREE_LINKS | NGINX | HAPROXY | NETD => Some(ONE_LINK),
+        // The same links, forwards and masquerade: what there is besides is the wall's.
+        PASS => Some(THREE_LINKS),
         TLS_SPLICED | TLS_READ | TLS_MASKED => Some(TLS_DIRECT),
         _ => None,
     };
