@@ -160,13 +160,13 @@ fn join_deep(world: &World, [gate, inner]: &[Namespace; 2], deep: &Namespace) ->
     ];
     for (above, name, below, address, other) in links {
         above.ip(&format!(
-            "link add {name} type veth peer name up netns {}",
+            "link add {name} type veth peer name outer netns {}",
             place(below)
         ))?;
         above.ip(&format!("addr add {address}/30 dev {name}"))?;
         above.ip(&format!("link set {name} up"))?;
-        below.ip(&format!("addr add {other}/30 dev up"))?;
-        below.ip("link set up up")?;
+        below.ip(&format!("addr add {other}/30 dev outer"))?;
+        below.ip("link set outer up")?;
         below.ip(&format!("route add default via {address}"))?;
     }
     gate.ip("route add 198.51.100.148/30 via 198.51.100.146")?;
@@ -175,7 +175,7 @@ fn join_deep(world: &World, [gate, inner]: &[Namespace; 2], deep: &Namespace) ->
     }
     let masquerade = "add table ip gate; \
                       add chain ip gate out { type nat hook postrouting priority 100; }; \
-                      add rule ip gate out oifname up masquerade";
+                      add rule ip gate out oifname outer masquerade";
     let done = gate.command("nft", &[masquerade])?;
     ensure!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     Ok(())
