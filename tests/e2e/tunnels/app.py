@@ -78,5 +78,7 @@ class Bytes(socketserver.ThreadingTCPServer):
     allow_reuse_address = daemon_threads = True
 
 
+# Of more than wait here the kernel drops some, for whole seconds; by default five may.
+socketserver.TCPServer.request_queue_size = 512
 threading.Thread(target=Bytes(("0.0.0.0", 5432), Echo).serve_forever, daemon=True).start()
 http.server.ThreadingHTTPServer(("0.0.0.0", 3000), Site).serve_forever()
