@@ -20,7 +20,7 @@ use super::{Decision, Rules};
 
 /// What some quotas are for. An hour begins with the first that is counted in it.
 const HOUR: Duration = Duration::from_secs(3600);
-/// Hosts that are told apart while they are counted. More are refused.
+/// Hosts that are told apart while they are counted. More are refused, or go uncounted where no tier enforces a quota.
 const HOSTS_MAX: usize = 16_384;
 
 /// Whom bytes are for.
@@ -125,8 +125,13 @@ impl Spending {
             return Ok((Arc::clone(&known.upload), noted));
         }
         if self.keeps_hosts && self.hosts.len() >= HOSTS_MAX {
+            let decision = Decision::of(Reason::Quota);
+            if !keeps_hosts(&rules.quotas()) {
+                let upload = Allowance::within(Arc::clone(&self.upload_limit));
+                return Ok((Arc::new(upload), Some(decision.audited())));
+            }
             return Err(OverQuota {
-                decision: Decision::of(Reason::Quota),
+                decision,
                 detail: format!("more than {HOSTS_MAX} hosts are not counted"),
                 retry_after: None,
             });

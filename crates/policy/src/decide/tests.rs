@@ -7,7 +7,7 @@ use crate::FailureMode;
 
 const SERVER: &str = "203.0.113.5";
 
-fn compile(tiers: &[Value]) -> SandboxPolicy {
+pub(super) fn compile(tiers: &[Value]) -> SandboxPolicy {
     let tiers: Vec<(String, Policy)> = tiers
         .iter()
         .enumerate()
@@ -38,13 +38,13 @@ fn kernel(policy: &SandboxPolicy, to: &str) -> KernelAction {
 }
 
 #[track_caller]
-fn denied(verdict: &Verdict, reason: Reason) {
+pub(super) fn denied(verdict: &Verdict, reason: Reason) {
     assert!(!verdict.allowed, "{verdict:?}");
     assert_eq!(verdict.reason, reason, "{verdict:?}");
 }
 
 #[track_caller]
-fn allowed(verdict: &Verdict) {
+pub(super) fn allowed(verdict: &Verdict) {
     assert!(
         verdict.allowed && verdict.reason == Reason::Allowed,
         "{verdict:?}"

@@ -56,17 +56,7 @@ pub enum Framing {
 const FIELDS_MAX: usize = 100;
 /// Longest method, in bytes.
 const METHOD_MAX: usize = 32;
-/// Fields that speak about one connection only (RFC 9110 7.6.1), and the beginnings of other protocols.
-const HOP_BY_HOP: [&str; 7] = [
-    "connection",
-    "keep-alive",
-    "proxy-connection",
-    "te",
-    "trailer",
-    "upgrade",
-    "http2-settings",
-];
-/// Fields that a Connection field must not name: without them the message means something else.
+/// Fields that a Connection field (RFC 9110 7.6.1) must not name: without them the message means something else.
 const NEVER_HOP_BY_HOP: [&str; 3] = ["host", "content-length", "transfer-encoding"];
 
 /// Reads the beginning of a connection. May be called again with more bytes any number of times.
@@ -102,25 +92,6 @@ enum Wanted {
 }
 
 impl Head {
-    /// The head to send on: the same request, fields of one connection removed, asking the server to close
-    /// after its answer, so that no second request can follow on the connection.
-    pub fn encode(&self) -> Vec<u8> {
-        let mut out = format!("{} {} HTTP/1.{}\r\n", self.method, self.target, self.minor).into_bytes();
-        let named: Vec<String> = self.values("connection").flat_map(tokens).collect();
-        for (name, value) in &self.fields {
-            let lower = name.to_ascii_lowercase();
-            if HOP_BY_HOP.contains(&lower.as_str()) || named.contains(&lower) {
-                continue;
-            }
-            out.extend_from_slice(name.as_bytes());
-            out.extend_from_slice(b": ");
-            out.extend_from_slice(value);
-            out.extend_from_slice(b"\r\n");
-        }
-        out.extend_from_slice(b"Connection: close\r\n\r\n");
-        out
-    }
-
     /// The method.
     pub fn method(&self) -> &str {
         &self.method
@@ -491,20 +462,6 @@ mod tests {
             );
         }
         whole(&request[1..]);
-    }
-
-    #[test]
-    fn what_goes_on_is_the_same_request_for_one_connection_only() {
-        let head = whole(
-            "GET /x HTTP/1.1\r\nHost: ok.test\r\nConnection: keep-alive, X-Hop\r\nUpgrade: h2c\r\n\
-             X-Hop: 1\r\nAccept:   */*  \r\nHTTP2-Settings: AAMA\r\n\r\n",
-        );
-        let encoded = String::from_utf8(head.encode()).expect("text");
-        assert_eq!(
-            encoded,
-            "GET /x HTTP/1.1\r\nHost: ok.test\r\nAccept: */*\r\nConnection: close\r\n\r\n"
-        );
-        assert_eq!(whole(&encoded).encode(), encoded.as_bytes());
     }
 
     #[test]

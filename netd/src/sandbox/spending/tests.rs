@@ -183,19 +183,37 @@ fn what_only_a_tier_in_audit_mode_limits_goes_on_and_is_told() {
     assert_eq!(over_upload(&rules).decision.tier, Some(TierName::Organization));
 }
 
+/// Meets as many hosts as are remembered.
+fn meet_all(spending: &mut Spending, rules: &Rules, now: Instant) {
+    for number in 0..HOSTS_MAX {
+        let host = host(&format!("h{number}.test"));
+        spending.meet(rules, &host, now).expect("room");
+        spending.part(&host);
+    }
+}
+
 #[test]
 fn hosts_beyond_those_that_are_remembered_are_refused() {
     let rules = own(&json!({ "upload_bytes_per_host": 100 }));
     let (mut spending, now) = (Spending::new(&rules), Instant::now());
-    for number in 0..HOSTS_MAX {
-        spending
-            .meet(&rules, &host(&format!("h{number}.test")), now)
-            .expect("room");
-        spending.part(&host(&format!("h{number}.test")));
-    }
+    meet_all(&mut spending, &rules, now);
     let over = spending
         .meet(&rules, &host("one-more.test"), now)
         .expect_err("too many");
     assert_eq!(over.decision.reason, Reason::Quota);
     spending.meet(&rules, &host("h0.test"), now).expect("known");
+}
+
+#[test]
+fn hosts_beyond_those_that_are_remembered_go_on_where_no_tier_enforces_a_quota() {
+    let quotas = json!({ "upload_bytes_per_host": 100 });
+    let rules = rules(&[(TierName::Sandbox, document(&quotas, "audit"))]);
+    let (mut spending, now) = (Spending::new(&rules), Instant::now());
+    meet_all(&mut spending, &rules, now);
+    let (upload, noted) = spending
+        .meet(&rules, &host("one-more.test"), now)
+        .expect("audit mode refuses nothing");
+    assert!(noted.expect("told").is_audited() && upload.take(1000));
+    spending.part(&host("one-more.test"));
+    assert_eq!(spending.hosts.len(), HOSTS_MAX, "it is not remembered");
 }

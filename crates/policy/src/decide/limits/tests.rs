@@ -1,7 +1,10 @@
 use serde_json::{Value, json};
 
 use super::*;
-use crate::{Platform, Policy, PolicyError};
+use crate::{
+    Platform, Policy, PolicyError,
+    decide::tests::{allowed, compile, denied},
+};
 
 fn compiled(tiers: &[Value]) -> Result<SandboxPolicy, PolicyError> {
     let tiers: Vec<(String, Policy)> = tiers
@@ -10,23 +13,6 @@ fn compiled(tiers: &[Value]) -> Result<SandboxPolicy, PolicyError> {
         .map(|(index, document)| (format!("tier {index}"), Policy::parse(document).unwrap()))
         .collect();
     SandboxPolicy::compile(&Platform::default(), &tiers)
-}
-
-fn compile(tiers: &[Value]) -> SandboxPolicy {
-    compiled(tiers).unwrap()
-}
-
-#[track_caller]
-fn denied(verdict: &Verdict, reason: Reason) {
-    assert!(!verdict.allowed && verdict.reason == reason, "{verdict:?}");
-}
-
-#[track_caller]
-fn allowed(verdict: &Verdict) {
-    assert!(
-        verdict.allowed && verdict.reason == Reason::Allowed,
-        "{verdict:?}"
-    );
 }
 
 #[test]
