@@ -15,6 +15,7 @@ use tokio::time::{Instant, timeout_at};
 
 use frames::Frames;
 
+mod files;
 mod frames;
 #[cfg(test)]
 mod tests;
@@ -28,6 +29,8 @@ struct Patience {
     stall: Duration,
     /// For a listing in all.
     listing: Duration,
+    /// For other work on files in all: copying may take a while.
+    work: Duration,
     /// For the end of a command beyond its own timeout: the agent must notice it and answer.
     grace: Duration,
 }
@@ -36,6 +39,7 @@ const PATIENCE: Patience = Patience {
     first_word: Duration::from_secs(10),
     stall: Duration::from_secs(30),
     listing: Duration::from_secs(60),
+    work: Duration::from_secs(600),
     grace: Duration::from_secs(15),
 };
 
@@ -226,17 +230,18 @@ impl Agent {
     ///
     /// # Errors
     /// [`AgentError::Refused`] when it is not there or not a directory.
-    pub async fn list(mut self, path: &str, recursive: bool, limit: u32) -> Result<Listing, AgentError> {
+    pub async fn list(self, path: &str, recursive: bool, limit: u32) -> Result<Listing, AgentError> {
+        let request = Request::List {
+            path: path.to_owned(),
+            recursive,
+            limit,
+        };
+        self.listing(&request, limit).await
+    }
+
+    async fn listing(mut self, request: &Request, limit: u32) -> Result<Listing, AgentError> {
         let deadline = Instant::now() + self.patience.listing;
-        self.request(
-            &Request::List {
-                path: path.to_owned(),
-                recursive,
-                limit,
-            },
-            deadline,
-        )
-        .await?;
+        self.request(request, deadline).await?;
         let most = usize::try_from(limit).unwrap_or(MAX_ENTRIES).min(MAX_ENTRIES);
         let mut listing = Listing {
             entries: Vec::new(),
@@ -255,7 +260,9 @@ impl Agent {
             // An endless row of empty parts ends at the deadline and costs nothing until then.
             bytes += entries
                 .iter()
-                .map(|entry| entry.name.len() + entry.path.len())
+                .map(|entry| {
+                    entry.name.len() + entry.path.len() + entry.target.as_ref().map_or(0, String::len)
+                })
                 .sum::<usize>();
             if listing.entries.len() + entries.len() > most || bytes > MAX_LISTING_BYTES {
                 return Err(AgentError::Protocol("a listing over the limit".to_owned()));
@@ -388,6 +395,7 @@ fn unexpected(reply: Reply) -> AgentError {
         Reply::Written { .. } => AgentError::Protocol("an unexpected write".to_owned()),
         Reply::File { .. } => AgentError::Protocol("an unexpected file".to_owned()),
         Reply::Entries { .. } => AgentError::Protocol("an unexpected listing".to_owned()),
+        Reply::Files(_) => AgentError::Protocol("an unexpected word about files".to_owned()),
     }
 }
 

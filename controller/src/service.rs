@@ -202,9 +202,12 @@ impl From<AgentError> for ServiceError {
                 },
                 Code::PermissionDenied => Self::Forbidden(message),
                 Code::TooLarge => Self::TooLarge(message),
-                Code::Invalid | Code::NoSpace | Code::Unauthorized | Code::Internal => {
-                    Self::Conflict(message)
-                }
+                Code::Invalid
+                | Code::NoSpace
+                | Code::Exists
+                | Code::NotEmpty
+                | Code::Unauthorized
+                | Code::Internal => Self::Conflict(message),
             },
             AgentError::RequestTooLarge(_) => Self::TooLarge(error.to_string()),
             AgentError::Io(_) | AgentError::Closed | AgentError::Timeout | AgentError::Protocol(_) => {

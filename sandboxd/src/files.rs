@@ -1,63 +1,108 @@
-//! Files for the controller: write whole, read whole, list.
+//! Files for the controller.
 //!
-//! Calls here block this process's only thread for the length of one file system call, never longer: what is
-//! not a regular file is not opened for reading or writing, because a FIFO could block for ever.
+//! Calls here block this process's only thread for the length of one file system call, never longer: what is not a regular
+//! file is not opened for reading or writing, because a FIFO could block for ever, and long work lets others have a turn.
+//! How a path becomes a descriptor, and why it leads no further than it may, is said in [`tree`].
+
+mod copy;
+mod listing;
+mod read;
+mod remove;
+mod tree;
+mod write;
+
+#[cfg(test)]
+mod tests;
 
 use std::{
-    fs::{self, File, OpenOptions, Permissions},
-    io::{self, Read as _, Write as _},
-    os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
-    path::{Component, Path, PathBuf},
+    ffi::OsString,
+    fs, io,
+    path::{Path, PathBuf},
+    pin::pin,
     process,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
-use rustix::{fs::OFlags, io::Errno};
-use sandgate_api::agent::{AgentErrorCode, Entry, EntryKind, FrameKind, MAX_FRAME, Reply};
-use tokio::net::TcpStream;
+use rustix::io::Errno;
+use sandgate_api::agent::{AgentErrorCode, FileReply, FileRequest, Reply};
+use tokio::{io::AsyncReadExt as _, net::TcpStream};
+
+pub(crate) use listing::list;
+pub(crate) use read::read;
+pub(crate) use tree::Tree;
+pub(crate) use write::write;
 
 use crate::wire::{self, Refusal};
-
-/// Bytes of a file in one frame.
-const PART: usize = 64 * 1024;
-/// Most that is read of a file that says it is empty: those of `/proc` do.
-const MAX_UNSIZED: u64 = 4 * 1024 * 1024;
-/// Sum of name and path lengths after which a part of a listing is sent. JSON may make six bytes of one.
-const LISTING_PART: usize = MAX_FRAME / 12;
-/// Entries after which a part of a listing is sent.
-const LISTING_ENTRIES: usize = 256;
-/// Permission bits of a new file.
-const DEFAULT_MODE: u32 = 0o644;
+use tree::checked;
 
 /// The outer error ends the connection, the inner one is told to the caller.
 type Answer = io::Result<Result<(), Refusal>>;
 
-/// Checks a path: absolute, no `..`.
-fn checked(path: &str) -> Result<PathBuf, Refusal> {
-    let refuse = |message: &str| {
-        Err(Refusal::new(
-            AgentErrorCode::Invalid,
-            format!("`{}`: {message}", path.escape_debug()),
-        ))
-    };
-    if !path.starts_with('/') {
-        return refuse("not an absolute path");
-    }
-    if path.contains('\0') {
-        return refuse("a path holds no NUL");
-    }
-    let mut clean = PathBuf::new();
-    for component in Path::new(path).components() {
-        match component {
-            Component::ParentDir => return refuse("`..` is not allowed in a path"),
-            Component::RootDir | Component::Normal(_) => clean.push(component),
-            Component::CurDir | Component::Prefix(_) => {}
+/// Steps of long work after which others have a turn.
+const TURN: usize = 64;
+
+/// Does one piece of work on files.
+pub(crate) async fn serve(stream: &mut TcpStream, tree: &Tree, request: FileRequest) -> Answer {
+    let caller = Caller::default();
+    let done = match request {
+        FileRequest::Glob { base, pattern, limit } => {
+            return listing::glob(stream, tree, &base, &pattern, limit).await;
         }
+        FileRequest::Remove { path, recursive } => {
+            let work = remove::remove(tree, &path, recursive, &caller);
+            caller.waits(stream, work).await?
+        }
+        FileRequest::MakeDirectory { path, parents } => write::make_directory(tree, &path, parents),
+        FileRequest::Move { source, destination } => {
+            let work = copy::rename(tree, &source, &destination, &caller);
+            caller.waits(stream, work).await?
+        }
+        FileRequest::Copy { source, destination } => {
+            let work = copy::copy(tree, &source, &destination, &caller);
+            caller.waits(stream, work).await?
+        }
+    };
+    if let Err(refusal) = done {
+        return Ok(Err(refusal));
     }
-    Ok(clean)
+    wire::reply(stream, &Reply::Files(FileReply::Done)).await?;
+    Ok(Ok(()))
 }
 
-/// Checks that a path is a directory in which a command can run.
+/// Whether anybody still waits for what is being done.
+#[derive(Debug, Default)]
+struct Caller {
+    gone: AtomicBool,
+}
+
+impl Caller {
+    /// Lets others have a turn.
+    ///
+    /// # Errors
+    /// When the caller is gone: what is half done is to be undone.
+    async fn turn(&self) -> io::Result<()> {
+        tokio::task::yield_now().await;
+        if self.gone.load(Ordering::Relaxed) {
+            return Err(io::ErrorKind::ConnectionAborted.into());
+        }
+        Ok(())
+    }
+
+    /// Works until it is done, or, once the peer of this connection is gone, until it has noticed.
+    async fn waits<T>(&self, stream: &mut TcpStream, work: impl Future<Output = T>) -> io::Result<T> {
+        let mut work = pin!(work);
+        tokio::select! {
+            biased;
+            done = &mut work => return Ok(done),
+            // A byte here is as much a breach as an end: this operation has nothing more to receive.
+            _end = stream.read_u8() => self.gone.store(true, Ordering::Relaxed),
+        }
+        let _unheard = work.await;
+        Err(io::ErrorKind::ConnectionAborted.into())
+    }
+}
+
+/// Checks that a path is a directory in which a command can run. No border: a command can go wherever it likes.
 pub(crate) fn directory(path: &str) -> Result<PathBuf, Refusal> {
     let clean = checked(path)?;
     match fs::metadata(&clean) {
@@ -66,285 +111,54 @@ pub(crate) fn directory(path: &str) -> Result<PathBuf, Refusal> {
             AgentErrorCode::NotDirectory,
             format!("{path}: not a directory"),
         )),
-        Err(error) => Err(refusal(path, &error)),
+        Err(error) => Err(refusal(&clean, &error)),
     }
 }
 
 /// The word for what the file system said.
 pub(crate) fn code(error: &io::Error) -> AgentErrorCode {
     let Some(errno) = error.raw_os_error().map(Errno::from_raw_os_error) else {
-        return AgentErrorCode::Internal;
+        return match error.kind() {
+            io::ErrorKind::PermissionDenied => AgentErrorCode::PermissionDenied,
+            _ => AgentErrorCode::Internal,
+        };
     };
     match errno {
         Errno::NOENT => AgentErrorCode::NotFound,
         Errno::ISDIR => AgentErrorCode::IsDirectory,
-        // Of a parent that is there and no directory.
-        Errno::NOTDIR | Errno::EXIST => AgentErrorCode::NotDirectory,
+        Errno::NOTDIR => AgentErrorCode::NotDirectory,
+        Errno::EXIST => AgentErrorCode::Exists,
+        Errno::NOTEMPTY => AgentErrorCode::NotEmpty,
         Errno::ACCESS | Errno::PERM | Errno::ROFS => AgentErrorCode::PermissionDenied,
         Errno::NOSPC | Errno::DQUOT => AgentErrorCode::NoSpace,
         Errno::FBIG => AgentErrorCode::TooLarge,
-        Errno::NAMETOOLONG | Errno::LOOP | Errno::INVAL => AgentErrorCode::Invalid,
+        Errno::NAMETOOLONG | Errno::LOOP | Errno::INVAL | Errno::BUSY => AgentErrorCode::Invalid,
         _ => AgentErrorCode::Internal,
     }
 }
 
-fn refusal(path: &str, error: &io::Error) -> Refusal {
-    Refusal::new(code(error), format!("{path}: {error}"))
+fn refusal(path: &Path, error: &io::Error) -> Refusal {
+    Refusal::new(code(error), format!("{}: {error}", path.display()))
 }
 
-/// Writes a file of `size` bytes that follow as data frames: beside the old one, then in its place.
-pub(crate) async fn write(stream: &mut TcpStream, path: &str, size: u64, mode: Option<u32>) -> Answer {
-    let mut replacement = match checked(path).and_then(|target| Replacement::begin(target, path, mode)) {
-        Ok(replacement) => replacement,
-        Err(refusal) => return Ok(Err(refusal)),
-    };
-    let mut left = size;
-    while left > 0 {
-        let (kind, part) = wire::receive(stream, MAX_FRAME).await?;
-        let length = u64::try_from(part.len()).unwrap_or(u64::MAX);
-        if kind != FrameKind::Data || length == 0 || length > left {
-            let message = format!("{path}: more or less than the announced {size} bytes");
-            return Ok(Err(Refusal::new(AgentErrorCode::Invalid, message)));
-        }
-        if let Err(error) = replacement.file.write_all(&part) {
-            return Ok(Err(refusal(path, &error)));
-        }
-        left -= length;
-    }
-    if let Err(error) = replacement.finish() {
-        return Ok(Err(refusal(path, &error)));
-    }
-    wire::reply(stream, &Reply::Written { size }).await?;
-    Ok(Ok(()))
+/// A name that nothing has yet, as far as code inside does not try: then the next one.
+///
+/// Not derived from another name, which may be as long as a name can be.
+fn fresh_name() -> OsString {
+    static SERIAL: AtomicU64 = AtomicU64::new(0);
+    let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
+    format!(".sandgate-{}-{serial}", process::id()).into()
 }
 
-/// A file in the making. Dropped unfinished, it is removed and the old one is untouched.
-struct Replacement {
-    file: File,
-    temporary: PathBuf,
-    target: PathBuf,
-    mode: u32,
-    finished: bool,
-}
-
-impl Replacement {
-    fn begin(target: PathBuf, path: &str, mode: Option<u32>) -> Result<Self, Refusal> {
-        static SERIAL: AtomicU64 = AtomicU64::new(0);
-        let fail = |error: io::Error| refusal(path, &error);
-        // Through a symbolic link the file behind it is replaced, as any editor does.
-        let target = fs::canonicalize(&target).unwrap_or(target);
-        let old = fs::symlink_metadata(&target).ok();
-        let mode = match old.map(|old| (old.file_type(), old.mode())) {
-            Some((kind, _)) if kind.is_dir() => return Err(fail(Errno::ISDIR.into())),
-            Some((kind, old_mode)) if kind.is_file() => mode.unwrap_or(old_mode),
-            // A dangling link is replaced by the file itself.
-            Some((kind, _)) if kind.is_symlink() => mode.unwrap_or(DEFAULT_MODE),
-            Some(_) => {
-                return Err(Refusal::new(
-                    AgentErrorCode::Invalid,
-                    format!("{path}: not a regular file"),
-                ));
-            }
-            None => mode.unwrap_or(DEFAULT_MODE),
-        };
-        let (Some(parent), Some(_name)) = (target.parent(), target.file_name()) else {
-            return Err(fail(Errno::ISDIR.into()));
-        };
-        fs::create_dir_all(parent).map_err(fail)?;
-        // Not derived from the target's name, which may be as long as a name can be.
-        let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
-        let temporary = parent.join(format!(".sandgate-{}-{serial}", process::id()));
-        let file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&temporary)
-            .map_err(fail)?;
-        Ok(Self {
-            file,
-            temporary,
-            target,
-            mode: mode & 0o777,
-            finished: false,
-        })
-    }
-
-    fn finish(&mut self) -> io::Result<()> {
-        self.file.set_permissions(Permissions::from_mode(self.mode))?;
-        fs::rename(&self.temporary, &self.target)?;
-        self.finished = true;
-        Ok(())
-    }
-}
-
-impl Drop for Replacement {
-    fn drop(&mut self) {
-        if !self.finished {
-            // Code inside may have been faster.
-            let _gone = fs::remove_file(&self.temporary);
+/// Does something with fresh names until one is free.
+fn with_fresh_name<T>(attempt: impl Fn(&OsString) -> rustix::io::Result<T>) -> io::Result<(OsString, T)> {
+    for _ in 0..TURN {
+        let name = fresh_name();
+        match attempt(&name) {
+            Ok(made) => return Ok((name, made)),
+            Err(Errno::EXIST) => {}
+            Err(error) => return Err(error.into()),
         }
     }
-}
-
-/// Sends a file.
-pub(crate) async fn read(stream: &mut TcpStream, path: &str, max_size: u64) -> Answer {
-    let opened = checked(path).and_then(|clean| open(&clean).map_err(|error| refusal(path, &error)));
-    let (mut file, size) = match opened {
-        Ok((file, Some(size))) => (file, size),
-        Ok((_, None)) => {
-            return Ok(Err(Refusal::new(
-                AgentErrorCode::Invalid,
-                format!("{path}: not a regular file"),
-            )));
-        }
-        Err(refusal) => return Ok(Err(refusal)),
-    };
-    let too_large = || {
-        let message = format!("{path}: larger than {max_size} bytes");
-        Ok(Err(Refusal::new(AgentErrorCode::TooLarge, message)))
-    };
-    if size > max_size {
-        return too_large();
-    }
-    let mut buffer = Vec::new();
-    if size == 0 {
-        let most = max_size.min(MAX_UNSIZED);
-        if let Err(error) = (&mut file).take(most + 1).read_to_end(&mut buffer) {
-            return Ok(Err(refusal(path, &error)));
-        }
-        let size = u64::try_from(buffer.len()).unwrap_or(u64::MAX);
-        if size > most {
-            return too_large();
-        }
-        wire::reply(stream, &Reply::File { size }).await?;
-        for part in buffer.chunks(PART) {
-            wire::data(stream, part).await?;
-        }
-        return Ok(Ok(()));
-    }
-    wire::reply(stream, &Reply::File { size }).await?;
-    buffer.resize(PART, 0);
-    let mut left = size;
-    while left > 0 {
-        let most = usize::try_from(left).unwrap_or(PART).min(PART);
-        // A file that shrinks meanwhile cannot be told in this protocol; the connection breaks off.
-        let read = file.read(&mut buffer[..most])?;
-        if read == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        wire::data(stream, &buffer[..read]).await?;
-        left -= u64::try_from(read).unwrap_or(u64::MAX).min(left);
-    }
-    Ok(Ok(()))
-}
-
-/// Opens a file for reading without ever waiting for a writer. No size: it is not a regular file.
-fn open(path: &Path) -> io::Result<(File, Option<u64>)> {
-    let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits();
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(flags.cast_signed())
-        .open(path)?;
-    let metadata = file.metadata()?;
-    if metadata.is_dir() {
-        return Err(Errno::ISDIR.into());
-    }
-    let size = metadata.is_file().then_some(metadata.len());
-    Ok((file, size))
-}
-
-/// Sends what is in a directory.
-pub(crate) async fn list(stream: &mut TcpStream, path: &str, recursive: bool, limit: u32) -> Answer {
-    let top = match checked(path).and_then(|top| match fs::read_dir(&top) {
-        Ok(entries) => Ok((top, entries)),
-        Err(error) => Err(refusal(path, &error)),
-    }) {
-        Ok((_, entries)) => entries,
-        Err(refusal) => return Ok(Err(refusal)),
-    };
-    let mut left = limit;
-    let mut current = top;
-    let mut directories = Vec::new();
-    let mut entries = Vec::new();
-    let mut bytes = 0;
-    let truncated = 'walk: loop {
-        for entry in &mut current {
-            // What disappears under the walk is not there.
-            let Some((entry, below)) = entry.ok().and_then(|entry| describe(&entry)) else {
-                continue;
-            };
-            if left == 0 {
-                break 'walk true;
-            }
-            left -= 1;
-            bytes += entry.name.len() + entry.path.len();
-            entries.push(entry);
-            directories.extend(below.filter(|_| recursive));
-            if bytes >= LISTING_PART || entries.len() >= LISTING_ENTRIES {
-                let part = std::mem::take(&mut entries);
-                wire::reply(
-                    stream,
-                    &Reply::Entries {
-                        entries: part,
-                        last: false,
-                        truncated: false,
-                    },
-                )
-                .await?;
-                bytes = 0;
-            }
-        }
-        current = loop {
-            let Some(below) = directories.pop() else {
-                break 'walk false;
-            };
-            // Directories that may not be read stay listed, without what is in them.
-            if let Ok(entries) = fs::read_dir(below) {
-                break entries;
-            }
-        };
-        tokio::task::yield_now().await;
-    };
-    wire::reply(
-        stream,
-        &Reply::Entries {
-            entries,
-            last: true,
-            truncated,
-        },
-    )
-    .await?;
-    Ok(Ok(()))
-}
-
-/// Describes an entry; for a directory also says where to go on.
-fn describe(entry: &fs::DirEntry) -> Option<(Entry, Option<PathBuf>)> {
-    let metadata = entry.metadata().ok()?;
-    let path = entry.path();
-    let file_type = metadata.file_type();
-    let kind = if file_type.is_file() {
-        EntryKind::File
-    } else if file_type.is_dir() {
-        EntryKind::Directory
-    } else if file_type.is_symlink() {
-        EntryKind::Symlink
-    } else {
-        debug_assert!(
-            file_type.is_fifo()
-                || file_type.is_socket()
-                || file_type.is_char_device()
-                || file_type.is_block_device()
-        );
-        EntryKind::Other
-    };
-    let described = Entry {
-        name: entry.file_name().to_string_lossy().into_owned(),
-        path: path.to_string_lossy().into_owned(),
-        kind,
-        size: if file_type.is_file() { metadata.len() } else { 0 },
-        modified: metadata.mtime(),
-        mode: metadata.mode() & 0o7777,
-    };
-    let below = (kind == EntryKind::Directory).then_some(path);
-    Some((described, below))
+    Err(Errno::EXIST.into())
 }

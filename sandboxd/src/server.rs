@@ -1,6 +1,6 @@
 //! Accepting connections, checking the key, and handing each request to what serves it.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use sandgate_api::agent::{AgentErrorCode, FrameKind, Hello, MAX_FRAME, PROTOCOL_VERSION, Reply, Request};
@@ -15,7 +15,8 @@ use tokio::{
 use crate::{
     children::Children,
     claim::Owner,
-    exec, files,
+    exec,
+    files::{self, Tree},
     key::{Key, wipe},
     wire::{self, Refusal},
 };
@@ -41,6 +42,7 @@ struct Shared {
     key: Key,
     owner: Owner,
     children: Children,
+    tree: Tree,
     connections: Arc<Semaphore>,
 }
 
@@ -48,8 +50,9 @@ impl Server {
     /// Listens.
     ///
     /// # Errors
-    /// When the address is taken.
+    /// When the address is taken, or `/` cannot be opened.
     pub async fn bind(address: SocketAddr, key: Key, children: Children) -> anyhow::Result<Self> {
+        let tree = Tree::at(Path::new("/")).context("opening the root")?;
         let listener = TcpListener::bind(address)
             .await
             .with_context(|| format!("listening on {address}"))?;
@@ -60,6 +63,7 @@ impl Server {
                 key,
                 owner: Owner::default(),
                 children,
+                tree,
                 connections,
             }),
         })
@@ -116,11 +120,15 @@ async fn serve_one(mut stream: TcpStream, shared: &Shared, tasks: &Tasks) -> io:
         }
         Ok(Request::WriteFile { path, size, mode }) => {
             shared.owner.used();
-            files::write(&mut stream, &path, size, mode).await?.err()
+            files::write(&mut stream, &shared.tree, &path, size, mode)
+                .await?
+                .err()
         }
         Ok(Request::ReadFile { path, max_size }) => {
             shared.owner.used();
-            files::read(&mut stream, &path, max_size).await?.err()
+            files::read(&mut stream, &shared.tree, &path, max_size)
+                .await?
+                .err()
         }
         Ok(Request::List {
             path,
@@ -128,7 +136,14 @@ async fn serve_one(mut stream: TcpStream, shared: &Shared, tasks: &Tasks) -> io:
             limit,
         }) => {
             shared.owner.used();
-            files::list(&mut stream, &path, recursive, limit).await?.err()
+            let tree = &shared.tree;
+            files::list(&mut stream, tree, &path, recursive, limit)
+                .await?
+                .err()
+        }
+        Ok(Request::Files(request)) => {
+            shared.owner.used();
+            files::serve(&mut stream, &shared.tree, request).await?.err()
         }
     };
     if let Some(Refusal { code, message }) = refusal {

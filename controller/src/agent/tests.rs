@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, future::Future};
 
-use sandgate_api::agent::{Command, EntryKind, FrameHeader, HEADER_LENGTH};
+use sandgate_api::agent::{Command, EntryKind, FileRequest, FrameHeader, HEADER_LENGTH};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
@@ -75,6 +75,7 @@ fn entry(name: &str) -> Entry {
         size: 0,
         modified: 0,
         mode: 0,
+        target: None,
     }
 }
 
@@ -190,6 +191,7 @@ async fn silence_ends_in_time() {
             first_word: moment,
             stall: moment,
             listing: moment,
+            work: moment,
             grace: moment,
         };
         agent
@@ -201,6 +203,18 @@ async fn silence_ends_in_time() {
     ));
     assert!(matches!(
         silent().await.list("/x", true, 1).await,
+        Err(AgentError::Timeout)
+    ));
+    assert!(matches!(
+        silent().await.glob("/x", "*", 1).await,
+        Err(AgentError::Timeout)
+    ));
+    let removal = FileRequest::Remove {
+        path: "/x".to_owned(),
+        recursive: true,
+    };
+    assert!(matches!(
+        silent().await.work(removal).await,
         Err(AgentError::Timeout)
     ));
     let written = silent()
@@ -350,6 +364,12 @@ async fn replies_to_another_question_are_no_answer() {
     };
     assert!(broke_the_protocol(&pong().await.ping().await));
     assert!(broke_the_protocol(&pong().await.list("/", false, 1).await));
+    assert!(broke_the_protocol(&pong().await.glob("/", "*", 1).await));
+    let making = FileRequest::MakeDirectory {
+        path: "/x".to_owned(),
+        parents: true,
+    };
+    assert!(broke_the_protocol(&pong().await.work(making).await));
     assert!(broke_the_protocol(
         &pong()
             .await

@@ -163,6 +163,61 @@ struct FileBody {
     content: String,
 }
 
+/// What to look for.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({"pattern": "**/*.py", "path": "/workspace/src"}))]
+pub(super) struct GlobBody {
+    /// Of paths relative to the directory: `*`, `?`, `**`, `[a-z]`, `{one,other}`.
+    pattern: String,
+    /// The directory; `/workspace` when left out.
+    #[schema(required = false)]
+    path: String,
+    /// Must be the caller's own organisation.
+    #[schema(required = false)]
+    org_id: String,
+}
+
+/// What to remove.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({"path": "/workspace/old", "recursive": true}))]
+pub(super) struct DeleteBody {
+    /// Absolute.
+    path: String,
+    /// Also a directory with everything in it.
+    #[schema(required = false, default = false)]
+    recursive: bool,
+    /// Must be the caller's own organisation.
+    #[schema(required = false)]
+    org_id: String,
+}
+
+/// A new directory.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({"path": "/workspace/src/deep", "recursive": true}))]
+pub(super) struct MakeDirectoryBody {
+    /// Absolute.
+    path: String,
+    /// Also its parents; then one that is there already is no error.
+    #[schema(required = false, default = true)]
+    recursive: bool,
+    /// Must be the caller's own organisation.
+    #[schema(required = false)]
+    org_id: String,
+}
+
+/// From where to where.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({"source": "/workspace/a.txt", "destination": "/workspace/b.txt"}))]
+pub(super) struct RelocationBody {
+    /// Absolute.
+    source: String,
+    /// Absolute: the new path itself, not a directory to put it in. Its parents are made.
+    destination: String,
+    /// Must be the caller's own organisation.
+    #[schema(required = false)]
+    org_id: String,
+}
+
 /// A secret to be stored. Its value is in no answer.
 #[derive(Serialize, ToSchema)]
 #[schema(example = json!({

@@ -13,20 +13,29 @@ use base64::{
 use bytes::Bytes;
 use futures_util::stream;
 use http::header;
-use sandgate_api::rest::{FileList, FileRead, FilesWritten};
+use sandgate_api::{
+    agent::FileRequest,
+    rest::{FileList, FileRead, FilesWritten, Success},
+};
 
 use super::{
     auth::Authenticated,
-    bodies::FilesBody,
+    bodies::{DeleteBody, FilesBody, GlobBody, MakeDirectoryBody, RelocationBody},
     document::{Document, LargeDocument},
     error::ApiError,
     path::{self, SandboxPath},
     query::Parameters,
 };
-use crate::service::{Scope, Service};
+use crate::service::{Caller, Scope, Service};
 
 /// Most files of one request.
 const MAX_FILES: usize = 1_000;
+
+/// Where is looked unless something else is asked for.
+const DIRECTORY: &str = "/workspace";
+
+/// Longest pattern, in bytes.
+const MAX_PATTERN: usize = 1_024;
 
 /// Padding may be left out: there is only one way to read it.
 const LENIENT: GeneralPurpose = GeneralPurpose::new(
@@ -127,7 +136,7 @@ pub(super) async fn list(
     parameters: Parameters,
 ) -> Result<Json<FileList>, ApiError> {
     caller.may(Scope::SandboxExecute)?;
-    let directory = parameters.text("path").unwrap_or("/workspace");
+    let directory = parameters.text("path").unwrap_or(DIRECTORY);
     path::inside("path", directory)?;
     let recursive = parameters.flag("recursive")?;
     Ok(Json(
@@ -135,6 +144,159 @@ pub(super) async fn list(
             .list_files(caller.org_id(), &id, directory, recursive)
             .await?,
     ))
+}
+
+/// Finds files by a pattern of their path: `*` and `?` within a component, `**` across them, `[a-z]`, `{one,other}`.
+#[utoipa::path(
+    post, path = "/sandbox/{id}/files/glob", operation_id = "glob_files", tag = "files",
+    request_body = GlobBody,
+    responses((status = 200, description = "Entries, sorted by path", body = FileList))
+)]
+pub(super) async fn glob(
+    State(service): State<Service>,
+    Authenticated(caller): Authenticated,
+    SandboxPath(id): SandboxPath,
+    mut document: Document,
+) -> Result<Json<FileList>, ApiError> {
+    caller.may(Scope::SandboxExecute)?;
+    document.organization(&caller)?;
+    let pattern = document.required_text("pattern")?;
+    let base = document.text("path")?.unwrap_or_else(|| DIRECTORY.to_owned());
+    document.finish()?;
+    path::inside("path", &base)?;
+    let pattern = relative(&base, &pattern)?;
+    Ok(Json(
+        service.glob_files(caller.org_id(), &id, &base, pattern).await?,
+    ))
+}
+
+/// A pattern relative to the directory it is looked for in; one of a whole path loses the directory.
+fn relative<'a>(base: &str, pattern: &'a str) -> Result<&'a str, ApiError> {
+    let refuse = |message: &str| Err(ApiError::field("pattern", message));
+    let inside = match pattern.strip_prefix('/') {
+        None => Some(pattern),
+        Some(_) => pattern
+            .strip_prefix(base.trim_end_matches('/'))
+            .and_then(|rest| rest.strip_prefix('/')),
+    };
+    match inside {
+        None => refuse(&format!(
+            "expected a pattern of paths below {base}, for example **/*.py"
+        )),
+        Some("") => refuse("is required"),
+        Some(inside) if inside.len() > MAX_PATTERN => refuse("the pattern is too long"),
+        Some(inside) if inside.split('/').any(|part| part == "..") => {
+            refuse("`..` is not possible in a pattern")
+        }
+        Some(inside) => Ok(inside.strip_prefix("./").unwrap_or(inside)),
+    }
+}
+
+/// Removes a file, a link or a directory. What it is can be said in the body or in the query.
+#[utoipa::path(
+    delete, path = "/sandbox/{id}/files", operation_id = "delete_file", tag = "files",
+    params(
+        ("path" = Option<String>, Query, description = "Absolute; unless it is in the body"),
+        ("recursive" = Option<bool>, Query, description = "Also a directory with everything in it")
+    ),
+    request_body = DeleteBody,
+    responses((status = 200, description = "It is gone", body = Success))
+)]
+pub(super) async fn delete(
+    State(service): State<Service>,
+    Authenticated(caller): Authenticated,
+    SandboxPath(id): SandboxPath,
+    parameters: Parameters,
+    mut document: Document,
+) -> Result<Json<Success>, ApiError> {
+    caller.may(Scope::SandboxExecute)?;
+    document.organization(&caller)?;
+    let named = document.text("path")?;
+    let recursive = document.flag("recursive")?;
+    document.finish()?;
+    let path = match named {
+        Some(path) => path,
+        None => parameters.text("path").unwrap_or_default().to_owned(),
+    };
+    path::inside("path", &path)?;
+    let recursive = match recursive {
+        Some(recursive) => recursive,
+        None => parameters.flag("recursive")?,
+    };
+    let request = FileRequest::Remove { path, recursive };
+    service.work_on_files(caller.org_id(), &id, request).await?;
+    Ok(Json(Success::OK))
+}
+
+/// Makes a directory.
+#[utoipa::path(
+    post, path = "/sandbox/{id}/files/mkdir", operation_id = "make_directory", tag = "files",
+    request_body = MakeDirectoryBody,
+    responses((status = 200, description = "It is there", body = Success))
+)]
+pub(super) async fn mkdir(
+    State(service): State<Service>,
+    Authenticated(caller): Authenticated,
+    SandboxPath(id): SandboxPath,
+    mut document: Document,
+) -> Result<Json<Success>, ApiError> {
+    caller.may(Scope::SandboxExecute)?;
+    document.organization(&caller)?;
+    let path = document.required_text("path")?;
+    let parents = document.flag("recursive")?.unwrap_or(true);
+    document.finish()?;
+    path::inside("path", &path)?;
+    let request = FileRequest::MakeDirectory { path, parents };
+    service.work_on_files(caller.org_id(), &id, request).await?;
+    Ok(Json(Success::OK))
+}
+
+/// Gives a file, link or directory another path. A file that is there is replaced.
+#[utoipa::path(
+    post, path = "/sandbox/{id}/files/move", operation_id = "move_file", tag = "files",
+    request_body = RelocationBody,
+    responses((status = 200, description = "It has the new path", body = Success))
+)]
+pub(super) async fn relocate(
+    State(service): State<Service>,
+    Authenticated(caller): Authenticated,
+    SandboxPath(id): SandboxPath,
+    document: Document,
+) -> Result<Json<Success>, ApiError> {
+    caller.may(Scope::SandboxExecute)?;
+    let (source, destination) = relocation(document, &caller)?;
+    let request = FileRequest::Move { source, destination };
+    service.work_on_files(caller.org_id(), &id, request).await?;
+    Ok(Json(Success::OK))
+}
+
+/// Copies a file, or a directory with everything in it. A file that is there is replaced, a directory is not.
+#[utoipa::path(
+    post, path = "/sandbox/{id}/files/copy", operation_id = "copy_file", tag = "files",
+    request_body = RelocationBody,
+    responses((status = 200, description = "It is there twice", body = Success))
+)]
+pub(super) async fn copy(
+    State(service): State<Service>,
+    Authenticated(caller): Authenticated,
+    SandboxPath(id): SandboxPath,
+    document: Document,
+) -> Result<Json<Success>, ApiError> {
+    caller.may(Scope::SandboxExecute)?;
+    let (source, destination) = relocation(document, &caller)?;
+    let request = FileRequest::Copy { source, destination };
+    service.work_on_files(caller.org_id(), &id, request).await?;
+    Ok(Json(Success::OK))
+}
+
+fn relocation(mut document: Document, caller: &Caller) -> Result<(String, String), ApiError> {
+    document.organization(caller)?;
+    let source = document.required_text("source")?;
+    let destination = document.required_text("destination")?;
+    document.finish()?;
+    path::inside("source", &source)?;
+    path::inside("destination", &destination)?;
+    Ok((source, destination))
 }
 
 /// The file's bytes as they are. A file that breaks off breaks the connection off.
@@ -193,6 +355,28 @@ mod tests {
         }
         let empty = parsed(&json!({"path": "/a", "content": ""})).expect("an empty file");
         assert!(empty[0].1.is_empty());
+    }
+
+    #[test]
+    fn a_pattern_is_relative_to_its_directory() {
+        for (pattern, expected) in [
+            ("**/*.py", Some("**/*.py")),
+            ("./a", Some("a")),
+            ("/workspace/**/*.py", Some("**/*.py")),
+            ("/workspace", None),
+            ("/workspaces/a", None),
+            ("/etc/*", None),
+            ("", None),
+            ("../*", None),
+            ("a/../../b", None),
+        ] {
+            let found = relative("/workspace", pattern);
+            let field = found.as_ref().err().and_then(ApiError::refused_field);
+            assert_eq!(found.as_deref().ok(), expected, "{pattern}");
+            assert_eq!(field.as_deref(), expected.is_none().then_some("pattern"));
+        }
+        assert_eq!(relative("/", "/etc/*").ok(), Some("etc/*"));
+        assert!(relative("/", &"x".repeat(MAX_PATTERN + 1)).is_err());
     }
 
     #[test]

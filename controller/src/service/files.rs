@@ -3,13 +3,16 @@
 use bytes::{Bytes, BytesMut};
 use jiff::Timestamp;
 use sandgate_api::{
-    agent::{Entry, EntryKind},
+    agent::{AgentErrorCode, Entry, EntryKind, FileRequest},
     id::{OrgId, SandboxId},
     rest::{FileEntry, FileKind, FileList, WrittenFile},
 };
 
 use super::{Service, ServiceError};
-use crate::agent::FileStream;
+use crate::{
+    agent::{AgentError, FileStream, Listing},
+    spec::Size,
+};
 
 /// Largest file in a JSON answer, in bytes: what a JSON request of 64 MiB can write.
 pub const MAX_FILE: u64 = 48 * 1024 * 1024;
@@ -31,7 +34,7 @@ impl Service {
         id: &SandboxId,
         files: Vec<(String, Bytes)>,
     ) -> Result<Vec<WrittenFile>, ServiceError> {
-        self.running(org_id, id).await?;
+        let record = self.running(org_id, id).await?;
         let mut written = Vec::with_capacity(files.len());
         for (index, (path, content)) in files.into_iter().enumerate() {
             let size = self
@@ -39,7 +42,7 @@ impl Service {
                 .await?
                 .write_file(&path, None, content)
                 .await
-                .map_err(|error| match ServiceError::from(error) {
+                .map_err(|error| match of_disk(error, &record.spec.disk) {
                     ServiceError::Invalid { field: _, message } => ServiceError::Invalid {
                         field: format!("files[{index}].path"),
                         message,
@@ -108,13 +111,96 @@ impl Service {
             .await?
             .list(path, recursive, MAX_ENTRIES)
             .await?;
-        let mut files: Vec<FileEntry> = listing.entries.into_iter().map(entry).collect();
-        files.sort_by(|left, right| left.path.cmp(&right.path));
-        Ok(FileList {
-            path: path.to_owned(),
-            files,
-            truncated: listing.truncated,
+        Ok(file_list(path, listing))
+    }
+
+    /// Finds files below a directory by a pattern.
+    ///
+    /// # Errors
+    /// What the sandbox's file system says; [`ServiceError::Invalid`] for what is no pattern.
+    pub async fn glob_files(
+        &self,
+        org_id: &OrgId,
+        id: &SandboxId,
+        base: &str,
+        pattern: &str,
+    ) -> Result<FileList, ServiceError> {
+        let found = self
+            .agent(org_id, id)
+            .await?
+            .glob(base, pattern, MAX_ENTRIES)
+            .await;
+        match found {
+            Ok(listing) => Ok(file_list(base, listing)),
+            Err(AgentError::Refused {
+                code: AgentErrorCode::Invalid,
+                message,
+            }) => Err(ServiceError::Invalid {
+                field: "pattern".to_owned(),
+                message,
+            }),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Removes, makes, moves or copies something.
+    ///
+    /// # Errors
+    /// What the sandbox's file system says; nothing was done then, or, of a directory that was to be removed, not all.
+    pub async fn work_on_files(
+        &self,
+        org_id: &OrgId,
+        id: &SandboxId,
+        request: FileRequest,
+    ) -> Result<(), ServiceError> {
+        let record = self.running(org_id, id).await?;
+        let destination = match &request {
+            FileRequest::Move { destination, .. } | FileRequest::Copy { destination, .. } => {
+                Some(destination.clone())
+            }
+            FileRequest::Remove { .. } | FileRequest::MakeDirectory { .. } | FileRequest::Glob { .. } => None,
+        };
+        let done = self.agent(org_id, id).await?.work(request).await;
+        done.map_err(|error| match of_disk(error, &record.spec.disk) {
+            // The agent's messages begin with the path that they are about.
+            ServiceError::Invalid { field: _, message } if destination.is_some() => {
+                let is_about = |path: &String| {
+                    message
+                        .strip_prefix(path.trim_end_matches('/'))
+                        .is_some_and(|rest| rest.starts_with(':'))
+                };
+                let field = match destination {
+                    Some(destination) if is_about(&destination) => "destination",
+                    Some(_) | None => "source",
+                };
+                ServiceError::Invalid {
+                    field: field.to_owned(),
+                    message,
+                }
+            }
+            other => other,
         })
+    }
+}
+
+/// Names the limit that was met when the disk is full: a client can free room, and trying again is no use.
+fn of_disk(error: AgentError, disk: &Size) -> ServiceError {
+    match error {
+        AgentError::Refused {
+            code: AgentErrorCode::NoSpace,
+            message,
+        } => ServiceError::Conflict(format!("the sandbox's disk of {disk} is full: {message}")),
+        other => other.into(),
+    }
+}
+
+fn file_list(path: &str, listing: Listing) -> FileList {
+    let mut files: Vec<FileEntry> = listing.entries.into_iter().map(entry).collect();
+    files.sort_by(|left, right| left.path.cmp(&right.path));
+    FileList {
+        path: path.to_owned(),
+        files,
+        truncated: listing.truncated,
     }
 }
 
@@ -132,5 +218,6 @@ fn entry(entry: Entry) -> FileEntry {
         // The sandbox's word: a time out of range is the epoch.
         modified_at: Timestamp::from_second(entry.modified).unwrap_or(Timestamp::UNIX_EPOCH),
         mode: format!("{:04o}", entry.mode & 0o7777),
+        target: entry.target,
     }
 }

@@ -13,6 +13,10 @@ use std::{collections::BTreeMap, fmt};
 
 use serde::{Deserialize, Serialize};
 
+pub use files::{FileReply, FileRequest};
+
+mod files;
+
 /// Version of this protocol. A running sandbox keeps its agent for life, so the host adapts, never it.
 pub const PROTOCOL_VERSION: u32 = 1;
 
@@ -141,6 +145,8 @@ pub enum Request {
         /// At most so many entries.
         limit: u32,
     },
+    /// Other work on files.
+    Files(FileRequest),
 }
 
 /// What a sandbox gets when somebody takes it.
@@ -238,6 +244,8 @@ pub enum Reply {
         /// The limit was reached, so something is missing.
         truncated: bool,
     },
+    /// An answer to [`Request::Files`].
+    Files(FileReply),
     /// The operation failed. Nothing follows.
     Error {
         /// Comparable.
@@ -262,6 +270,9 @@ pub struct Entry {
     pub modified: i64,
     /// Permission bits.
     pub mode: u32,
+    /// Where a symbolic link leads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<String>,
 }
 
 /// Kind of a directory entry.
@@ -298,6 +309,10 @@ pub enum AgentErrorCode {
     NoSpace,
     /// The file is larger than the caller accepts.
     TooLarge,
+    /// Something has the path already.
+    Exists,
+    /// The directory is not empty.
+    NotEmpty,
     /// Anything else.
     Internal,
 }

@@ -1,5 +1,7 @@
 //! Files: written, read and listed.
 
+use std::os::unix::ffi::OsStrExt as _;
+
 use super::*;
 
 #[test]
@@ -117,10 +119,155 @@ fn files_are_read_as_they_are() {
         Err(AgentErrorCode::TooLarge)
     );
     assert_eq!(agent.read(&agent.path("empty"), 0).unwrap(), b"");
-    // The kernel's files say that they are empty.
-    let version = agent.read("/proc/version", 10_000).unwrap();
-    assert_eq!(version, fs::read("/proc/version").unwrap());
-    assert_eq!(agent.read("/proc/version", 3), Err(AgentErrorCode::TooLarge));
+    // The agent would read itself in /proc, where code of its uid may not.
+    for path in ["/proc/self/environ", "/proc/1/mem", "/proc/version", "/dev/fd/0"] {
+        let refused = agent.read(path, 10_000).unwrap_err();
+        assert!(
+            matches!(
+                refused,
+                AgentErrorCode::PermissionDenied | AgentErrorCode::Invalid
+            ),
+            "{path}: {refused:?}"
+        );
+    }
+}
+
+impl Agent {
+    fn files(&self, request: FileRequest) -> Result<(), AgentErrorCode> {
+        match self.ask(&Request::Files(request)).reply() {
+            Reply::Files(FileReply::Done) => Ok(()),
+            Reply::Error { code, message } => {
+                assert!(!message.is_empty());
+                Err(code)
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn remove(&self, name: &str, recursive: bool) -> Result<(), AgentErrorCode> {
+        let path = self.path(name);
+        self.files(FileRequest::Remove { path, recursive })
+    }
+
+    fn rename(&self, source: &str, destination: &str) -> Result<(), AgentErrorCode> {
+        let (source, destination) = (self.path(source), self.path(destination));
+        self.files(FileRequest::Move { source, destination })
+    }
+
+    fn glob(&self, pattern: &str, limit: u32) -> Result<(Vec<String>, bool), AgentErrorCode> {
+        let base = self.path("");
+        let pattern = pattern.to_owned();
+        let (entries, truncated) =
+            self.entries(&Request::Files(FileRequest::Glob { base, pattern, limit }))?;
+        let top = self.folder.path();
+        let relative = |entry: Entry| {
+            Path::new(&entry.path)
+                .strip_prefix(top)
+                .unwrap()
+                .display()
+                .to_string()
+        };
+        Ok((entries.into_iter().map(relative).collect(), truncated))
+    }
+}
+
+#[test]
+fn what_is_removed_is_gone_and_nothing_else() {
+    let agent = Agent::start();
+    fs::create_dir_all(agent.path("d/below/deep")).unwrap();
+    fs::write(agent.path("d/below/file"), "x").unwrap();
+    fs::write(agent.path("kept"), "x").unwrap();
+    symlink(agent.path("kept"), agent.path("d/link")).unwrap();
+    fs::create_dir(agent.path("other")).unwrap();
+    fs::write(agent.path("other/kept"), "x").unwrap();
+    symlink(agent.path("other"), agent.path("d/below/door")).unwrap();
+    assert_eq!(agent.remove("d", false), Err(AgentErrorCode::NotEmpty));
+    assert_eq!(agent.remove("absent", true), Err(AgentErrorCode::NotFound));
+    assert_eq!(
+        agent.remove("kept/below", true),
+        Err(AgentErrorCode::NotDirectory)
+    );
+    assert_eq!(agent.remove("d/link", false), Ok(()));
+    assert_eq!(agent.remove("d/below/deep", false), Ok(()), "an empty directory");
+    assert_eq!(agent.remove("d", true), Ok(()));
+    assert!(!Path::new(&agent.path("d")).exists());
+    for name in ["kept", "other/kept"] {
+        assert_eq!(fs::read(agent.path(name)).unwrap(), b"x", "removed behind a link");
+    }
+    let whole = |path: &str| {
+        agent.files(FileRequest::Remove {
+            path: path.to_owned(),
+            recursive: true,
+        })
+    };
+    assert_eq!(whole("/"), Err(AgentErrorCode::IsDirectory));
+    assert_eq!(whole("/proc/self"), Err(AgentErrorCode::PermissionDenied));
+    assert_eq!(whole("/proc"), Err(AgentErrorCode::Invalid), "a mount point");
+}
+
+#[test]
+fn directories_are_made_and_things_are_moved() {
+    let agent = Agent::start();
+    let make = |name: &str, parents| {
+        agent.files(FileRequest::MakeDirectory {
+            path: agent.path(name),
+            parents,
+        })
+    };
+    assert_eq!(make("a/b/c", false), Err(AgentErrorCode::NotFound));
+    assert_eq!(make("a/b/c", true), Ok(()));
+    assert_eq!(make("a/b/c", true), Ok(()), "it is there already");
+    assert_eq!(make("a/b/c", false), Err(AgentErrorCode::Exists));
+    fs::write(agent.path("file"), "1").unwrap();
+    assert_eq!(make("file", true), Err(AgentErrorCode::NotDirectory));
+    assert_eq!(make("file/below", true), Err(AgentErrorCode::NotDirectory));
+
+    assert_eq!(agent.rename("file", "new/place"), Ok(()));
+    assert_eq!(fs::read(agent.path("new/place")).unwrap(), b"1");
+    fs::write(agent.path("other"), "2").unwrap();
+    assert_eq!(agent.rename("other", "new/place"), Ok(()), "a file is replaced");
+    assert_eq!(fs::read(agent.path("new/place")).unwrap(), b"2");
+    assert_eq!(agent.rename("new/place", "a"), Err(AgentErrorCode::IsDirectory));
+    assert_eq!(agent.rename("new", "a"), Err(AgentErrorCode::NotEmpty));
+    assert_eq!(agent.rename("a", "a/b/c/d"), Err(AgentErrorCode::Invalid));
+    assert_eq!(agent.rename("absent", "x"), Err(AgentErrorCode::NotFound));
+    assert_eq!(agent.rename("a", "b"), Ok(()));
+    assert!(Path::new(&agent.path("b/b/c")).is_dir() && !Path::new(&agent.path("a")).exists());
+    symlink("/etc", agent.path("link")).unwrap();
+    assert_eq!(agent.rename("link", "moved"), Ok(()));
+    assert_eq!(fs::read_link(agent.path("moved")).unwrap(), Path::new("/etc"));
+}
+
+#[test]
+fn a_pattern_finds_what_it_says() {
+    let agent = Agent::start();
+    for name in ["a.py", "b.txt", "src/c.py", "src/deep/d.py", "src/deep/e.rs"] {
+        fs::create_dir_all(Path::new(&agent.path(name)).parent().unwrap()).unwrap();
+        fs::write(agent.path(name), "").unwrap();
+    }
+    symlink("src", agent.path("also")).unwrap();
+    let odd = std::ffi::OsStr::from_bytes(b"no\xfftext.py");
+    fs::write(agent.folder.path().join(odd), "").unwrap();
+    let found = |pattern: &str| {
+        let (found, truncated) = agent.glob(pattern, 100).unwrap();
+        assert!(!truncated);
+        found
+    };
+    assert_eq!(
+        found("**/*.py"),
+        ["a.py", "no\u{fffd}text.py", "src/c.py", "src/deep/d.py"]
+    );
+    assert_eq!(found("*.py"), ["a.py", "no\u{fffd}text.py"]);
+    assert_eq!(found("src/*"), ["src/c.py", "src/deep"]);
+    assert_eq!(found("src/**/[de].{py,rs}"), ["src/deep/d.py", "src/deep/e.rs"]);
+    assert_eq!(found("nothing*"), Vec::<String>::new());
+    assert_eq!(
+        agent.glob("**/*", 3).map(|(found, more)| (found.len(), more)),
+        Ok((3, true))
+    );
+    assert_eq!(agent.glob("[", 3), Err(AgentErrorCode::Invalid));
+    let hostile = format!("{}x", "{a,b}*".repeat(300));
+    assert!(agent.glob(&hostile, 3).is_ok_and(|(found, _)| found.is_empty()));
 }
 
 #[test]
@@ -143,6 +290,8 @@ fn listings_say_what_is_there() {
     ];
     assert_eq!(found, expected);
     assert_eq!(entries[1].path, agent.path("d/file"));
+    let targets: Vec<_> = entries.iter().map(|entry| entry.target.as_deref()).collect();
+    assert_eq!(targets, [None, None, Some("/")]);
     assert!(entries[1].modified > 1_600_000_000 && entries[1].mode == 0o644);
     let (all, _) = agent.list(&agent.path("d"), true, 10).unwrap();
     assert_eq!(all.len(), 4, "the link to / was followed: {all:?}");

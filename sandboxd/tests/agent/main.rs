@@ -17,8 +17,8 @@ use std::{
 };
 
 use sandgate_api::agent::{
-    AgentErrorCode, Claim, Command as Line, Entry, EntryKind, Exec, FrameHeader, FrameKind, HEADER_LENGTH,
-    Hello, PROTOCOL_VERSION, Reply, Request,
+    AgentErrorCode, Claim, Command as Line, Entry, EntryKind, Exec, FileReply, FileRequest, FrameHeader,
+    FrameKind, HEADER_LENGTH, Hello, PROTOCOL_VERSION, Reply, Request,
 };
 use tempfile::TempDir;
 
@@ -123,11 +123,15 @@ impl Agent {
     }
 
     fn list(&self, path: &str, recursive: bool, limit: u32) -> Result<(Vec<Entry>, bool), AgentErrorCode> {
-        let mut connection = self.ask(&Request::List {
+        self.entries(&Request::List {
             path: path.to_owned(),
             recursive,
             limit,
-        });
+        })
+    }
+
+    fn entries(&self, request: &Request) -> Result<(Vec<Entry>, bool), AgentErrorCode> {
+        let mut connection = self.ask(request);
         let mut all = Vec::new();
         loop {
             match connection.reply() {

@@ -251,6 +251,44 @@ async fn what_is_asked_of_a_sandbox_is_checked_before_it_is_reached() {
         ("GET", "files/list?path=/..", Value::Null, "path"),
         ("GET", "files/list?recursive=perhaps", Value::Null, "recursive"),
         ("GET", "files/download", Value::Null, "path"),
+        ("DELETE", "files", Value::Null, "path"),
+        ("DELETE", "files", json!({"path": "/a/../b"}), "path"),
+        (
+            "DELETE",
+            "files",
+            json!({"path": "/a", "recursive": 1}),
+            "recursive",
+        ),
+        (
+            "DELETE",
+            "files?path=/a&recursive=perhaps",
+            Value::Null,
+            "recursive",
+        ),
+        ("POST", "files/glob", Value::Null, "pattern"),
+        ("POST", "files/glob", json!({"pattern": "../*"}), "pattern"),
+        ("POST", "files/glob", json!({"pattern": "*", "path": "a"}), "path"),
+        ("POST", "files/mkdir", Value::Null, "path"),
+        ("POST", "files/mkdir", json!({"path": "a"}), "path"),
+        (
+            "POST",
+            "files/mkdir",
+            json!({"path": "/a", "parents": true}),
+            "parents",
+        ),
+        ("POST", "files/move", json!({"source": "/a"}), "destination"),
+        (
+            "POST",
+            "files/move",
+            json!({"source": "a", "destination": "/b"}),
+            "source",
+        ),
+        (
+            "POST",
+            "files/copy",
+            json!({"source": "/a", "destination": "/../b"}),
+            "destination",
+        ),
     ] {
         let answer = world
             .call(&tenant, method, &format!("/sandbox/{id}/{path}"), &body)

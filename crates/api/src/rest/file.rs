@@ -64,6 +64,9 @@ pub struct FileEntry {
     pub modified_at: Timestamp,
     /// Permission bits in octal, for example `0644`.
     pub mode: String,
+    /// Where a symbolic link leads. Only of a link.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<String>,
 }
 
 /// What a [`FileEntry`] is.
