@@ -4,14 +4,17 @@
 //! attacker: frame sizes, totals, counts and silences are bounded, texts are cut and cleaned before they can
 //! reach a log, and a peer that breaks a rule is cut off. Nothing here retries or decides what a failure means.
 
-use std::{io, time::Duration};
+use std::{convert::Infallible, io, time::Duration};
 
 use bytes::Bytes;
+use futures_util::stream;
 use sandgate_api::agent::{
     AgentErrorCode, Claim, Entry, Exec, FrameKind, Hello, MAX_FRAME, PROTOCOL_VERSION, Reply, Request,
 };
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
+
+pub use files::{Changes, Opened, Upload, Watch};
 
 use frames::Frames;
 
@@ -189,7 +192,13 @@ impl Agent {
         };
         self.request(&request, Instant::now() + self.patience.first_word)
             .await?;
-        match self.frames.upload(&bytes, self.patience.stall).await? {
+        let whole = stream::once(std::future::ready(Ok::<_, Infallible>(bytes)));
+        let replied = self.frames.upload(whole, false, self.patience.stall).await;
+        let reply = replied.map_err(|failed| match failed {
+            Upload::Agent(error) => error,
+            Upload::Source(never) => match never {},
+        })?;
+        match reply {
             Reply::Written { size: written } if written == size => Ok(size),
             Reply::Written { size: written } => {
                 Err(AgentError::Protocol(format!("{written} bytes written of {size}")))

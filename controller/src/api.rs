@@ -15,11 +15,13 @@ mod error;
 mod files;
 mod health;
 mod keys;
+mod multipart;
 mod network;
 mod openapi;
 mod path;
 mod pool;
 mod query;
+mod raw;
 mod reference;
 mod request;
 mod review;
@@ -29,6 +31,7 @@ mod serve;
 mod settings;
 mod sse;
 mod tunnels;
+mod uploads;
 
 use axum::{Extension, Router, middleware};
 use sandgate_api::error::ErrorCode;
@@ -73,7 +76,10 @@ fn described() -> Routes {
         .add(routes!(files::mkdir))
         .add(routes!(files::relocate))
         .add(routes!(files::copy))
-        .add(routes!(files::download))
+        .add(routes!(raw::get, raw::put))
+        .add(routes!(raw::download))
+        .add(routes!(uploads::upload))
+        .add(routes!(files::watch))
         .add(routes!(network::get, network::put, network::patch))
         .add(routes!(network::doctor))
         .add(routes!(secrets::inject))

@@ -36,7 +36,7 @@ use tokio::sync::watch;
 pub use accounts::Registration;
 pub use audit::Trail;
 pub use commands::{Command, Output, Running};
-pub use files::MAX_FILE;
+pub use files::{MAX_FILE, MAX_STREAMED, Watching};
 pub use keys::{Caller, IssuedKey, KeyRequest, Scope};
 pub use policies::{NetworkView, OrganizationView};
 pub use review::Span;
@@ -80,6 +80,8 @@ struct Shared {
     pool: pool::Pool,
     /// Streams of audit records.
     streams: Places,
+    /// Directories that are followed.
+    watches: Places,
 }
 
 /// Whether sandboxes can be made.
@@ -242,6 +244,7 @@ impl Service {
             keepers: Mutex::new(HashMap::new()),
             metrics: Metrics::default(),
             streams: Places::new(audit::STREAMS),
+            watches: Places::new(files::WATCHES),
         };
         Self {
             shared: Arc::new(shared),

@@ -9,6 +9,7 @@ mod listing;
 mod read;
 mod remove;
 mod tree;
+mod watch;
 mod write;
 
 #[cfg(test)]
@@ -47,6 +48,11 @@ pub(crate) async fn serve(stream: &mut TcpStream, tree: &Tree, request: FileRequ
     let done = match request {
         FileRequest::Glob { base, pattern, limit } => {
             return listing::glob(stream, tree, &base, &pattern, limit).await;
+        }
+        FileRequest::Open { path } => return read::open(stream, tree, &path).await,
+        FileRequest::Watch { path, recursive } => return watch::watch(stream, tree, &path, recursive).await,
+        FileRequest::Upload { path, size, mode } => {
+            return write::upload(stream, tree, &path, size, mode).await;
         }
         FileRequest::Remove { path, recursive } => {
             let work = remove::remove(tree, &path, recursive, &caller);

@@ -3,15 +3,16 @@
 use std::{pin::pin, time::Duration};
 
 use bytes::{Buf, Bytes, BytesMut};
+use futures_util::{Stream, StreamExt as _};
 use sandgate_api::agent::{FrameHeader, FrameKind, HEADER_LENGTH, Hello, MAX_FRAME, Reply, Request};
 use serde::Serialize;
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::TcpStream,
     time::{Instant, timeout, timeout_at},
 };
 
-use super::AgentError;
+use super::{AgentError, Upload};
 
 /// How many bytes of a file go into one frame.
 const UPLOAD_PART: usize = 64 * 1024;
@@ -74,32 +75,49 @@ impl Frames {
         Ok(())
     }
 
-    /// Sends `bytes` as data frames and returns the reply, also one that comes before everything was sent.
-    /// Neither direction may stand still for longer than `stall`.
-    pub(super) async fn upload(&mut self, bytes: &Bytes, stall: Duration) -> Result<Reply, AgentError> {
+    /// Sends what comes as data frames, the last one empty when `ends` says so, and returns the reply, also one that comes
+    /// before everything was sent. Neither direction may stand still for longer than `stall`; how long the bytes
+    /// themselves may take is up to whoever they come from. No more is taken from there than has been sent.
+    pub(super) async fn upload<E>(
+        &mut self,
+        parts: impl Stream<Item = Result<Bytes, E>>,
+        ends: bool,
+        stall: Duration,
+    ) -> Result<Reply, Upload<E>> {
         let (mut reader, mut writer) = self.stream.split();
         let received = &mut self.received;
         let mut answer = pin!(next_frame(&mut reader, received, stall));
+        let mut parts = pin!(parts);
         let mut early = None;
-        for part in bytes.chunks(UPLOAD_PART) {
-            let header = FrameHeader {
-                kind: FrameKind::Data,
-                length: part.len(),
-            }
-            .encode();
-            let send = async {
-                writer.write_all(&header).await?;
-                writer.write_all(part).await
-            };
-            tokio::select! {
+        'parts: loop {
+            let part = tokio::select! {
                 biased;
                 frame = &mut answer => { early = Some(frame?); break }
-                sent = timeout(stall, send) => match sent {
-                    Ok(Ok(())) => {}
-                    // The agent has refused and closed; its reason is on the way.
-                    Ok(Err(_broken)) => break,
-                    Err(_elapsed) => return Err(AgentError::Timeout),
-                },
+                part = parts.next() => part,
+            };
+            let mut part = match part {
+                Some(part) => part.map_err(Upload::Source)?,
+                None => break,
+            };
+            while !part.is_empty() {
+                let piece = part.split_to(part.len().min(UPLOAD_PART));
+                tokio::select! {
+                    biased;
+                    frame = &mut answer => { early = Some(frame?); break 'parts }
+                    sent = timeout(stall, send_data(&mut writer, &piece)) => match sent {
+                        Ok(Ok(())) => {}
+                        // The agent has refused and closed; its reason is on the way.
+                        Ok(Err(_broken)) => break 'parts,
+                        Err(_elapsed) => return Err(AgentError::Timeout.into()),
+                    },
+                }
+            }
+        }
+        if ends && early.is_none() {
+            match timeout(stall, send_data(&mut writer, &[])).await {
+                // As above.
+                Ok(Ok(()) | Err(_)) => {}
+                Err(_elapsed) => return Err(AgentError::Timeout.into()),
             }
         }
         let (kind, payload) = match early {
@@ -109,12 +127,35 @@ impl Frames {
                 .map_err(|_elapsed| AgentError::Timeout)??,
         };
         match kind {
-            FrameKind::Json => parse_reply(&payload),
+            FrameKind::Json => Ok(parse_reply(&payload)?),
             FrameKind::Stdout | FrameKind::Stderr | FrameKind::Data => {
-                Err(AgentError::Protocol("bytes where a reply belongs".to_owned()))
+                Err(AgentError::Protocol("bytes where a reply belongs".to_owned()).into())
             }
         }
     }
+
+    /// Sends one more word about what was asked for.
+    pub(super) async fn send<T: Serialize>(
+        &mut self,
+        value: &T,
+        deadline: Instant,
+    ) -> Result<(), AgentError> {
+        let mut bytes = Vec::new();
+        append_json(&mut bytes, value)?;
+        timeout_at(deadline, self.stream.write_all(&bytes))
+            .await
+            .map_err(|_elapsed| AgentError::Timeout)??;
+        Ok(())
+    }
+}
+
+async fn send_data<W: AsyncWrite + Unpin>(writer: &mut W, bytes: &[u8]) -> std::io::Result<()> {
+    let header = FrameHeader {
+        kind: FrameKind::Data,
+        length: bytes.len(),
+    };
+    writer.write_all(&header.encode()).await?;
+    writer.write_all(bytes).await
 }
 
 /// Reads a reply. What serde says about hostile input is not repeated: it may quote it.

@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeMap, future::Future};
 
-use sandgate_api::agent::{Command, EntryKind, FileRequest, FrameHeader, HEADER_LENGTH};
+use futures_util::StreamExt as _;
+use sandgate_api::agent::{
+    Command, EntryKind, FilePart, FileReply, FileRequest, FrameHeader, HEADER_LENGTH, OpenedFile,
+};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
@@ -400,4 +403,125 @@ async fn a_request_over_the_limit_is_not_sent() {
         agent.await.exec(long).await,
         Err(AgentError::RequestTooLarge(_))
     ));
+}
+
+/// What comes in parts, and then nothing more or an error.
+fn parts(
+    count: usize,
+    failure: Option<&'static str>,
+) -> impl futures_util::Stream<Item = Result<Bytes, &'static str>> {
+    let parts = (0..count).map(|_| Ok(Bytes::from(vec![7; 100_000])));
+    stream::iter(parts.chain(failure.map(Err)))
+}
+
+/// The bytes of data frames up to the empty one; none when the client hangs up before that.
+async fn receive_file(stream: &mut TcpStream) -> Option<u64> {
+    let mut size = 0;
+    loop {
+        let mut header = [0; HEADER_LENGTH];
+        stream.read_exact(&mut header).await.ok()?;
+        let header = FrameHeader::decode(header).unwrap();
+        assert_eq!(header.kind, FrameKind::Data);
+        if header.length == 0 {
+            return Some(size);
+        }
+        let mut payload = vec![0; header.length];
+        stream.read_exact(&mut payload).await.ok()?;
+        size += header.length as u64;
+    }
+}
+
+#[tokio::test]
+async fn a_file_is_sent_as_it_comes_and_ended_only_when_all_of_it_came() {
+    let (told, heard) = tokio::sync::oneshot::channel();
+    let agent = against(|mut stream, request| async move {
+        assert!(matches!(
+            request,
+            Request::Files(FileRequest::Upload { size: None, .. })
+        ));
+        let size = receive_file(&mut stream).await.unwrap();
+        answer(&mut stream, &Reply::Written { size }).await;
+        told.send(size).unwrap();
+    });
+    let written = agent.await.upload("/x", None, None, parts(11, None)).await;
+    assert_eq!(written.unwrap(), 1_100_000);
+    assert_eq!(heard.await.unwrap(), 1_100_000);
+
+    let (told, heard) = tokio::sync::oneshot::channel();
+    let agent = against(|mut stream, _| async move {
+        told.send(receive_file(&mut stream).await).unwrap();
+    });
+    let written = agent.await.upload("/x", None, None, parts(3, Some("gone"))).await;
+    assert!(matches!(written, Err(Upload::Source("gone"))), "{written:?}");
+    assert_eq!(
+        heard.await.unwrap(),
+        None,
+        "the agent was told that the file is whole"
+    );
+
+    let agent = against(|mut stream, _| async move {
+        receive_file(&mut stream).await.unwrap();
+        answer(&mut stream, &Reply::Written { size: 5 }).await;
+    });
+    let written = agent
+        .await
+        .upload("/x", Some(100_000), None, parts(1, None))
+        .await;
+    assert!(
+        matches!(written, Err(Upload::Agent(AgentError::Protocol(_)))),
+        "{written:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_refusal_ends_an_upload_whose_source_never_ends() {
+    let agent = against(|mut stream, _| async move {
+        read(&mut stream).await;
+        let (code, message) = (AgentErrorCode::NoSpace, "full".to_owned());
+        answer(&mut stream, &Reply::Error { code, message }).await;
+        hold(stream).await;
+    });
+    let endless = stream::iter([Ok::<_, Infallible>(Bytes::from_static(b"x"))]).chain(stream::pending());
+    let written = agent.await.upload("/x", None, None, endless).await;
+    let Err(Upload::Agent(AgentError::Refused { code, .. })) = written else {
+        panic!("{written:?}")
+    };
+    assert_eq!(code, AgentErrorCode::NoSpace);
+}
+
+#[tokio::test]
+async fn an_opened_file_gives_exactly_the_part_that_was_asked_for() {
+    let file = |size| OpenedFile {
+        size,
+        modified: 1,
+        version: 2,
+    };
+    let opens = move |size: u64, sent: usize| {
+        against(move |mut stream, request| async move {
+            assert!(matches!(request, Request::Files(FileRequest::Open { .. })));
+            answer(&mut stream, &Reply::Files(FileReply::Opened(file(size)))).await;
+            let part: FilePart = serde_json::from_slice(&read(&mut stream).await.1).unwrap();
+            assert_eq!(
+                part,
+                FilePart {
+                    offset: 5,
+                    length: 10
+                }
+            );
+            send(&mut stream, FrameKind::Data, &vec![1; sent]).await;
+            hold(stream).await;
+        })
+    };
+    let opened = opens(100, 10).await.open("/x", 100).await.unwrap();
+    assert_eq!(opened.file(), file(100));
+    let mut part = opened.part(5, 10).await.unwrap();
+    assert_eq!(part.next().await.unwrap().unwrap().len(), 10);
+    assert!(part.next().await.is_none());
+    let opened = opens(100, 11).await.open("/x", 100).await.unwrap();
+    let mut part = opened.part(5, 10).await.unwrap();
+    assert!(broke_the_protocol(&part.next().await.unwrap()));
+    let larger = against(move |mut stream, _| async move {
+        answer(&mut stream, &Reply::Files(FileReply::Opened(file(101)))).await;
+    });
+    assert!(broke_the_protocol(&larger.await.open("/x", 100).await));
 }

@@ -118,7 +118,8 @@ async fn read(request: Request, limit: usize) -> Result<Bytes, ApiError> {
     }
 }
 
-async fn drain(body: &mut Body) {
+/// Reads the rest of a body that is refused.
+pub(super) async fn drain(body: &mut Body) {
     let draining = async {
         let mut left = DRAINED;
         while let Some(Ok(frame)) = body.frame().await {

@@ -16,6 +16,8 @@ pub(crate) struct ApiError {
     code: ErrorCode,
     message: String,
     details: Option<Map<String, Value>>,
+    /// How long what was asked for is, where a range of it was asked for.
+    length: Option<u64>,
 }
 
 impl ApiError {
@@ -24,6 +26,7 @@ impl ApiError {
             code,
             message: message.into(),
             details: None,
+            length: None,
         }
     }
 
@@ -51,6 +54,12 @@ impl ApiError {
         self.detail("field", field)
     }
 
+    /// Says how long it is that was asked for.
+    pub(crate) fn of_length(mut self, length: u64) -> Self {
+        self.length = Some(length);
+        self
+    }
+
     #[cfg(test)]
     pub(crate) fn refused_field(&self) -> Option<String> {
         Some(self.details.as_ref()?.get("field")?.as_str()?.to_owned())
@@ -76,6 +85,11 @@ impl ApiError {
             response
                 .headers_mut()
                 .insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        if let Some(length) = self.length
+            && let Ok(range) = HeaderValue::try_from(format!("bytes */{length}"))
+        {
+            response.headers_mut().insert(header::CONTENT_RANGE, range);
         }
         if status == StatusCode::TOO_MANY_REQUESTS {
             response

@@ -1,21 +1,15 @@
 //! Files of a sandbox.
 
-use axum::{
-    Json,
-    body::Body,
-    extract::State,
-    response::{IntoResponse as _, Response},
-};
+use axum::{Json, extract::State, response::Response};
 use base64::{
     Engine as _, alphabet,
     engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig, general_purpose::STANDARD},
 };
 use bytes::Bytes;
-use futures_util::stream;
-use http::header;
 use sandgate_api::{
     agent::FileRequest,
-    rest::{FileList, FileRead, FilesWritten, Success},
+    error::ErrorEnvelope,
+    rest::{FileList, FileRead, FilesWritten, Success, WatchEvent},
 };
 
 use super::{
@@ -25,14 +19,15 @@ use super::{
     error::ApiError,
     path::{self, SandboxPath},
     query::Parameters,
+    sse,
 };
 use crate::service::{Caller, Scope, Service};
 
 /// Most files of one request.
-const MAX_FILES: usize = 1_000;
+pub(super) const MAX_FILES: usize = 1_000;
 
 /// Where is looked unless something else is asked for.
-const DIRECTORY: &str = "/workspace";
+pub(super) const DIRECTORY: &str = "/workspace";
 
 /// Longest pattern, in bytes.
 const MAX_PATTERN: usize = 1_024;
@@ -80,13 +75,7 @@ fn files(mut document: Document) -> Result<Vec<(String, Bytes)>, ApiError> {
 
 fn file(mut document: Document) -> Result<(String, Bytes), ApiError> {
     let path = document.required_text("path")?;
-    path::inside(&document.path("path"), &path)?;
-    if path.ends_with('/') {
-        return Err(ApiError::field(
-            document.path("path"),
-            "names a directory, not a file",
-        ));
-    }
+    path::file(&document.path("path"), &path)?;
     let mut content = document.required_text("content")?;
     let field = document.path("content");
     document.finish()?;
@@ -299,33 +288,36 @@ fn relocation(mut document: Document, caller: &Caller) -> Result<(String, String
     Ok((source, destination))
 }
 
-/// The file's bytes as they are. A file that breaks off breaks the connection off.
+/// Tells what happens below a directory as it happens; a comment every few seconds keeps it open. What cannot be told is
+/// an `overflow`. It ends with `done`: after an `error` when the sandbox ended, else when the directory is gone.
 #[utoipa::path(
-    get, path = "/sandbox/{id}/files/download", operation_id = "download_file", tag = "files",
-    params(("path" = String, Query, description = "Absolute")),
-    responses((status = 200, description = "The bytes", body = Vec<u8>, content_type = "application/octet-stream"))
+    get, path = "/sandbox/{id}/files/watch", operation_id = "watch_files", tag = "files",
+    params(
+        ("path" = Option<String>, Query, description = "The directory, absolute; `/workspace` when left out"),
+        ("recursive" = Option<bool>, Query, description = "Also what is below its directories, as far as there are no more than 2,000; `true` when left out")
+    ),
+    responses(
+        (status = 200, description = "Changes, one an event", body = WatchEvent, content_type = "text/event-stream"),
+        (status = 429, description = "The organisation follows 32 directories already", body = ErrorEnvelope)
+    )
 )]
-pub(super) async fn download(
+pub(super) async fn watch(
     State(service): State<Service>,
     Authenticated(caller): Authenticated,
     SandboxPath(id): SandboxPath,
     parameters: Parameters,
 ) -> Result<Response, ApiError> {
     caller.may(Scope::SandboxExecute)?;
-    let path = wanted(&parameters)?;
-    let file = service.open_file(caller.org_id(), &id, path).await?;
-    let headers = [
-        (header::CONTENT_TYPE, "application/octet-stream".to_owned()),
-        (header::CONTENT_LENGTH, file.size().to_string()),
-        (header::CONTENT_DISPOSITION, "attachment".to_owned()),
-        // The bytes are the sandbox's: no browser may take them for a page of ours.
-        (header::X_CONTENT_TYPE_OPTIONS, "nosniff".to_owned()),
-    ];
-    let bytes = stream::unfold(file, |mut file| async move {
-        let part = file.next().await?;
-        Some((part, file))
-    });
-    Ok((headers, Body::from_stream(bytes)).into_response())
+    let directory = parameters.text("path").unwrap_or(DIRECTORY);
+    path::inside("path", directory)?;
+    let recursive = match parameters.text("recursive") {
+        None => true,
+        Some(_) => parameters.flag("recursive")?,
+    };
+    let watching = service
+        .watch_files(caller.org_id(), &id, directory, recursive)
+        .await?;
+    Ok(sse::changes(directory.to_owned(), watching))
 }
 
 fn wanted(parameters: &Parameters) -> Result<&str, ApiError> {

@@ -20,7 +20,8 @@ use crate::service::Service;
     ErrorEnvelope,
     sandgate_api::error::ErrorBody,
     sandgate_api::error::ErrorCode,
-    sandgate_api::rest::StreamEvent
+    sandgate_api::rest::StreamEvent,
+    sandgate_api::rest::WatchEvent
 )))]
 struct Further;
 

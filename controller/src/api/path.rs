@@ -11,7 +11,7 @@ use super::{error::ApiError, request};
 use crate::service::ServiceError;
 
 /// Longest path inside a sandbox, in bytes (`PATH_MAX` of Linux, without the NUL).
-const MAX_PATH: usize = 4095;
+pub(super) const MAX_PATH: usize = 4095;
 
 /// `{id}` of a sandbox's routes. What cannot be an id is a sandbox that does not exist.
 pub(super) struct SandboxPath(pub(super) SandboxId);
@@ -126,6 +126,15 @@ pub(super) fn inside(field: &str, path: &str) -> Result<(), ApiError> {
         return Ok(());
     };
     Err(ApiError::field(field, message))
+}
+
+/// The same of a path that a file is to have.
+pub(super) fn file(field: &str, path: &str) -> Result<(), ApiError> {
+    inside(field, path)?;
+    if path.ends_with('/') {
+        return Err(ApiError::field(field, "names a directory, not a file"));
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -11,14 +11,17 @@ use axum::{
     response::{IntoResponse as _, Response},
 };
 use bytes::Bytes;
-use futures_util::stream;
+use futures_util::{StreamExt as _, stream};
 use http::{HeaderName, header};
-use sandgate_api::rest::StreamEvent;
+use sandgate_api::{
+    agent::{FileAction, FileChange},
+    rest::{StreamEvent, WatchEvent},
+};
 use serde::Serialize;
 
 use crate::{
-    agent::ExecEvent,
-    service::{Running, Trail},
+    agent::{Changes, ExecEvent},
+    service::{Running, Trail, Watching},
 };
 
 const KEEP_ALIVE: Duration = Duration::from_secs(8);
@@ -60,6 +63,50 @@ pub(super) fn records(trail: Trail) -> Response {
         Some((Ok::<Bytes, Infallible>(bytes), trail))
     });
     answer(Body::from_stream(events))
+}
+
+/// What happens below a directory.
+pub(super) fn changes(path: String, watching: Watching) -> Response {
+    let first = line(&WatchEvent::Watching {
+        path,
+        partly: watching.partly(),
+    });
+    let first = stream::once(std::future::ready(Ok::<Bytes, Infallible>(first)));
+    let rest = stream::unfold(Some(watching), |watching| async move {
+        let mut watching = watching?;
+        match tokio::time::timeout(KEEP_ALIVE, watching.next()).await {
+            Err(_elapsed) => Some((Ok(Bytes::from_static(b": ping\n\n")), Some(watching))),
+            Ok(Some(Ok(Changes { changes, lost }))) => {
+                let mut bytes = Vec::new();
+                for FileChange {
+                    action,
+                    path,
+                    directory,
+                } in changes
+                {
+                    bytes.extend_from_slice(&line(&match action {
+                        FileAction::Created => WatchEvent::Created { path, directory },
+                        FileAction::Modified => WatchEvent::Modified { path, directory },
+                        FileAction::Deleted => WatchEvent::Deleted { path, directory },
+                    }));
+                }
+                if lost {
+                    bytes.extend_from_slice(&line(&WatchEvent::Overflow));
+                }
+                Some((Ok(bytes.into()), Some(watching)))
+            }
+            Ok(ended) => {
+                let mut bytes = Vec::new();
+                if let Some(Err(error)) = ended {
+                    let error = error.to_string();
+                    bytes.extend_from_slice(&line(&WatchEvent::Error { error }));
+                }
+                bytes.extend_from_slice(&line(&WatchEvent::Done));
+                Some((Ok(bytes.into()), None))
+            }
+        }
+    });
+    answer(Body::from_stream(first.chain(rest)))
 }
 
 fn answer(body: Body) -> Response {

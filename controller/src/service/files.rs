@@ -1,6 +1,7 @@
 //! Files of a sandbox.
 
 use bytes::{Bytes, BytesMut};
+use futures_util::Stream;
 use jiff::Timestamp;
 use sandgate_api::{
     agent::{AgentErrorCode, Entry, EntryKind, FileRequest},
@@ -10,7 +11,8 @@ use sandgate_api::{
 
 use super::{Service, ServiceError};
 use crate::{
-    agent::{AgentError, FileStream, Listing},
+    agent::{AgentError, Changes, Listing, Opened, Upload, Watch},
+    places::Place,
     spec::Size,
 };
 
@@ -18,10 +20,31 @@ use crate::{
 pub const MAX_FILE: u64 = 48 * 1024 * 1024;
 
 /// Largest file that is streamed, in bytes.
-const MAX_DOWNLOAD: u64 = 16 * 1024 * 1024 * 1024;
+pub const MAX_STREAMED: u64 = 16 * 1024 * 1024 * 1024;
 
 /// Most entries of a listing.
 const MAX_ENTRIES: u32 = 10_000;
+
+/// Directories that an organisation follows at once. A sandbox has a limit of its own, which its agent keeps.
+pub(super) const WATCHES: usize = 32;
+
+/// A directory that is followed. Dropping it ends that.
+pub struct Watching {
+    watch: Watch,
+    _place: Place,
+}
+
+impl Watching {
+    /// There are more directories below than can be followed.
+    pub fn partly(&self) -> bool {
+        self.watch.partly()
+    }
+
+    /// The next changes; none after the last, an error as the last.
+    pub async fn next(&mut self) -> Option<Result<Changes, AgentError>> {
+        self.watch.next().await
+    }
+}
 
 impl Service {
     /// Writes files one after the other, each with its parents.
@@ -66,7 +89,7 @@ impl Service {
             .await
             .map_err(|error| match ServiceError::from(error) {
                 ServiceError::TooLarge(_) => ServiceError::TooLarge(format!(
-                    "the file is larger than {MAX_FILE} bytes; files/download has no such limit"
+                    "the file is larger than {MAX_FILE} bytes; files/raw has no such limit"
                 )),
                 other => other,
             })?;
@@ -87,12 +110,52 @@ impl Service {
         org_id: &OrgId,
         id: &SandboxId,
         path: &str,
-    ) -> Result<FileStream, ServiceError> {
-        Ok(self
-            .agent(org_id, id)
-            .await?
-            .read_file(path, MAX_DOWNLOAD)
-            .await?)
+    ) -> Result<Opened, ServiceError> {
+        Ok(self.agent(org_id, id).await?.open(path, MAX_STREAMED).await?)
+    }
+
+    /// Stores a file that comes as it comes, of a length and with permission bits where they are known. Answers its length.
+    ///
+    /// # Errors
+    /// What the sandbox's file system says, and the first error among the parts; the path has then what it had.
+    pub async fn store_file(
+        &self,
+        (org_id, id): (&OrgId, &SandboxId),
+        path: &str,
+        (size, mode): (Option<u64>, Option<u32>),
+        parts: impl Stream<Item = Result<Bytes, ServiceError>>,
+    ) -> Result<u64, ServiceError> {
+        let record = self.running(org_id, id).await?;
+        let agent = self.agent(org_id, id).await?;
+        let stored = agent.upload(path, size, mode, parts).await;
+        stored.map_err(|failed| match failed {
+            Upload::Source(error) => error,
+            Upload::Agent(error) => of_disk(error, &record.spec.disk),
+        })
+    }
+
+    /// Follows a directory.
+    ///
+    /// # Errors
+    /// [`ServiceError::TooMany`] when the organisation follows [`WATCHES`] already; what the sandbox's file system says.
+    pub async fn watch_files(
+        &self,
+        org_id: &OrgId,
+        id: &SandboxId,
+        path: &str,
+        recursive: bool,
+    ) -> Result<Watching, ServiceError> {
+        let agent = self.agent(org_id, id).await?;
+        let Some(place) = self.shared.watches.take(org_id) else {
+            let most = self.shared.watches.each();
+            let message =
+                format!("the organization follows {most} directories already; end one of them first");
+            return Err(ServiceError::TooMany(message));
+        };
+        Ok(Watching {
+            watch: agent.watch(path, recursive).await?,
+            _place: place,
+        })
     }
 
     /// Lists a directory.
@@ -158,7 +221,12 @@ impl Service {
             FileRequest::Move { destination, .. } | FileRequest::Copy { destination, .. } => {
                 Some(destination.clone())
             }
-            FileRequest::Remove { .. } | FileRequest::MakeDirectory { .. } | FileRequest::Glob { .. } => None,
+            FileRequest::Remove { .. }
+            | FileRequest::MakeDirectory { .. }
+            | FileRequest::Glob { .. }
+            | FileRequest::Open { .. }
+            | FileRequest::Upload { .. }
+            | FileRequest::Watch { .. } => None,
         };
         let done = self.agent(org_id, id).await?.work(request).await;
         done.map_err(|error| match of_disk(error, &record.spec.disk) {

@@ -3,7 +3,8 @@
 //! One TCP connection (made by netd) carries one operation. Each side sends frames: a header of five bytes
 //! ([`FrameHeader`]: payload length as a big-endian `u32`, then the [`FrameKind`]) and the payload. The
 //! controller sends a JSON [`Hello`] and a JSON [`Request`] back to back, then, for
-//! [`Request::WriteFile`], [`FrameKind::Data`] frames. The agent answers JSON [`Reply`] frames and raw data
+//! [`Request::WriteFile`] and [`FileRequest::Upload`], [`FrameKind::Data`] frames, and for [`FileRequest::Open`], when it was
+//! answered, a JSON [`FilePart`]. The agent answers JSON [`Reply`] frames and raw data
 //! frames. Closing the connection cancels the operation and kills what it started.
 //!
 //! The agent shares its uid with the code it runs, so the controller treats every byte as hostile: sizes,
@@ -13,7 +14,7 @@ use std::{collections::BTreeMap, fmt};
 
 use serde::{Deserialize, Serialize};
 
-pub use files::{FileReply, FileRequest};
+pub use files::{FileAction, FileChange, FilePart, FileReply, FileRequest, OpenedFile};
 
 mod files;
 

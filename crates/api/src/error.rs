@@ -31,6 +31,8 @@ pub enum ErrorCode {
     PreconditionFailed,
     /// 413: the body, or a field of it, is too large.
     PayloadTooLarge,
+    /// 416: the file is shorter than the range that was asked for begins.
+    RangeNotSatisfiable,
     /// 429: too many requests; `Retry-After` says when.
     RateLimited,
     /// 500: our fault; the log has the rest under the request id.
@@ -51,6 +53,7 @@ impl ErrorCode {
             Self::Conflict => 409,
             Self::PreconditionFailed => 412,
             Self::PayloadTooLarge => 413,
+            Self::RangeNotSatisfiable => 416,
             Self::RateLimited => 429,
             Self::InternalError => 500,
             Self::Unavailable => 503,

@@ -24,7 +24,7 @@ pub use egress::{
     OrganizationEgress, SandboxNetwork, TierPolicy,
 };
 pub use execute::{ExecuteResponse, StreamEvent};
-pub use file::{FileEntry, FileKind, FileList, FileRead, FilesWritten, WrittenFile};
+pub use file::{FileEntry, FileKind, FileList, FileRead, FileStored, FilesWritten, WatchEvent, WrittenFile};
 pub use pool::PoolStats;
 pub use review::{ApiCall, Explanation, ReplayedAttempt, Simulation, Suggestion};
 pub use sandbox::{

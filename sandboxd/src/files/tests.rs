@@ -3,15 +3,23 @@
 use std::{
     fs::{self, File},
     io::Read as _,
-    os::unix::fs::{PermissionsExt as _, symlink},
+    os::{
+        fd::OwnedFd,
+        unix::fs::{PermissionsExt as _, symlink},
+    },
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
 };
 
+use rustix::fs::{Mode, OFlags};
 use sandgate_api::agent::AgentErrorCode;
 use tempfile::TempDir;
 
-use super::{Caller, Tree, copy, remove, tree::checked, write::Replacement};
+use super::{
+    Caller, Tree, copy, remove,
+    tree::{self, checked},
+    write::Replacement,
+};
 
 /// A root with something beside it that nobody may reach.
 struct World {
@@ -88,6 +96,74 @@ fn no_link_leads_out_of_the_tree() {
     }
     assert_eq!(world.secret(), "secret");
     assert_eq!(fs::read_dir(&world.outside).expect("a directory").count(), 1);
+}
+
+/// Without openat2 the same is found and the same refused.
+#[test]
+fn step_by_step_is_the_same_way() {
+    let world = world();
+    fs::create_dir_all(world.root.join("d/deep")).expect("directories");
+    fs::write(world.root.join("d/deep/file"), "x").expect("written");
+    for (link, target) in [
+        ("up", "../outside/secret"),
+        ("far", "../../../../../.."),
+        ("top", "/"),
+        ("door", "d/deep"),
+        ("back", "/door/../deep/./file"),
+        ("circle", "circle"),
+        ("dangling", "d/absent"),
+    ] {
+        symlink(target, world.root.join(link)).expect("a link");
+    }
+    let root = rustix::fs::open(&world.root, OFlags::PATH, Mode::empty()).expect("the root");
+    let seen = |opened: std::io::Result<OwnedFd>| match opened {
+        Ok(opened) => {
+            let found = rustix::fs::fstat(&opened).expect("it is open");
+            Ok((found.st_dev, found.st_ino))
+        }
+        Err(error) => Err(error.raw_os_error()),
+    };
+    for path in [
+        "/",
+        "/file",
+        "/d",
+        "/d/deep/file",
+        "/up",
+        "/far",
+        "/far/file",
+        "/top/top/file",
+        "/door/file",
+        "/back",
+        "/circle",
+        "/circle/x",
+        "/dangling",
+        "/file/x",
+        "/absent",
+        "/d/absent/x",
+        "/top/far/door",
+    ] {
+        for flags in [OFlags::PATH, OFlags::RDONLY, OFlags::RDONLY | OFlags::DIRECTORY] {
+            let path = Path::new(path);
+            let resolve = rustix::fs::ResolveFlags::IN_ROOT | rustix::fs::ResolveFlags::NO_MAGICLINKS;
+            let by_kernel = rustix::fs::openat2(&root, path, flags, Mode::empty(), resolve);
+            let by_steps = tree::walk(&root, path, flags);
+            let expected = seen(by_kernel.map_err(Into::into));
+            assert_eq!(seen(by_steps), expected, "{} {flags:?}", path.display());
+        }
+    }
+    let root = rustix::fs::open("/", OFlags::PATH, Mode::empty()).expect("the root");
+    for path in [
+        "/proc/self/environ",
+        "/proc/self/root/etc",
+        "/proc/1/fd/0",
+        "/dev/fd/0",
+        "/proc",
+    ] {
+        assert!(
+            tree::walk(&root, Path::new(path), OFlags::PATH).is_err(),
+            "{path}"
+        );
+    }
 }
 
 #[test]
@@ -232,11 +308,10 @@ async fn nesting_takes_no_descriptors() {
     let world = world();
     let mut deepest = Path::new(&world.root).join("n");
     fs::create_dir(&deepest).expect("a directory");
-    let mut at =
-        rustix::fs::open(&deepest, rustix::fs::OFlags::PATH, rustix::fs::Mode::empty()).expect("open");
+    let mut at = rustix::fs::open(&deepest, OFlags::PATH, Mode::empty()).expect("open");
     for _ in 0..3_000 {
-        rustix::fs::mkdirat(&at, "n", rustix::fs::Mode::from_raw_mode(0o755)).expect("made");
-        at = rustix::fs::openat(&at, "n", rustix::fs::OFlags::PATH, rustix::fs::Mode::empty()).expect("open");
+        rustix::fs::mkdirat(&at, "n", Mode::from_raw_mode(0o755)).expect("made");
+        at = rustix::fs::openat(&at, "n", OFlags::PATH, Mode::empty()).expect("open");
     }
     drop(at);
     let caller = Caller::default();

@@ -66,7 +66,7 @@ impl Tree {
     }
 
     /// Opens what has the path, through links.
-    fn resolve(&self, path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
+    pub(super) fn resolve(&self, path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
         let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
         let opened = match openat2(&self.root, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve) {
             Err(Errno::NOSYS) => walk(&self.root, path, flags)?,
@@ -191,7 +191,7 @@ pub(super) fn below(directory: impl AsFd, path: &Path) -> io::Result<OwnedFd> {
 }
 
 /// What openat2 does, step by step, for a kernel that lacks it (gVisor's): the same rules, a descriptor at a time.
-fn walk(root: &OwnedFd, path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
+pub(super) fn walk(root: &OwnedFd, path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
     let step = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     // The way down from the root, so that `..` is a step back on it and never the kernel's idea of a parent.
     let mut way: Vec<(OsString, OwnedFd)> = Vec::new();

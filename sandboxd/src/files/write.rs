@@ -63,6 +63,44 @@ pub(crate) async fn write(
     Ok(Ok(()))
 }
 
+/// Writes a file whose bytes come as they come, until an empty frame says that it is whole.
+pub(super) async fn upload(
+    stream: &mut TcpStream,
+    tree: &Tree,
+    path: &str,
+    size: Option<u64>,
+    mode: Option<u32>,
+) -> Answer {
+    let begun = checked(path).and_then(|target| Replacement::begin(tree, &target, mode));
+    let mut replacement = match begun {
+        Ok(replacement) => replacement,
+        Err(refusal) => return Ok(Err(refusal)),
+    };
+    let mut written = 0_u64;
+    loop {
+        // A caller that goes away before the empty frame leaves the old file as it was.
+        let (kind, part) = wire::receive(stream, MAX_FRAME).await?;
+        written = written.saturating_add(u64::try_from(part.len()).unwrap_or(u64::MAX));
+        let ends = part.is_empty();
+        let fits = size.is_none_or(|size| if ends { written == size } else { written <= size });
+        if kind != FrameKind::Data || !fits {
+            let message = format!("{path}: more or less than the announced bytes");
+            return Ok(Err(Refusal::new(AgentErrorCode::Invalid, message)));
+        }
+        if ends {
+            break;
+        }
+        if let Err(refusal) = replacement.write(&part) {
+            return Ok(Err(refusal));
+        }
+    }
+    if let Err(refusal) = replacement.finish() {
+        return Ok(Err(refusal));
+    }
+    wire::reply(stream, &Reply::Written { size: written }).await?;
+    Ok(Ok(()))
+}
+
 /// A file in the making. Dropped unfinished, it is removed and the old one is untouched.
 pub(super) struct Replacement {
     file: File,

@@ -5,6 +5,8 @@
 mod access;
 mod commands;
 mod files;
+mod transfers;
+mod watches;
 
 use std::{
     fs,

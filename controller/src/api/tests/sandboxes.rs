@@ -251,6 +251,13 @@ async fn what_is_asked_of_a_sandbox_is_checked_before_it_is_reached() {
         ("GET", "files/list?path=/..", Value::Null, "path"),
         ("GET", "files/list?recursive=perhaps", Value::Null, "recursive"),
         ("GET", "files/download", Value::Null, "path"),
+        ("POST", "files/upload?path=a", Value::Null, "path"),
+        ("GET", "files/watch?path=a", Value::Null, "path"),
+        ("GET", "files/watch?recursive=2", Value::Null, "recursive"),
+        ("GET", "files/raw", Value::Null, "path"),
+        ("PUT", "files/raw?path=a", Value::Null, "path"),
+        ("PUT", "files/raw?path=/a/", Value::Null, "path"),
+        ("PUT", "files/raw?path=/a&mode=4755", Value::Null, "mode"),
         ("DELETE", "files", Value::Null, "path"),
         ("DELETE", "files", json!({"path": "/a/../b"}), "path"),
         (

@@ -23,6 +23,18 @@ pub struct WrittenFile {
     pub size: u64,
 }
 
+/// `PUT /sandbox/:id/files/raw?path=`.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileStored {
+    /// Always true.
+    pub success: bool,
+    /// Absolute path.
+    pub path: String,
+    /// Length in bytes.
+    pub size: u64,
+}
+
 /// `GET /sandbox/:id/files?path=`.
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -82,4 +94,48 @@ pub enum FileKind {
     Symlink,
     /// A socket, FIFO or device.
     Other,
+}
+
+/// One event of `GET /sandbox/:id/files/watch`.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum WatchEvent {
+    /// The first: what happens from here on is told.
+    Watching {
+        /// The directory.
+        path: String,
+        /// There are more directories below it than can be followed.
+        partly: bool,
+    },
+    /// A file, link or directory came to this path.
+    Created {
+        /// Absolute.
+        path: String,
+        /// It is a directory.
+        directory: bool,
+    },
+    /// A file's content changed.
+    Modified {
+        /// Absolute.
+        path: String,
+        /// It is a directory.
+        directory: bool,
+    },
+    /// What had this path has it no more.
+    Deleted {
+        /// Absolute.
+        path: String,
+        /// It was a directory.
+        directory: bool,
+    },
+    /// More happened than is told: list what you want to know.
+    Overflow,
+    /// It ended for this reason.
+    Error {
+        /// For people.
+        error: String,
+    },
+    /// The last: the directory is gone, or an error ended it.
+    Done,
 }
