@@ -9,7 +9,8 @@ use std::{convert::Infallible, io, time::Duration};
 use bytes::Bytes;
 use futures_util::stream;
 use sandgate_api::agent::{
-    AgentErrorCode, Claim, Entry, Exec, FrameKind, Hello, MAX_FRAME, PROTOCOL_VERSION, Reply, Request,
+    AgentErrorCode, Changes as CommandChanges, Claim, Entry, Exec, FrameKind, Hello, MAX_FRAME, PROTOCOL_VERSION, Reply,
+    Request,
 };
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
@@ -18,8 +19,11 @@ pub use files::{Changes, Opened, Upload, Watch};
 
 use frames::Frames;
 
+pub use processes::{Follow, ProcessOutput};
+
 mod files;
 mod frames;
+mod processes;
 #[cfg(test)]
 mod tests;
 
@@ -96,6 +100,8 @@ pub enum ExecEvent {
         timed_out: bool,
         /// Milliseconds, by the agent's clock.
         duration_ms: u64,
+        /// What it changed, if that was asked for.
+        changes: Option<CommandChanges>,
     },
 }
 
@@ -331,10 +337,12 @@ impl ExecStream {
                     exit_code,
                     timed_out,
                     duration_ms,
+                    changes,
                 } => Ok(ExecEvent::Exited {
                     exit_code,
                     timed_out,
                     duration_ms,
+                    changes,
                 }),
                 other => Err(unexpected(other)),
             },
@@ -405,6 +413,10 @@ fn unexpected(reply: Reply) -> AgentError {
         Reply::File { .. } => AgentError::Protocol("an unexpected file".to_owned()),
         Reply::Entries { .. } => AgentError::Protocol("an unexpected listing".to_owned()),
         Reply::Files(_) => AgentError::Protocol("an unexpected word about files".to_owned()),
+        Reply::Started { .. } => AgentError::Protocol("an unexpected start".to_owned()),
+        Reply::Processes { .. } => AgentError::Protocol("an unexpected list of processes".to_owned()),
+        Reply::Output { .. } => AgentError::Protocol("unexpected output".to_owned()),
+        Reply::Done => AgentError::Protocol("an unexpected end".to_owned()),
     }
 }
 

@@ -12,6 +12,7 @@ mod bodies;
 mod commands;
 mod document;
 mod error;
+mod events;
 mod files;
 mod health;
 mod keys;
@@ -20,6 +21,7 @@ mod network;
 mod openapi;
 mod path;
 mod pool;
+mod processes;
 mod query;
 mod raw;
 mod reference;
@@ -29,9 +31,12 @@ mod sandboxes;
 mod secrets;
 mod serve;
 mod settings;
+mod socket;
 mod sse;
+mod text;
 mod tunnels;
 mod uploads;
+mod ws;
 
 use axum::{Extension, Router, middleware};
 use sandgate_api::error::ErrorCode;
@@ -70,6 +75,13 @@ fn described() -> Routes {
         .add(routes!(sandboxes::status))
         .add(routes!(sandboxes::stop))
         .add(routes!(commands::execute))
+        .add(routes!(processes::list, processes::start))
+        .add(routes!(processes::output))
+        .add(routes!(processes::stdin))
+        .add(routes!(processes::signal))
+        .add(routes!(processes::resize))
+        .add(routes!(processes::delete))
+        .add(routes!(processes::terminal::terminal))
         .add(routes!(files::read, files::write, files::delete))
         .add(routes!(files::list))
         .add(routes!(files::glob))
@@ -104,6 +116,7 @@ fn described() -> Routes {
         .add(routes!(pool::stats));
     Routes::new()
         .below("/api/v1", v1)
+        .add(routes!(ws::commands))
         .add(routes!(health::health))
         .add(routes!(health::ready))
         .add(routes!(reference::openapi))

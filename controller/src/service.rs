@@ -12,11 +12,13 @@ mod keeper;
 mod keys;
 mod policies;
 mod pool;
+mod processes;
 mod reconcile;
 mod retention;
 mod review;
 mod sandboxes;
 mod secrets;
+mod sockets;
 mod tunnels;
 
 use std::{
@@ -42,6 +44,7 @@ pub use policies::{NetworkView, OrganizationView};
 pub use review::Span;
 pub use sandboxes::{SandboxPage, SandboxRequest, Started};
 pub use secrets::{EgressRequest, SCOPE, SecretChangeRequest, SecretRequest};
+pub use sockets::Socket;
 pub use tunnels::TunnelRequest;
 
 use crate::{
@@ -82,6 +85,8 @@ struct Shared {
     streams: Places,
     /// Directories that are followed.
     watches: Places,
+    /// WebSockets and followed processes.
+    sockets: Places,
 }
 
 /// Whether sandboxes can be made.
@@ -245,6 +250,7 @@ impl Service {
             metrics: Metrics::default(),
             streams: Places::new(audit::STREAMS),
             watches: Places::new(files::WATCHES),
+            sockets: Places::new(sockets::SOCKETS),
         };
         Self {
             shared: Arc::new(shared),

@@ -106,6 +106,7 @@ async fn exec(agent: Agent, data: &[u8]) -> Result<(), AgentError> {
         env: Default::default(),
         working_dir: None,
         timeout_ms: None,
+        track: None,
     };
     let mut events = agent.exec(exec).await?;
     let (mut rest, mut outcome, mut ended) = (data, Ok(()), false);

@@ -7,6 +7,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use crate::mark::Mark;
 use rustix::{
     io::Errno,
     process::{Pid, Signal, WaitOptions, kill_process_group, wait},
@@ -47,6 +48,7 @@ pub struct Children {
 #[derive(Debug)]
 pub(crate) struct Leader {
     process: Pid,
+    mark: Mark,
     children: Children,
 }
 
@@ -74,13 +76,14 @@ impl Children {
     }
 
     /// Takes over a child. Must follow its start without an await between, or it may be reaped unseen.
-    pub(crate) fn adopt(&self, child: &Child) -> (Leader, oneshot::Receiver<Ended>) {
+    pub(crate) fn adopt(&self, child: &Child, mark: Mark) -> (Leader, oneshot::Receiver<Ended>) {
         let process = Pid::from_child(child);
         let (sender, ended) = oneshot::channel();
         self.lock().insert(process, sender);
         (
             Leader {
                 process,
+                mark,
                 children: self.clone(),
             },
             ended,
@@ -145,5 +148,16 @@ impl Leader {
         if self.children.lock().contains_key(&self.process) {
             let _gone = kill_process_group(self.process, Signal::KILL);
         }
+    }
+
+    /// Sends a signal to the child's group. False once it has been reaped.
+    pub(crate) fn signal_group(&self, signal: Signal) -> bool {
+        self.children.lock().contains_key(&self.process) && kill_process_group(self.process, signal).is_ok()
+    }
+
+    /// Kills the child and everything that it started, wherever that went.
+    pub(crate) fn kill_all(&self, tasks: &Tasks) {
+        self.kill_group();
+        tasks.spawn("kill", self.mark.kill_all());
     }
 }

@@ -1,6 +1,7 @@
 //! Running one command for one connection.
 //!
-//! The command leads a session of its own. Its output is sent as it comes, and read no faster than the caller
+//! The command leads a session of its own. When its caller goes or its time is up, it is killed with everything it
+//! started; otherwise what it left in the background goes on. Its output is sent as it comes, and read no faster than the caller
 //! takes it. The answer follows the leader's end at once, whoever else still holds its pipes; what was written
 //! before that end is sent, what comes later is read and thrown away, so that a server left in the background
 //! does not die of its own log.
@@ -12,23 +13,25 @@ use std::{
     os::fd::OwnedFd,
     pin::pin,
     process::{Command as Process, Stdio},
-    sync::atomic::{AtomicUsize, Ordering},
     time::Duration,
 };
 
-use sandgate_api::agent::{AgentErrorCode, Command, Exec, FrameKind, MAX_FRAME, Reply};
+use sandgate_api::agent::{AgentErrorCode, Changes, Command, Exec, FrameKind, MAX_FRAME, Reply};
 use sandgate_daemon::tasks::Tasks;
 use tokio::{
     io::AsyncReadExt as _,
-    net::{TcpStream, unix::pipe},
+    net::TcpStream,
     time::{Instant, sleep_until},
 };
 
 use crate::{
+    changes::Snapshot,
     children::{Children, Ended, Leader},
     claim,
     files::{self, directory},
     init,
+    mark::Mark,
+    output::Output,
     wire::{self, Refusal},
 };
 
@@ -42,18 +45,13 @@ const NOT_FOUND: i32 = 127;
 const DEFAULT_DIRECTORY: &str = "/workspace";
 /// Bytes of output in one frame.
 const PART: usize = 64 * 1024;
-/// Pipes of background processes that are kept open and emptied. Beyond, a pipe is closed, and its writer
-/// gets SIGPIPE.
-const MAX_DRAINS: usize = 256;
 /// Added to a command's badness, so that the kernel kills it before this process when memory is short.
 const OOM_SCORE: &str = "500";
 /// After a timeout, how long the caller may take to fetch what is left.
 const LAST_WORDS: Duration = Duration::from_secs(30);
 
-static DRAINS: AtomicUsize = AtomicUsize::new(0);
-
 /// Why there is no running command.
-enum NotStarted {
+pub(crate) enum NotStarted {
     /// The operation failed.
     Refused(Refusal),
     /// The command failed as it would in a shell.
@@ -63,8 +61,7 @@ enum NotStarted {
 struct Started {
     leader: Leader,
     ended: tokio::sync::oneshot::Receiver<Ended>,
-    stdout: pipe::Receiver,
-    stderr: pipe::Receiver,
+    outputs: [Output; 2],
 }
 
 /// Runs the command and reports its output and end.
@@ -75,9 +72,16 @@ pub(crate) async fn serve(
     children: &Children,
     tasks: &Tasks,
 ) -> io::Result<()> {
+    let before = match exec.track.as_deref().map(files::checked).transpose() {
+        Ok(None) => None,
+        Ok(Some(directory)) => Some(Snapshot::take(&directory).await),
+        Err(Refusal { code, message }) => {
+            return wire::reply(&mut stream, &Reply::Error { code, message }).await;
+        }
+    };
     let begun = Instant::now();
     match start(&exec, environment, children) {
-        Ok(started) => relay(stream, started, &exec, begun, tasks).await,
+        Ok(started) => relay(stream, started, &exec, (begun, before), tasks).await,
         Err(NotStarted::Refused(Refusal { code, message })) => {
             wire::reply(&mut stream, &Reply::Error { code, message }).await
         }
@@ -89,6 +93,7 @@ pub(crate) async fn serve(
                     exit_code,
                     timed_out: false,
                     duration_ms: 0,
+                    changes: before.map(|_untouched| Changes::default()),
                 },
             )
             .await
@@ -102,16 +107,16 @@ fn start(
     children: &Children,
 ) -> Result<Started, NotStarted> {
     let mut process = command(exec, environment).map_err(NotStarted::Refused)?;
-    init::own_session(&mut process);
+    let mark = Mark::fresh();
+    init::own_session(&mut process, mark, false);
     let mut child = process.spawn().map_err(|error| not_started(exec, &error))?;
-    let (leader, ended) = children.adopt(&child);
-    // Raising one's own badness needs no privilege. A command gone already needs none.
-    let _gone = std::fs::write(format!("/proc/{}/oom_score_adj", leader.process()), OOM_SCORE);
+    let (leader, ended) = children.adopt(&child, mark);
+    prefer_as_victim(&leader);
     let stdout = child.stdout.take().map(OwnedFd::from);
     let stderr = child.stderr.take().map(OwnedFd::from);
     let (Some(Ok(stdout)), Some(Ok(stderr))) = (
-        stdout.map(pipe::Receiver::from_owned_fd),
-        stderr.map(pipe::Receiver::from_owned_fd),
+        stdout.map(|pipe| Output::new(FrameKind::Stdout, pipe)),
+        stderr.map(|pipe| Output::new(FrameKind::Stderr, pipe)),
     ) else {
         leader.kill_group();
         return Err(NotStarted::Refused(Refusal::new(
@@ -122,12 +127,18 @@ fn start(
     Ok(Started {
         leader,
         ended,
-        stdout,
-        stderr,
+        outputs: [stdout, stderr],
     })
 }
 
-fn command(exec: &Exec, environment: BTreeMap<String, String>) -> Result<Process, Refusal> {
+/// Has the kernel kill a command before this process when memory is short.
+pub(crate) fn prefer_as_victim(leader: &Leader) {
+    // Raising one's own badness needs no privilege. A command gone already needs none.
+    let _gone = std::fs::write(format!("/proc/{}/oom_score_adj", leader.process()), OOM_SCORE);
+}
+
+/// What to start, with its output in pipes and no input.
+pub(crate) fn command(exec: &Exec, environment: BTreeMap<String, String>) -> Result<Process, Refusal> {
     let invalid = |message: &str| Refusal::new(AgentErrorCode::Invalid, message);
     let mut process = match &exec.command {
         Command::Shell(line) => {
@@ -160,7 +171,8 @@ fn command(exec: &Exec, environment: BTreeMap<String, String>) -> Result<Process
     Ok(process)
 }
 
-fn not_started(exec: &Exec, error: &io::Error) -> NotStarted {
+/// What a failure to start means.
+pub(crate) fn not_started(exec: &Exec, error: &io::Error) -> NotStarted {
     let name = match &exec.command {
         Command::Shell(_) => "/bin/sh",
         Command::Argv(argv) => argv.first().map_or("", String::as_str),
@@ -192,6 +204,7 @@ fn not_started(exec: &Exec, error: &io::Error) -> NotStarted {
 /// What ends a command from outside, watched whatever else goes on.
 struct Watch<'a, G> {
     leader: &'a Leader,
+    tasks: &'a Tasks,
     /// Resolves when the caller hangs up.
     gone: G,
     deadline: Option<Instant>,
@@ -221,7 +234,7 @@ impl<G: Future<Output = ()> + Unpin> Watch<'_, G> {
                         return Err(Gone);
                     }
                     self.timed_out = true;
-                    self.leader.kill_group();
+                    self.leader.kill_all(self.tasks);
                     self.deadline = Some(Instant::now() + LAST_WORDS);
                 }
                 done = &mut work => return Ok(done),
@@ -230,65 +243,18 @@ impl<G: Future<Output = ()> + Unpin> Watch<'_, G> {
     }
 }
 
-/// One of the command's two pipes.
-struct Output {
-    kind: FrameKind,
-    pipe: Option<pipe::Receiver>,
-}
-
-impl Output {
-    /// Resolves when there is something to read, or the end; never when the pipe has ended.
-    async fn readable(&self) {
-        let ready = match &self.pipe {
-            Some(pipe) => pipe.readable().await,
-            None => std::future::pending().await,
-        };
-        // An error shows again when reading.
-        drop(ready);
-    }
-
-    /// Reads what is there. Forgets the pipe at its end.
-    fn read(&mut self, buffer: &mut [u8]) -> usize {
-        let Some(pipe) = &self.pipe else { return 0 };
-        match pipe.try_read(buffer) {
-            Ok(0) => self.pipe = None,
-            Ok(read) => return read,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(_) => self.pipe = None,
-        }
-        0
-    }
-
-    /// Takes what is in the pipe, whether or not the runtime has been told of it yet: where two commands end at the same
-    /// moment, the second is reaped with the first, before the news of its last words.
-    fn take(&self, buffer: &mut [u8]) -> usize {
-        let read = self.pipe.as_ref().map(|pipe| rustix::io::read(pipe, buffer));
-        read.and_then(Result::ok).unwrap_or(0)
-    }
-
-    /// How many bytes are in the pipe at this moment.
-    fn waiting(&self) -> usize {
-        let waiting = self
-            .pipe
-            .as_ref()
-            .and_then(|pipe| rustix::io::ioctl_fionread(pipe).ok());
-        waiting.and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(0)
-    }
-}
-
 /// Sends output until the leader ends, and then the rest of it and how it ended.
 async fn relay(
     stream: TcpStream,
     started: Started,
     exec: &Exec,
-    begun: Instant,
+    (begun, before): (Instant, Option<Snapshot>),
     tasks: &Tasks,
 ) -> io::Result<()> {
     let Started {
         leader,
         mut ended,
-        stdout,
-        stderr,
+        mut outputs,
     } = started;
     let (mut reader, mut writer) = stream.into_split();
     let gone = pin!(async move {
@@ -300,20 +266,11 @@ async fn relay(
         .and_then(|limit| begun.checked_add(Duration::from_millis(limit)));
     let mut watch = Watch {
         leader: &leader,
+        tasks,
         gone,
         deadline,
         timed_out: false,
     };
-    let mut outputs = [
-        Output {
-            kind: FrameKind::Stdout,
-            pipe: Some(stdout),
-        },
-        Output {
-            kind: FrameKind::Stderr,
-            pipe: Some(stderr),
-        },
-    ];
     let mut buffer = vec![0; PART.min(MAX_FRAME)];
 
     let ended = loop {
@@ -331,7 +288,7 @@ async fn relay(
         let output = match turn {
             Ok(Turn::Ended(ended)) => break ended,
             Ok(Turn::Readable(index)) => &mut outputs[index],
-            Err(Gone) => return hang_up(&leader),
+            Err(Gone) => return hang_up(&leader, tasks),
         };
         let read = output.read(&mut buffer);
         if read > 0 {
@@ -339,8 +296,8 @@ async fn relay(
                 .during(wire::send(&mut writer, output.kind, &buffer[..read]))
                 .await
             {
-                Ok(sent) => sent.inspect_err(|_| leader.kill_group())?,
-                Err(Gone) => return hang_up(&leader),
+                Ok(sent) => sent.inspect_err(|_| leader.kill_all(tasks))?,
+                Err(Gone) => return hang_up(&leader, tasks),
             }
         }
     };
@@ -369,13 +326,18 @@ async fn relay(
     } else {
         ended.exit_code()
     };
+    let changes = match before {
+        Some(before) => Some(before.changes().await),
+        None => None,
+    };
     let exited = Reply::Exited {
         exit_code,
         timed_out: watch.timed_out,
         duration_ms,
+        changes,
     };
-    for pipe in outputs.into_iter().filter_map(|output| output.pipe) {
-        keep_empty(pipe, tasks);
+    for output in outputs {
+        output.keep_empty(tasks);
     }
     wire::reply(&mut writer, &exited).await
 }
@@ -385,20 +347,7 @@ enum Turn {
     Readable(usize),
 }
 
-fn hang_up(leader: &Leader) -> io::Result<()> {
-    leader.kill_group();
+fn hang_up(leader: &Leader, tasks: &Tasks) -> io::Result<()> {
+    leader.kill_all(tasks);
     Ok(())
-}
-
-/// Reads and forgets what background processes still write, until the last of them ends.
-fn keep_empty(mut pipe: pipe::Receiver, tasks: &Tasks) {
-    if DRAINS.fetch_add(1, Ordering::Relaxed) >= MAX_DRAINS {
-        DRAINS.fetch_sub(1, Ordering::Relaxed);
-        return;
-    }
-    tasks.spawn("drain", async move {
-        let mut buffer = vec![0; 4096];
-        while matches!(pipe.read(&mut buffer).await, Ok(read) if read > 0) {}
-        DRAINS.fetch_sub(1, Ordering::Relaxed);
-    });
 }

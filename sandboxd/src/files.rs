@@ -30,11 +30,10 @@ use tokio::{io::AsyncReadExt as _, net::TcpStream};
 
 pub(crate) use listing::list;
 pub(crate) use read::read;
-pub(crate) use tree::Tree;
+pub(crate) use tree::{Tree, checked};
 pub(crate) use write::write;
 
 use crate::wire::{self, Refusal};
-use tree::checked;
 
 /// The outer error ends the connection, the inner one is told to the caller.
 type Answer = io::Result<Result<(), Refusal>>;

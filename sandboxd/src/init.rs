@@ -1,13 +1,26 @@
 //! The duties of PID 1, and what a child must look like before it runs foreign code. The only unsafe code here.
 
-use std::{fs::File, io, os::unix::process::CommandExt as _, process::Command, time::Duration};
+use std::{
+    fs::File,
+    io,
+    os::{
+        fd::{AsRawFd as _, OwnedFd},
+        unix::process::CommandExt as _,
+    },
+    process::Command,
+    time::Duration,
+};
 
 use nix::{
+    pty::{Winsize, openpty},
     sys::signal::{SigSet, SigmaskHow, Signal, kill, sigprocmask},
     unistd::{Pid, getpid, setsid},
 };
 
-use crate::children::Children;
+use rustix::io::{FdFlags, fcntl_setfd};
+use sandgate_api::agent::TerminalSize;
+
+use crate::{children::Children, mark::Mark};
 
 /// The highest real-time signal (signal(7)).
 const LAST_SIGNAL: i32 = 64;
@@ -75,17 +88,63 @@ pub fn forget_standard_input() -> io::Result<()> {
     Ok(nix::unistd::dup2_stdin(File::open("/dev/null")?)?)
 }
 
-/// Gives the child a session and process group of its own, so that it can be killed with all its like.
-pub(crate) fn own_session(command: &mut Command) {
-    let hook = || {
+/// Gives the child a session and process group of its own, and a mark that its descendants keep, so that it can be
+/// killed with all its like.
+pub(crate) fn own_session(command: &mut Command, mark: Mark, has_terminal: bool) {
+    let hook = move || {
         setsid()?;
+        if has_terminal {
+            own_terminal()?;
+        }
+        mark.put_on_this_process();
         Ok(())
     };
-    // SAFETY: between fork and exec only async-signal-safe calls are allowed; setsid is one, and turning its
-    // errno into an error allocates nothing.
+    // SAFETY: between fork and exec only async-signal-safe calls are allowed; setsid, ioctl and setrlimit are, and turning
+    // an errno into an error allocates nothing.
     #[expect(unsafe_code, reason = "pre_exec has no safe form")]
     unsafe {
         command.pre_exec(hook);
+    }
+}
+
+/// Makes the standard input, a terminal, the one that controls this session.
+fn own_terminal() -> io::Result<()> {
+    // SAFETY: this ioctl takes a number only.
+    #[expect(unsafe_code, reason = "TIOCSCTTY has no safe form for a bare descriptor")]
+    let answer = unsafe { libc::ioctl(libc::STDIN_FILENO, libc::TIOCSCTTY, 0) };
+    if answer < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// A new terminal: our side of it, and that of the processes.
+pub(crate) fn open_terminal(size: TerminalSize) -> io::Result<(OwnedFd, OwnedFd)> {
+    let nix::pty::OpenptyResult { master, slave } = openpty(&window(size), None)?;
+    for side in [&master, &slave] {
+        fcntl_setfd(side, FdFlags::CLOEXEC)?;
+    }
+    Ok((master, slave))
+}
+
+/// Gives a terminal another size.
+pub(crate) fn resize(terminal: &OwnedFd, size: TerminalSize) -> io::Result<()> {
+    let window = window(size);
+    // SAFETY: this ioctl reads the structure that the pointer leads to, which outlives the call.
+    #[expect(unsafe_code, reason = "TIOCSWINSZ has no safe form")]
+    let answer = unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &raw const window) };
+    if answer < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+fn window(size: TerminalSize) -> Winsize {
+    Winsize {
+        ws_row: size.rows,
+        ws_col: size.columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
     }
 }
 

@@ -18,6 +18,7 @@ use crate::{
     exec,
     files::{self, Tree},
     key::{Key, wipe},
+    processes::{self, Processes, Wish},
     wire::{self, Refusal},
 };
 
@@ -43,6 +44,7 @@ struct Shared {
     owner: Owner,
     children: Children,
     tree: Tree,
+    processes: Processes,
     connections: Arc<Semaphore>,
 }
 
@@ -64,6 +66,7 @@ impl Server {
                 owner: Owner::default(),
                 children,
                 tree,
+                processes: Processes::default(),
                 connections,
             }),
         })
@@ -145,6 +148,41 @@ async fn serve_one(mut stream: TcpStream, shared: &Shared, tasks: &Tasks) -> io:
             shared.owner.used();
             files::serve(&mut stream, &shared.tree, request).await?.err()
         }
+        Ok(Request::Follow {
+            process,
+            since,
+            wait,
+            input,
+        }) => match shared.processes.find(&process) {
+            Ok(process) if since <= process.next_position() => {
+                let wish = Wish { since, wait, input };
+                return processes::follow(stream, process, wish).await;
+            }
+            Ok(_) => {
+                let message = "the process has not written so much";
+                Some(Refusal::new(AgentErrorCode::Invalid, message))
+            }
+            Err(refusal) => Some(refusal),
+        },
+        Ok(Request::Input { process, size, close }) => match shared.processes.find(&process) {
+            Ok(process) => processes::input(&mut stream, &process, size, close).await?.err(),
+            Err(refusal) => Some(refusal),
+        },
+        Ok(Request::Start(start)) => {
+            let processes = &shared.processes;
+            let started = processes.start(&start, &shared.owner, &shared.children, tasks);
+            tell(&mut stream, started).await?
+        }
+        Ok(Request::Processes) => tell(&mut stream, Ok(shared.processes.list())).await?,
+        Ok(Request::Signal { process, signal }) => {
+            let process = shared.processes.find(&process);
+            tell(&mut stream, process.and_then(|process| process.signal(signal))).await?
+        }
+        Ok(Request::Resize { process, size }) => {
+            let process = shared.processes.find(&process);
+            tell(&mut stream, process.and_then(|process| process.give_size(size))).await?
+        }
+        Ok(Request::Remove { process }) => tell(&mut stream, shared.processes.remove(&process)).await?,
     };
     if let Some(Refusal { code, message }) = refusal {
         wire::reply(&mut stream, &Reply::Error { code, message }).await?;
@@ -156,6 +194,14 @@ async fn serve_one(mut stream: TcpStream, shared: &Shared, tasks: &Tasks) -> io:
         let _unread = timeout(LEFTOVER, swallow).await;
     }
     Ok(())
+}
+
+/// Says what there is to say. What is refused is said by the caller.
+async fn tell(stream: &mut TcpStream, answer: Result<Reply, Refusal>) -> io::Result<Option<Refusal>> {
+    match answer {
+        Ok(reply) => wire::reply(stream, &reply).await.map(|()| None),
+        Err(refusal) => Ok(Some(refusal)),
+    }
 }
 
 async fn pong(stream: &mut TcpStream) -> io::Result<()> {

@@ -27,6 +27,22 @@ impl Refusal {
     }
 }
 
+/// Reads one frame of at most `most` payload bytes, however long it takes to begin. None when the peer closes first.
+///
+/// # Errors
+/// When the peer closes or stalls inside a frame, or sends something else.
+pub(crate) async fn await_frame<R: AsyncRead + Unpin>(
+    reader: &mut R,
+    most: usize,
+) -> io::Result<Option<(FrameKind, Vec<u8>)>> {
+    let mut header = [0; HEADER_LENGTH];
+    if reader.read(&mut header[..1]).await? == 0 {
+        return Ok(None);
+    }
+    timeout(STALL, reader.read_exact(&mut header[1..])).await??;
+    payload(reader, header, most).await.map(Some)
+}
+
 /// Reads one frame of at most `most` payload bytes.
 ///
 /// # Errors
@@ -37,6 +53,14 @@ pub(crate) async fn receive<R: AsyncRead + Unpin>(
 ) -> io::Result<(FrameKind, Vec<u8>)> {
     let mut header = [0; HEADER_LENGTH];
     timeout(STALL, reader.read_exact(&mut header)).await??;
+    payload(reader, header, most).await
+}
+
+async fn payload<R: AsyncRead + Unpin>(
+    reader: &mut R,
+    header: [u8; HEADER_LENGTH],
+    most: usize,
+) -> io::Result<(FrameKind, Vec<u8>)> {
     let header = FrameHeader::decode(header).map_err(io::Error::other)?;
     if header.length > most {
         return Err(io::Error::new(

@@ -69,10 +69,12 @@ pub(crate) fn a_disconnect_cancels_the_command(machine: &Machine) {
         .json(&body)
         .events()
         .expect("a stream");
-    wait::until("the command runs", SOON, || (processes("4321") > 0).then_some(()));
+    wait::until("the command runs", SOON, || {
+        (processes("4321") == 2).then_some(())
+    });
     drop(events);
     wait::until("the streamed command is cancelled", SOON, || {
-        (processes("4321") <= 1).then_some(())
+        (processes("4321") == 0).then_some(())
     });
 
     let mut stream = sandbox.client().connect().expect("the API listens");
@@ -127,6 +129,12 @@ pub(crate) fn exit_codes_are_real(machine: &Machine) {
     let placed = sandbox.execute(&json!({ "command": "pwd; echo $A $B $C", "working_dir": "/tmp", "env": { "B": "call", "C": "call" } }));
     assert_eq!(placed.stdout, "/tmp\nsandbox call call\n");
     assert_eq!(sandbox.sh_ok("pwd"), "/workspace");
+    let line = "mkdir -p made; echo abc > made/file; echo kept > /tmp/elsewhere";
+    let tracked = sandbox.execute(&json!({ "command": line, "track_files": true }));
+    let change = json!([{ "path": "/workspace/made/file", "action": "created", "size_bytes": 4 }]);
+    assert_eq!(tracked.answer["files_changed"], change, "{tracked:?}");
+    assert_eq!(tracked.answer["files_changed_truncated"], false);
+    assert!(tracked.answer["duration_ms"].is_u64(), "{tracked:?}");
     // Orphans are reaped by the first process, and output is bounded.
     sandbox.sh_ok("for i in 1 2 3 4 5; do (setsid sh -c 'exit 0' &); done");
     wait::until("orphans are reaped", SOON, || {

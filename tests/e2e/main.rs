@@ -29,6 +29,7 @@ mod quotas;
 mod restart;
 mod review;
 mod siege;
+mod sockets;
 mod tour;
 mod tunnels;
 
@@ -44,6 +45,9 @@ fn main() -> ExitCode {
                 execution::a_stream_brings_output_as_it_comes_and_ends_with_done,
                 execution::a_disconnect_cancels_the_command,
                 execution::a_command_out_of_time_is_ended_with_everything_it_started,
+                sockets::commands_run_one_after_the_other_on_a_socket_and_end_with_it,
+                sockets::a_process_outlives_its_client_and_is_found_again,
+                sockets::a_terminal_is_typed_on_resized_and_come_back_to,
                 execution::exit_codes_are_real,
                 execution::files_of_any_bytes_survive_the_way,
                 execution::the_sandbox_is_locked_down,

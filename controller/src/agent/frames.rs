@@ -75,6 +75,26 @@ impl Frames {
         Ok(())
     }
 
+    /// Sends JSON.
+    pub(super) async fn send_json<T: Serialize>(&mut self, value: &T) -> Result<(), AgentError> {
+        let mut bytes = Vec::new();
+        append_json(&mut bytes, value)?;
+        Ok(self.stream.write_all(&bytes).await?)
+    }
+
+    /// Sends `bytes` as data frames.
+    pub(super) async fn send_data(&mut self, bytes: &[u8]) -> Result<(), AgentError> {
+        for part in bytes.chunks(UPLOAD_PART) {
+            let header = FrameHeader {
+                kind: FrameKind::Data,
+                length: part.len(),
+            };
+            self.stream.write_all(&header.encode()).await?;
+            self.stream.write_all(part).await?;
+        }
+        Ok(())
+    }
+
     /// Sends what comes as data frames, the last one empty when `ends` says so, and returns the reply, also one that comes
     /// before everything was sent. Neither direction may stand still for longer than `stall`; how long the bytes
     /// themselves may take is up to whoever they come from. No more is taken from there than has been sent.

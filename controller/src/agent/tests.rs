@@ -4,7 +4,8 @@ use std::{collections::BTreeMap, future::Future};
 
 use futures_util::StreamExt as _;
 use sandgate_api::agent::{
-    Command, EntryKind, FilePart, FileReply, FileRequest, FrameHeader, HEADER_LENGTH, OpenedFile,
+    Command, EntryKind, FilePart, FileReply, FileRequest, FrameHeader, HEADER_LENGTH, OpenedFile, Start,
+    TerminalSize,
 };
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -12,6 +13,8 @@ use tokio::{
 };
 
 use super::*;
+
+mod processes;
 
 const KEY: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
 
@@ -67,6 +70,7 @@ fn exec(timeout_ms: Option<u64>) -> Exec {
         env: BTreeMap::new(),
         working_dir: None,
         timeout_ms,
+        track: None,
     }
 }
 
@@ -97,6 +101,7 @@ async fn a_command_is_followed_to_its_end_and_no_further() {
                 exit_code: 3,
                 timed_out: false,
                 duration_ms: 9,
+                changes: None,
             },
         )
         .await;
@@ -115,6 +120,7 @@ async fn a_command_is_followed_to_its_end_and_no_further() {
         exit_code: 3,
         timed_out: false,
         duration_ms: 9,
+        changes: None,
     };
     assert_eq!(events.next().await.unwrap().unwrap(), exited);
     assert!(events.next().await.is_none());

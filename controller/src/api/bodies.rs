@@ -101,7 +101,7 @@ enum SecretsChoice {
 #[derive(Serialize, ToSchema)]
 #[schema(example = json!({
     "command": "echo hello", "stream": false, "timeout": 30000, "env": {"GREETING": "hello"},
-    "working_dir": "/workspace", "cwd": "/workspace"
+    "working_dir": "/workspace", "cwd": "/workspace", "track_files": true
 }))]
 pub(super) struct ExecuteBody {
     /// A line for the shell, or a program and its arguments.
@@ -121,9 +121,97 @@ pub(super) struct ExecuteBody {
     /// Another name for `working_dir`.
     #[schema(required = false)]
     cwd: String,
+    /// Tell what is different below `/workspace` afterwards: `files_changed`, of at most 20,000 entries and 1,000
+    /// changes. Costs a look at every entry before and after the command.
+    #[schema(required = false, default = false)]
+    track_files: bool,
     /// Must be the caller's own organisation.
     #[schema(required = false)]
     org_id: String,
+}
+
+/// A process to be started.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({
+    "command": "python3 -m http.server 8000", "env": {"GREETING": "hello"}, "working_dir": "/workspace",
+    "cwd": "/workspace", "pty": {"rows": 24, "cols": 80}, "background": true
+}))]
+pub(super) struct ProcessBody {
+    /// A line for the shell, or a program and its arguments.
+    command: CommandLine,
+    /// Environment variables beside the sandbox's own.
+    #[schema(required = false)]
+    env: BTreeMap<String, String>,
+    /// Absolute.
+    #[schema(required = false, default = "/workspace")]
+    working_dir: String,
+    /// Another name for `working_dir`.
+    #[schema(required = false)]
+    cwd: String,
+    /// A terminal instead of pipes: `true`, or its size.
+    #[schema(required = false)]
+    pty: TerminalChoice,
+    /// False: it ends with the last of those who follow its output.
+    #[schema(required = false, default = true)]
+    background: bool,
+    /// Must be the caller's own organisation.
+    #[schema(required = false)]
+    org_id: String,
+}
+
+/// Whether there is a terminal, or its size.
+#[derive(Serialize, ToSchema)]
+#[serde(untagged)]
+enum TerminalChoice {
+    Wanted(bool),
+    Size(ResizeBody),
+}
+
+/// A terminal's size, in characters.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({"rows": 50, "cols": 132}))]
+pub(super) struct ResizeBody {
+    #[schema(required = false, default = 24, minimum = 1, maximum = 1000)]
+    rows: u16,
+    #[schema(required = false, default = 80, minimum = 1, maximum = 1000)]
+    cols: u16,
+}
+
+/// What a process reads.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({"data": "aGVsbG8K", "encoding": "base64", "close": false}))]
+pub(super) struct InputBody {
+    /// At most 1 MiB. Only `close` needs none.
+    #[schema(required = false)]
+    data: String,
+    /// `utf8` or `base64`.
+    #[schema(required = false, default = "utf8")]
+    encoding: String,
+    /// The input ends with it.
+    #[schema(required = false, default = false)]
+    close: bool,
+    /// Must be the caller's own organisation.
+    #[schema(required = false)]
+    org_id: String,
+}
+
+/// A signal for a process.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({"signal": "TERM"}))]
+pub(super) struct SignalBody {
+    /// Its name, with or without `SIG`, or its number.
+    signal: SignalName,
+    /// Must be the caller's own organisation.
+    #[schema(required = false)]
+    org_id: String,
+}
+
+/// A signal's name or number.
+#[derive(Serialize, ToSchema)]
+#[serde(untagged)]
+enum SignalName {
+    Name(String),
+    Number(u8),
 }
 
 /// A line for the shell, or a program and its arguments.

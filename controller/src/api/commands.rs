@@ -6,8 +6,8 @@ use axum::{
     response::{IntoResponse as _, Response},
 };
 use sandgate_api::{
-    agent::Exec,
-    rest::{ExecuteResponse, StreamEvent},
+    agent::{ChangeAction, Changes, Exec},
+    rest::{ExecuteResponse, FileAction, FileChange, StreamEvent},
 };
 use serde_json::Value;
 
@@ -30,7 +30,10 @@ const MAX_COMMAND: usize = 128 * 1024;
 /// Longest timeout of a command: the longest life of a sandbox, in milliseconds.
 const MAX_TIMEOUT_MS: u64 = 86_400_000;
 
-/// Runs a command. A client that goes away takes it with it.
+/// Below it `track_files` looks for changes.
+const TRACKED: &str = "/workspace";
+
+/// Runs a command. A client that goes away takes it with it, and everything it started.
 #[utoipa::path(
     post, path = "/sandbox/{id}/execute", operation_id = "execute", tag = "commands",
     request_body = ExecuteBody,
@@ -52,6 +55,7 @@ pub(super) async fn execute(
         return Ok(sse::commands(running));
     }
     let output = service.run_command(caller.org_id(), &id, exec).await?;
+    let (files_changed, files_changed_truncated) = told(output.changes);
     Ok(Json(ExecuteResponse {
         exit_code: output.exit_code,
         stdout: output.stdout,
@@ -59,14 +63,51 @@ pub(super) async fn execute(
         output_truncated: output.truncated,
         timed_out: output.timed_out,
         duration_ms: output.duration_ms,
+        files_changed,
+        files_changed_truncated,
     })
     .into_response())
 }
 
+/// `files_changed` and `files_changed_truncated`.
+pub(super) fn told(changes: Option<Changes>) -> (Option<Vec<FileChange>>, Option<bool>) {
+    let Some(Changes { files, truncated }) = changes else {
+        return (None, None);
+    };
+    let files = files.into_iter().map(|change| FileChange {
+        path: change.path,
+        action: match change.action {
+            ChangeAction::Created => FileAction::Created,
+            ChangeAction::Modified => FileAction::Modified,
+            ChangeAction::Deleted => FileAction::Deleted,
+        },
+        size_bytes: change.size,
+    });
+    (Some(files.collect()), Some(truncated))
+}
+
 fn request(mut document: Document) -> Result<(Exec, bool), ApiError> {
-    let command = command(&mut document)?;
     let stream = document.flag("stream")?.unwrap_or(false);
+    let exec = exec(&mut document)?;
+    document.finish()?;
+    Ok((exec, stream))
+}
+
+/// The fields that say what to run and how.
+pub(super) fn exec(document: &mut Document) -> Result<Exec, ApiError> {
+    let exec = program(document)?;
     let timeout_ms = document.whole("timeout", 1..=MAX_TIMEOUT_MS)?;
+    let tracks = document.flag("track_files")?.unwrap_or(false);
+    Ok(Exec {
+        timeout_ms,
+        track: tracks.then(|| TRACKED.to_owned()),
+        ..exec
+    })
+}
+
+/// The fields that say what to run and where.
+pub(super) fn program(document: &mut Document) -> Result<Exec, ApiError> {
+    let command = command(document)?;
     let env = document.text_map("env")?.unwrap_or_default();
     check_environment(&env).map_err(|error| ApiError::field("env", error.to_string()))?;
     let working_dir = match (document.text("working_dir")?, document.text("cwd")?) {
@@ -82,16 +123,13 @@ fn request(mut document: Document) -> Result<(Exec, bool), ApiError> {
         }
         (None, None) => None,
     };
-    document.finish()?;
-    Ok((
-        Exec {
-            command,
-            env,
-            working_dir,
-            timeout_ms,
-        },
-        stream,
-    ))
+    Ok(Exec {
+        command,
+        env,
+        working_dir,
+        timeout_ms: None,
+        track: None,
+    })
 }
 
 fn command(document: &mut Document) -> Result<Command, ApiError> {
@@ -164,11 +202,14 @@ mod tests {
             Command::Argv(vec!["echo".to_owned(), "a b".to_owned(), String::new()])
         );
         assert!(stream);
+        assert_eq!(exec.track, None);
         assert_eq!(
             (exec.timeout_ms, exec.working_dir.as_deref()),
             (Some(1500), Some("/tmp"))
         );
         assert_eq!(exec.env.get("A").map(String::as_str), Some("b"));
+        let (exec, _) = parsed(&json!({"command": "a", "track_files": true})).expect("tracked");
+        assert_eq!(exec.track.as_deref(), Some("/workspace"));
     }
 
     #[test]
@@ -199,6 +240,7 @@ mod tests {
             (json!({"command": "a", "working_dir": "/tmp/.."}), "working_dir"),
             (json!({"command": "a", "working_dir": "/a", "cwd": "/b"}), "cwd"),
             (json!({"command": "a", "comand": "b"}), "comand"),
+            (json!({"command": "a", "track_files": 1}), "track_files"),
         ] {
             let error = parsed(&body).expect_err("refused");
             assert_eq!(error.refused_field().as_deref(), Some(field), "{body}");

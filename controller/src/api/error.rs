@@ -65,6 +65,11 @@ impl ApiError {
         Some(self.details.as_ref()?.get("field")?.as_str()?.to_owned())
     }
 
+    /// For people.
+    pub(super) fn message(&self) -> &str {
+        &self.message
+    }
+
     pub(crate) fn code(&self) -> ErrorCode {
         self.code
     }

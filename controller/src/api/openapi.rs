@@ -21,7 +21,8 @@ use crate::service::Service;
     sandgate_api::error::ErrorBody,
     sandgate_api::error::ErrorCode,
     sandgate_api::rest::StreamEvent,
-    sandgate_api::rest::WatchEvent
+    sandgate_api::rest::WatchEvent,
+    sandgate_api::rest::ProcessEvent
 )))]
 struct Further;
 

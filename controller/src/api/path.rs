@@ -74,7 +74,8 @@ impl<S: Send + Sync> FromRequestParts<S> for SandboxTunnelPath {
     }
 }
 
-fn sandbox(id: &str) -> Result<SandboxId, ApiError> {
+/// What cannot be an id is a sandbox that does not exist.
+pub(super) fn sandbox(id: &str) -> Result<SandboxId, ApiError> {
     let shown = id.chars().take(80).collect();
     let id = id
         .parse()

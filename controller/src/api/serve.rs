@@ -69,7 +69,7 @@ async fn connection(stream: TcpStream, router: Router, shutdown: CancellationTok
         .timer(TokioTimer::new())
         .max_concurrent_streams(128);
     let service = TowerToHyperService::new(router);
-    let connection = builder.serve_connection(TokioIo::new(stream), service);
+    let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,

@@ -15,28 +15,31 @@ use futures_util::{StreamExt as _, stream};
 use http::{HeaderName, header};
 use sandgate_api::{
     agent::{FileAction, FileChange},
-    rest::{StreamEvent, WatchEvent},
+    rest::WatchEvent,
 };
 use serde::Serialize;
 
+use super::events::CommandEvents;
 use crate::{
-    agent::{Changes, ExecEvent},
+    agent::Changes,
     service::{Running, Trail, Watching},
 };
 
-const KEEP_ALIVE: Duration = Duration::from_secs(8);
+/// Longest silence.
+pub(super) const KEEP_ALIVE: Duration = Duration::from_secs(8);
+
+/// What is said when there is nothing to say.
+pub(super) const PING: Bytes = Bytes::from_static(b": ping\n\n");
 
 /// A command's events: its output, `exit` or `error`, and `done`. The client that goes away takes the
 /// command with it.
 pub(super) fn commands(running: Running) -> Response {
-    let state = Streaming {
-        running: Some(running),
-        stdout: Text::default(),
-        stderr: Text::default(),
-    };
-    let events = stream::unfold(state, |mut state| async move {
-        let bytes = state.next().await?;
-        Some((Ok::<Bytes, Infallible>(bytes), state))
+    let events = stream::unfold(CommandEvents::new(running), |mut events| async move {
+        let bytes = match tokio::time::timeout(KEEP_ALIVE, events.next()).await {
+            Err(_elapsed) => PING,
+            Ok(event) => line(&event?),
+        };
+        Some((Ok::<Bytes, Infallible>(bytes), events))
     });
     answer(Body::from_stream(events))
 }
@@ -45,7 +48,7 @@ pub(super) fn commands(running: Running) -> Response {
 pub(super) fn records(trail: Trail) -> Response {
     let events = stream::unfold(trail, |mut trail| async move {
         let bytes = match tokio::time::timeout(KEEP_ALIVE, trail.next()).await {
-            Err(_elapsed) => Bytes::from_static(b": ping\n\n"),
+            Err(_elapsed) => PING,
             Ok(next) => {
                 let (position, record) = next?;
                 let line = line(&record);
@@ -75,7 +78,7 @@ pub(super) fn changes(path: String, watching: Watching) -> Response {
     let rest = stream::unfold(Some(watching), |watching| async move {
         let mut watching = watching?;
         match tokio::time::timeout(KEEP_ALIVE, watching.next()).await {
-            Err(_elapsed) => Some((Ok(Bytes::from_static(b": ping\n\n")), Some(watching))),
+            Err(_elapsed) => Some((Ok(PING), Some(watching))),
             Ok(Some(Ok(Changes { changes, lost }))) => {
                 let mut bytes = Vec::new();
                 for FileChange {
@@ -109,7 +112,8 @@ pub(super) fn changes(path: String, watching: Watching) -> Response {
     answer(Body::from_stream(first.chain(rest)))
 }
 
-fn answer(body: Body) -> Response {
+/// The answer that brings them.
+pub(super) fn answer(body: Body) -> Response {
     let headers = [
         (header::CONTENT_TYPE, "text/event-stream"),
         (header::CACHE_CONTROL, "no-cache"),
@@ -119,84 +123,8 @@ fn answer(body: Body) -> Response {
     (headers, body).into_response()
 }
 
-struct Streaming {
-    /// None when everything has been said.
-    running: Option<Running>,
-    stdout: Text,
-    stderr: Text,
-}
-
-impl Streaming {
-    async fn next(&mut self) -> Option<Bytes> {
-        loop {
-            let running = self.running.as_mut()?;
-            let event = match tokio::time::timeout(KEEP_ALIVE, running.next()).await {
-                Err(_elapsed) => return Some(Bytes::from_static(b": ping\n\n")),
-                Ok(event) => event,
-            };
-            let (last, event) = match event {
-                Some(Ok(ExecEvent::Stdout(bytes))) => {
-                    let data = self.stdout.push(&bytes);
-                    if data.is_empty() {
-                        continue;
-                    }
-                    return Some(line(&StreamEvent::Stdout { data }));
-                }
-                Some(Ok(ExecEvent::Stderr(bytes))) => {
-                    let data = self.stderr.push(&bytes);
-                    if data.is_empty() {
-                        continue;
-                    }
-                    return Some(line(&StreamEvent::Stderr { data }));
-                }
-                Some(Ok(ExecEvent::Exited {
-                    exit_code,
-                    timed_out,
-                    duration_ms,
-                })) => (
-                    self.rest(),
-                    StreamEvent::Exit {
-                        code: exit_code,
-                        timed_out,
-                        duration_ms,
-                    },
-                ),
-                // Never a made-up exit status.
-                Some(Err(error)) => (
-                    self.rest(),
-                    StreamEvent::Error {
-                        error: error.to_string(),
-                    },
-                ),
-                None => {
-                    let error = "the sandbox ended before the command did".to_owned();
-                    (self.rest(), StreamEvent::Error { error })
-                }
-            };
-            self.running = None;
-            let mut bytes = last;
-            bytes.extend_from_slice(&line(&event));
-            bytes.extend_from_slice(&line(&StreamEvent::Done));
-            return Some(bytes.into());
-        }
-    }
-
-    /// What an output held back because it was half a character.
-    fn rest(&mut self) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        let (stdout, stderr) = (self.stdout.finish(), self.stderr.finish());
-        if !stdout.is_empty() {
-            bytes.extend_from_slice(&line(&StreamEvent::Stdout { data: stdout }));
-        }
-        if !stderr.is_empty() {
-            bytes.extend_from_slice(&line(&StreamEvent::Stderr { data: stderr }));
-        }
-        bytes
-    }
-}
-
 /// One event.
-fn line<T: Serialize>(event: &T) -> Bytes {
+pub(super) fn line<T: Serialize>(event: &T) -> Bytes {
     // These types hold nothing that JSON cannot say.
     let json = serde_json::to_string(event).unwrap_or_default();
     let mut line = String::with_capacity(json.len() + 8);
@@ -213,43 +141,10 @@ fn line<T: Serialize>(event: &T) -> Bytes {
     line.into()
 }
 
-/// Turns bytes into text, holding back a character that is not complete yet.
-#[derive(Default)]
-struct Text {
-    held: Vec<u8>,
-}
-
-impl Text {
-    fn push(&mut self, bytes: &[u8]) -> String {
-        let mut all = std::mem::take(&mut self.held);
-        all.extend_from_slice(bytes);
-        let mut text = String::with_capacity(all.len());
-        let mut chunks = all.utf8_chunks().peekable();
-        while let Some(chunk) = chunks.next() {
-            text.push_str(chunk.valid());
-            let invalid = chunk.invalid();
-            if invalid.is_empty() {
-                continue;
-            }
-            let last = chunks.peek().is_none();
-            if last && std::str::from_utf8(invalid).is_err_and(|error| error.error_len().is_none()) {
-                self.held = invalid.to_vec();
-            } else {
-                text.push(char::REPLACEMENT_CHARACTER);
-            }
-        }
-        text
-    }
-
-    fn finish(&mut self) -> String {
-        let text = String::from_utf8_lossy(&self.held).into_owned();
-        self.held.clear();
-        text
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use sandgate_api::rest::StreamEvent;
+
     use super::*;
 
     #[test]
@@ -275,29 +170,10 @@ mod tests {
             code: 3,
             timed_out: false,
             duration_ms: 5,
+            files_changed: None,
+            files_changed_truncated: None,
         });
         assert!(exit.starts_with(br#"data: {"type":"exit","code":3"#), "{exit:?}");
         assert_eq!(line(&StreamEvent::Done), "data: {\"type\":\"done\"}\n\n");
-    }
-
-    #[test]
-    fn a_character_in_two_parts_arrives_whole() {
-        let mut text = Text::default();
-        let bytes = "aé😀".as_bytes();
-        let mut arrived = String::new();
-        for byte in bytes {
-            arrived.push_str(&text.push(&[*byte]));
-        }
-        assert_eq!(arrived, "aé😀");
-        assert_eq!(text.finish(), "");
-    }
-
-    #[test]
-    fn what_is_no_text_is_replaced_and_nothing_else_is_lost() {
-        let mut text = Text::default();
-        assert_eq!(text.push(b"a\xffb\xf0\x9f"), "a\u{fffd}b");
-        assert_eq!(text.push(b"c"), "\u{fffd}c");
-        assert_eq!(text.push(b"\xe2\x82"), "");
-        assert_eq!(text.finish(), "\u{fffd}");
     }
 }

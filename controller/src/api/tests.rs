@@ -33,6 +33,7 @@ mod policies;
 mod requests;
 mod sandboxes;
 mod secrets;
+mod sockets;
 mod tunnels;
 
 struct World {

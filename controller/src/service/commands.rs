@@ -2,7 +2,7 @@
 
 use bytes::BytesMut;
 use sandgate_api::{
-    agent::{AGENT_PORT, Exec},
+    agent::{AGENT_PORT, Changes, Exec},
     id::{OrgId, SandboxId},
 };
 
@@ -33,6 +33,8 @@ pub struct Output {
     pub timed_out: bool,
     /// How long it ran, in milliseconds.
     pub duration_ms: u64,
+    /// What it changed, if that was asked for.
+    pub changes: Option<Changes>,
 }
 
 /// A command that runs. Dropping it ends the command.
@@ -74,6 +76,7 @@ impl Running {
                     exit_code,
                     timed_out,
                     duration_ms,
+                    changes,
                 } => {
                     return Ok(Some(Output {
                         exit_code,
@@ -82,6 +85,7 @@ impl Running {
                         stderr: stderr.into_text(),
                         timed_out,
                         duration_ms,
+                        changes,
                     }));
                 }
             }
@@ -134,7 +138,7 @@ impl Service {
         self.dial_agent(id).await
     }
 
-    async fn dial_agent(&self, id: &SandboxId) -> Result<Agent, ServiceError> {
+    pub(super) async fn dial_agent(&self, id: &SandboxId) -> Result<Agent, ServiceError> {
         let stream = self.shared.node.dial(id, AGENT_PORT).await?;
         Ok(Agent::new(stream, &self.shared.installation.agent_key(id)))
     }

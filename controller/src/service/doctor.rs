@@ -223,6 +223,7 @@ impl Service {
             env: BTreeMap::new(),
             working_dir: None,
             timeout_ms: Some(u64::try_from(PROGRAM_TIME.as_millis()).unwrap_or(u64::MAX)),
+            track: None,
         };
         let running = self.start_command(org_id, id, exec).await?;
         Ok(match running.finish(MAX_OUTPUT).await {
@@ -238,6 +239,7 @@ impl Service {
                 truncated: false,
                 timed_out: false,
                 duration_ms: 0,
+                changes: None,
             }),
             Err(error) => Run::Lost(error.to_string()),
         })

@@ -220,5 +220,6 @@ fn shell(line: &str) -> Exec {
         env: Default::default(),
         working_dir: None,
         timeout_ms: Some(10_000),
+        track: None,
     }
 }

@@ -132,6 +132,7 @@ impl World {
             env: Default::default(),
             working_dir: None,
             timeout_ms: Some(60_000),
+            track: None,
         };
         self.try_exec(spec, exec).await.unwrap()
     }

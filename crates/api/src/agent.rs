@@ -5,16 +5,20 @@
 //! controller sends a JSON [`Hello`] and a JSON [`Request`] back to back, then, for
 //! [`Request::WriteFile`] and [`FileRequest::Upload`], [`FrameKind::Data`] frames, and for [`FileRequest::Open`], when it was
 //! answered, a JSON [`FilePart`]. The agent answers JSON [`Reply`] frames and raw data
-//! frames. Closing the connection cancels the operation and kills what it started.
+//! frames. Closing the connection cancels the operation and kills what it started, but for processes that were
+//! started to outlive it ([`Request::Start`]).
 //!
 //! The agent shares its uid with the code it runs, so the controller treats every byte as hostile: sizes,
 //! counts and times are bounded on the reading side.
+
+mod process;
 
 use std::{collections::BTreeMap, fmt};
 
 use serde::{Deserialize, Serialize};
 
 pub use files::{FileAction, FileChange, FilePart, FileReply, FileRequest, OpenedFile};
+pub use process::{ProcessEnd, ProcessStatus, Start, TerminalSize};
 
 mod files;
 
@@ -33,13 +37,13 @@ pub const HEADER_LENGTH: usize = 5;
 /// What a frame carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FrameKind {
-    /// A JSON [`Hello`], [`Request`] or [`Reply`].
+    /// A JSON [`Hello`], [`Request`], [`Reply`] or [`TerminalSize`].
     Json,
     /// Bytes of a command's standard output.
     Stdout,
     /// Bytes of a command's standard error.
     Stderr,
-    /// Bytes of a file.
+    /// Bytes of a file, or for a process's standard input.
     Data,
 }
 
@@ -148,6 +152,53 @@ pub enum Request {
     },
     /// Other work on files.
     Files(FileRequest),
+    /// Starts a process that outlives this connection. Answered by [`Reply::Started`].
+    Start(Start),
+    /// Lists the processes that were started so. Answered by [`Reply::Processes`].
+    Processes,
+    /// Sends a process's output from a position on: [`Reply::Output`], again wherever something is left out, each
+    /// followed by [`FrameKind::Stdout`] and [`FrameKind::Stderr`] frames; then [`Reply::Exited`], or
+    /// [`Reply::Done`] when nothing is waited for. With `input` the controller may send [`FrameKind::Data`] frames
+    /// and JSON [`TerminalSize`] frames meanwhile. Closing the connection leaves the process alone.
+    Follow {
+        /// Its id, or its number inside the sandbox.
+        process: String,
+        /// The position.
+        since: u64,
+        /// Until the process ends, and not only what is there.
+        wait: bool,
+        /// The controller types.
+        input: bool,
+    },
+    /// Writes to a process's standard input: [`FrameKind::Data`] frames of together `size` bytes follow. Answered by
+    /// [`Reply::Written`] with what the process took.
+    Input {
+        /// As in [`Request::Follow`].
+        process: String,
+        /// Length in bytes.
+        size: u64,
+        /// The input ends with them.
+        close: bool,
+    },
+    /// Sends a signal to a process's group. Answered by [`Reply::Done`].
+    Signal {
+        /// As in [`Request::Follow`].
+        process: String,
+        /// Its number.
+        signal: i32,
+    },
+    /// Gives a process's terminal another size. Answered by [`Reply::Done`].
+    Resize {
+        /// As in [`Request::Follow`].
+        process: String,
+        /// The size.
+        size: TerminalSize,
+    },
+    /// Kills a process with everything it started, and forgets it. Answered by [`Reply::Done`].
+    Remove {
+        /// As in [`Request::Follow`].
+        process: String,
+    },
 }
 
 /// What a sandbox gets when somebody takes it.
@@ -182,6 +233,9 @@ pub struct Exec {
     /// Milliseconds until the command's whole process group is killed; none when absent.
     #[serde(default)]
     pub timeout_ms: Option<u64>,
+    /// Absolute path of a directory: what the command changes below it is in [`Reply::Exited`].
+    #[serde(default)]
+    pub track: Option<String>,
 }
 
 /// Leaves the environment's values out: there are secrets among them.
@@ -193,6 +247,7 @@ impl fmt::Debug for Exec {
             .field("env", &self.env.keys().collect::<Vec<_>>())
             .field("working_dir", &self.working_dir)
             .field("timeout_ms", &self.timeout_ms)
+            .field("track", &self.track)
             .finish()
     }
 }
@@ -225,6 +280,9 @@ pub enum Reply {
         timed_out: bool,
         /// How long it ran, in milliseconds.
         duration_ms: u64,
+        /// What it changed; with [`Exec::track`] only.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        changes: Option<Changes>,
     },
     /// The file is on disk.
     Written {
@@ -247,6 +305,25 @@ pub enum Reply {
     },
     /// An answer to [`Request::Files`].
     Files(FileReply),
+    /// The process runs.
+    Started {
+        /// Unique as long as the sandbox lives.
+        process_id: String,
+        /// Its number inside the sandbox.
+        pid: i32,
+    },
+    /// All processes, in the order in which they were started.
+    Processes {
+        /// Running ones, and ended ones that are remembered.
+        processes: Vec<ProcessStatus>,
+    },
+    /// The output that follows begins at this position.
+    Output {
+        /// In bytes.
+        from: u64,
+    },
+    /// It is done, and there is nothing else to say.
+    Done,
     /// The operation failed. Nothing follows.
     Error {
         /// Comparable.
@@ -254,6 +331,38 @@ pub enum Reply {
         /// For people; names the path.
         message: String,
     },
+}
+
+/// What differs below a directory after a command.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Changes {
+    /// By path.
+    pub files: Vec<Change>,
+    /// There were more files, or more changes, than are looked at: something may be missing.
+    pub truncated: bool,
+}
+
+/// A file or symbolic link that differs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Change {
+    /// Absolute path.
+    pub path: String,
+    /// In which way.
+    pub action: ChangeAction,
+    /// Length in bytes; 0 for what is deleted.
+    pub size: u64,
+}
+
+/// How a file differs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ChangeAction {
+    /// It was not there before.
+    Created,
+    /// It was there, and something of it is different.
+    Modified,
+    /// It is not there any more.
+    Deleted,
 }
 
 /// One file or directory.

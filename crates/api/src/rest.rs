@@ -12,6 +12,7 @@ mod egress;
 mod execute;
 mod file;
 mod pool;
+mod process;
 mod review;
 mod sandbox;
 mod secret;
@@ -23,9 +24,10 @@ pub use egress::{
     AuditDecision, AuditPage, AuditProblem, AuditProblemKind, AuditRecord, AuditVerification,
     OrganizationEgress, SandboxNetwork, TierPolicy,
 };
-pub use execute::{ExecuteResponse, StreamEvent};
+pub use execute::{ExecuteResponse, FileAction, FileChange, StreamEvent};
 pub use file::{FileEntry, FileKind, FileList, FileRead, FileStored, FilesWritten, WatchEvent, WrittenFile};
 pub use pool::PoolStats;
+pub use process::{InputWritten, Process, ProcessEvent, ProcessList, ProcessOutput, ProcessStarted};
 pub use review::{ApiCall, Explanation, ReplayedAttempt, Simulation, Suggestion};
 pub use sandbox::{
     Isolation, Sandbox, SandboxLifetime, SandboxList, SandboxStatus, StartupBreakdown, StartupMetrics,

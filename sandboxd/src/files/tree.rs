@@ -270,7 +270,7 @@ fn regular(path: &Path, opened: &OwnedFd) -> Result<(), Refusal> {
 }
 
 /// Checks a path: absolute, no `..`.
-pub(super) fn checked(path: &str) -> Result<PathBuf, Refusal> {
+pub(crate) fn checked(path: &str) -> Result<PathBuf, Refusal> {
     let refuse = |message: &str| {
         Err(Refusal::new(
             AgentErrorCode::Invalid,

@@ -182,3 +182,38 @@ fn orphans_are_reaped() {
     };
     wait(|| children() == 0);
 }
+
+/// A line that starts what leaves its group, its session, its parents and its environment, and tells its process.
+fn stray(told: &str) -> String {
+    format!("env -i /bin/sh -c '(setsid /bin/sh -c \"echo \\$\\$ > {told}; exec sleep 600\" &)'")
+}
+
+#[test]
+fn what_left_the_group_ends_with_its_command_when_that_is_cancelled() {
+    let agent = Agent::start();
+    let told = agent.path("stray");
+    let stray_of = |what: &str| {
+        let process = wait_for(|| fs::read_to_string(&told).ok().filter(|text| text.ends_with('\n')));
+        fs::remove_file(&told).unwrap();
+        assert!(alive(&process), "{what}");
+        process
+    };
+    let connection = agent.exec(shell(&format!("{}; sleep 600", stray(&told))));
+    let hung_up = stray_of("hanging up");
+    // Another command's stray, which nobody cancels.
+    assert_eq!(agent.sh(&stray(&told)).code, 0);
+    let other = stray_of("another's");
+    drop(connection);
+    wait(|| !alive(&hung_up));
+
+    let exec = Exec {
+        timeout_ms: Some(3000),
+        ..shell(&format!("{}; sleep 600", stray(&told)))
+    };
+    let outcome = agent.exec(exec).outcome();
+    assert_eq!((outcome.code, outcome.timed_out), (124, true));
+    let process = wait_for(|| fs::read_to_string(&told).ok().filter(|text| text.ends_with('\n')));
+    wait(|| !alive(&process));
+    assert!(alive(&other), "a command that nobody cancelled has lost its own");
+    let _gone = Command::new("kill").args(["-KILL", other.trim()]).status();
+}

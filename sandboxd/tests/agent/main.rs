@@ -3,8 +3,10 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
 
 mod access;
+mod changes;
 mod commands;
 mod files;
+mod processes;
 mod transfers;
 mod watches;
 
@@ -19,7 +21,7 @@ use std::{
 };
 
 use sandgate_api::agent::{
-    AgentErrorCode, Claim, Command as Line, Entry, EntryKind, Exec, FileReply, FileRequest, FrameHeader,
+    AgentErrorCode, Changes, Claim, Command as Line, Entry, EntryKind, Exec, FileReply, FileRequest, FrameHeader,
     FrameKind, HEADER_LENGTH, Hello, PROTOCOL_VERSION, Reply, Request,
 };
 use tempfile::TempDir;
@@ -170,6 +172,7 @@ struct Outcome {
     timed_out: bool,
     stdout: String,
     stderr: String,
+    changes: Option<Changes>,
 }
 
 struct Connection(TcpStream);
@@ -228,13 +231,17 @@ impl Connection {
                 FrameKind::Data => panic!("file bytes from a command"),
                 FrameKind::Json => match serde_json::from_slice(&payload).unwrap() {
                     Reply::Exited {
-                        exit_code, timed_out, ..
+                        exit_code,
+                        timed_out,
+                        changes,
+                        ..
                     } => {
                         return Outcome {
                             code: exit_code,
                             timed_out,
                             stdout: String::from_utf8_lossy(&stdout).into_owned(),
                             stderr: String::from_utf8_lossy(&stderr).into_owned(),
+                            changes,
                         };
                     }
                     other => panic!("{other:?}"),
@@ -257,6 +264,7 @@ fn shell(line: &str) -> Exec {
         env: Default::default(),
         working_dir: None,
         timeout_ms: Some(15_000),
+        track: None,
     }
 }
 

@@ -71,6 +71,7 @@ impl World {
             env: serde_json::from_value(env).expect("an environment"),
             working_dir: None,
             timeout_ms: None,
+            track: None,
         };
         self.service.with_secrets(record, exec).await.expect("merged").env
     }

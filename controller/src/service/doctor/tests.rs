@@ -8,6 +8,7 @@ fn ended(exit_code: i32, stdout: &str, stderr: &str) -> Run {
         truncated: false,
         timed_out: false,
         duration_ms: 1,
+        changes: None,
     })
 }
 
@@ -62,6 +63,7 @@ fn a_client_is_well_when_netd_answered_this_sandbox() {
         truncated: false,
         timed_out: true,
         duration_ms: 10_000,
+        changes: None,
     });
     assert_eq!(curl(late), finding(true, false, "no end within 10 s: waiting"));
     assert_eq!(

@@ -18,6 +18,37 @@ pub struct ExecuteResponse {
     pub timed_out: bool,
     /// How long it ran, in milliseconds.
     pub duration_ms: u64,
+    /// Files that are different after it; with `track_files` only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub files_changed: Option<Vec<FileChange>>,
+    /// There were more files or changes than are looked at, so `files_changed` may lack some; with `track_files` only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub files_changed_truncated: Option<bool>,
+}
+
+/// A file or symbolic link that a command left different.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileChange {
+    /// Absolute path.
+    pub path: String,
+    /// In which way.
+    pub action: FileAction,
+    /// Length in bytes; 0 for what is deleted.
+    pub size_bytes: u64,
+}
+
+/// How a file differs.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FileAction {
+    /// It was not there before.
+    Created,
+    /// It was there, and something of it is different.
+    Modified,
+    /// It is not there any more.
+    Deleted,
 }
 
 /// One `data: ` line of `POST /sandbox/:id/execute` with `stream: true`.
@@ -43,6 +74,12 @@ pub enum StreamEvent {
         timed_out: bool,
         /// As [`ExecuteResponse::duration_ms`].
         duration_ms: u64,
+        /// As [`ExecuteResponse::files_changed`].
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        files_changed: Option<Vec<FileChange>>,
+        /// As [`ExecuteResponse::files_changed_truncated`].
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        files_changed_truncated: Option<bool>,
     },
     /// How the command ended is not known.
     Error {
