@@ -9,8 +9,8 @@ use std::{convert::Infallible, io, time::Duration};
 use bytes::Bytes;
 use futures_util::stream;
 use sandgate_api::agent::{
-    AgentErrorCode, Changes as CommandChanges, Claim, Entry, Exec, FrameKind, Hello, MAX_FRAME, PROTOCOL_VERSION, Reply,
-    Request,
+    AgentErrorCode, Changes as CommandChanges, Claim, Entry, Exec, FrameKind, Hello, MAX_FRAME,
+    PROTOCOL_VERSION, Reply, Request,
 };
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};

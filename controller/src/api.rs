@@ -25,6 +25,7 @@ mod processes;
 mod query;
 mod raw;
 mod reference;
+mod repl;
 mod request;
 mod review;
 mod sandboxes;
@@ -82,6 +83,10 @@ fn described() -> Routes {
         .add(routes!(processes::resize))
         .add(routes!(processes::delete))
         .add(routes!(processes::terminal::terminal))
+        .add(routes!(repl::create))
+        .add(routes!(repl::execute))
+        .add(routes!(repl::interrupt))
+        .add(routes!(repl::destroy))
         .add(routes!(files::read, files::write, files::delete))
         .add(routes!(files::list))
         .add(routes!(files::glob))

@@ -48,6 +48,7 @@ fn main() -> ExitCode {
                 sockets::commands_run_one_after_the_other_on_a_socket_and_end_with_it,
                 sockets::a_process_outlives_its_client_and_is_found_again,
                 sockets::a_terminal_is_typed_on_resized_and_come_back_to,
+                sockets::a_session_keeps_its_state_and_is_interrupted,
                 execution::exit_codes_are_real,
                 execution::files_of_any_bytes_survive_the_way,
                 execution::the_sandbox_is_locked_down,

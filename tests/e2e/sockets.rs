@@ -1,4 +1,4 @@
-//! Commands over a WebSocket, processes that outlive their client, and terminals.
+//! Commands over a WebSocket, processes that outlive their client, terminals, and sessions.
 
 use std::{net::TcpStream, time::Duration};
 
@@ -254,5 +254,80 @@ pub(crate) fn a_terminal_is_typed_on_resized_and_come_back_to(machine: &Machine)
     wait::until("it is gone", SOON, || {
         (running(machine, &sandbox, "9876") == 0).then_some(())
     });
+    sandbox.stop();
+}
+
+pub(crate) fn a_session_keeps_its_state_and_is_interrupted(machine: &Machine) {
+    let sandbox = machine.organization.sandbox(&json!({}));
+    let sessions = sandbox.path("/repl/sessions");
+    let post = |path: &str, body: &Value| sandbox.client().post(path).json(body).send();
+    let began = post(&sessions, &json!({ "language": "python" })).ok();
+    let session = format!("{sessions}/{}", began["session_id"].as_str().expect("an id"));
+    let run = |code: &str| post(&format!("{session}/execute"), &json!({ "code": code })).ok();
+    let first = run("x = 41\nprint('é', x)");
+    assert_eq!(
+        (&first["output"], &first["error"]),
+        (&json!("é 41\n"), &json!("")),
+        "{first}"
+    );
+    assert_eq!(first["execution_count"], 1, "{first}");
+    assert_eq!(run("x + 1")["output"], "42\n");
+    let failed = run("1 / 0");
+    assert!(
+        failed["error"]
+            .as_str()
+            .expect("a text")
+            .ends_with("ZeroDivisionError: division by zero\n"),
+        "{failed}"
+    );
+    let endless = json!({ "code": "while True: pass", "timeout_ms": 500 });
+    let ended = post(&format!("{session}/execute"), &endless).ok();
+    assert_eq!(ended["timed_out"], true, "{ended}");
+    assert!(
+        ended["error"]
+            .as_str()
+            .expect("a text")
+            .contains("KeyboardInterrupt"),
+        "{ended}"
+    );
+    std::thread::scope(|threads| {
+        let sleeping = threads.spawn(|| run("open('begun', 'w').close()\nimport time\ntime.sleep(600)"));
+        wait::until("it runs", SOON, || {
+            (sandbox.sh("test -e begun").exit_code == 0).then_some(())
+        });
+        let interrupted = post(&format!("{session}/interrupt"), &Value::Null).ok();
+        assert_eq!(interrupted, json!({ "success": true, "status": "idle" }));
+        let slept = sleeping.join().expect("an answer");
+        assert!(
+            slept["error"]
+                .as_str()
+                .expect("a text")
+                .contains("KeyboardInterrupt"),
+            "{slept}"
+        );
+    });
+    // More than is kept of a process's output, and all the state is there.
+    let much = run("print('x' * 3000000); x");
+    assert!(
+        much["output"].as_str().expect("a text").ends_with("xxx\n41\n"),
+        "{}",
+        much["error"]
+    );
+    sandbox.client().delete(&session).send().ok();
+    post(&format!("{session}/execute"), &json!({ "code": "x" })).refused(404, "NOT_FOUND");
+    post(&sessions, &json!({ "language": "cobol" })).refused_field("language");
+    for (language, code, output) in [
+        ("bash", "y=5; echo $((y + 1))", "6\n"),
+        ("node", "var y = 5; y + 1", "6\n"),
+    ] {
+        if sandbox.sh(&format!("command -v {language}")).exit_code != 0 {
+            post(&sessions, &json!({ "language": language })).refused_field("language");
+            continue;
+        }
+        let began = post(&sessions, &json!({ "language": language })).ok();
+        let id = began["session_id"].as_str().expect("an id");
+        let ran = post(&format!("{sessions}/{id}/execute"), &json!({ "code": code })).ok();
+        assert_eq!(ran["output"], output, "{ran}");
+    }
     sandbox.stop();
 }

@@ -167,6 +167,43 @@ enum TerminalChoice {
     Size(ResizeBody),
 }
 
+/// A session to begin.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({
+    "language": "python", "env": {"GREETING": "hello"}, "working_dir": "/workspace", "cwd": "/workspace"
+}))]
+pub(super) struct ReplSessionBody {
+    /// `python`, `node` or `bash`.
+    #[schema(required = false, default = "python")]
+    language: String,
+    /// Environment variables beside the sandbox's own.
+    #[schema(required = false)]
+    env: BTreeMap<String, String>,
+    /// Absolute.
+    #[schema(required = false, default = "/workspace")]
+    working_dir: String,
+    /// Another name for `working_dir`.
+    #[schema(required = false)]
+    cwd: String,
+    /// Must be the caller's own organisation.
+    #[schema(required = false)]
+    org_id: String,
+}
+
+/// Code for a session.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({"code": "print(42)", "timeout_ms": 30000}))]
+pub(super) struct ReplCodeBody {
+    /// At most 1 MiB.
+    code: String,
+    /// Then the code is interrupted.
+    #[schema(required = false, default = 30000, minimum = 1, maximum = 86400000)]
+    timeout_ms: u64,
+    /// Must be the caller's own organisation.
+    #[schema(required = false)]
+    org_id: String,
+}
+
 /// A terminal's size, in characters.
 #[derive(Serialize, ToSchema)]
 #[schema(example = json!({"rows": 50, "cols": 132}))]

@@ -108,6 +108,14 @@ pub(super) fn exec(document: &mut Document) -> Result<Exec, ApiError> {
 /// The fields that say what to run and where.
 pub(super) fn program(document: &mut Document) -> Result<Exec, ApiError> {
     let command = command(document)?;
+    Ok(Exec {
+        command,
+        ..place(document)?
+    })
+}
+
+/// The fields that say where, with a command that does nothing.
+pub(super) fn place(document: &mut Document) -> Result<Exec, ApiError> {
     let env = document.text_map("env")?.unwrap_or_default();
     check_environment(&env).map_err(|error| ApiError::field("env", error.to_string()))?;
     let working_dir = match (document.text("working_dir")?, document.text("cwd")?) {
@@ -124,7 +132,7 @@ pub(super) fn program(document: &mut Document) -> Result<Exec, ApiError> {
         (None, None) => None,
     };
     Ok(Exec {
-        command,
+        command: Command::Shell(":".to_owned()),
         env,
         working_dir,
         timeout_ms: None,

@@ -77,7 +77,7 @@ impl<S: Send + Sync> FromRequestParts<S> for ProcessPath {
 }
 
 /// What can be a process's id or number.
-fn is_name(name: &str) -> bool {
+pub(super) fn is_name(name: &str) -> bool {
     let number = name.strip_prefix("proc-").unwrap_or(name);
     (1..=20).contains(&number.len()) && number.bytes().all(|byte| byte.is_ascii_digit())
 }

@@ -145,14 +145,14 @@ impl Service {
 }
 
 /// An output as far as it is kept.
-struct Kept {
+pub(super) struct Kept {
     bytes: BytesMut,
     most: usize,
     cut: bool,
 }
 
 impl Kept {
-    fn of(most: usize) -> Self {
+    pub(super) fn of(most: usize) -> Self {
         Self {
             bytes: BytesMut::new(),
             most,
@@ -160,13 +160,17 @@ impl Kept {
         }
     }
 
-    fn push(&mut self, bytes: &[u8]) {
+    pub(super) fn push(&mut self, bytes: &[u8]) {
         let room = self.most - self.bytes.len();
         self.cut |= bytes.len() > room;
         self.bytes.extend_from_slice(&bytes[..bytes.len().min(room)]);
     }
 
-    fn into_text(self) -> String {
+    pub(super) fn is_cut(&self) -> bool {
+        self.cut
+    }
+
+    pub(super) fn into_text(self) -> String {
         let mut bytes = self.bytes.as_ref();
         if self.cut {
             // A character cut in two is not one that the command wrote.

@@ -13,6 +13,7 @@ mod execute;
 mod file;
 mod pool;
 mod process;
+mod repl;
 mod review;
 mod sandbox;
 mod secret;
@@ -28,6 +29,7 @@ pub use execute::{ExecuteResponse, FileAction, FileChange, StreamEvent};
 pub use file::{FileEntry, FileKind, FileList, FileRead, FileStored, FilesWritten, WatchEvent, WrittenFile};
 pub use pool::PoolStats;
 pub use process::{InputWritten, Process, ProcessEvent, ProcessList, ProcessOutput, ProcessStarted};
+pub use repl::{ReplInterrupted, ReplOutput, ReplSession};
 pub use review::{ApiCall, Explanation, ReplayedAttempt, Simulation, Suggestion};
 pub use sandbox::{
     Isolation, Sandbox, SandboxLifetime, SandboxList, SandboxStatus, StartupBreakdown, StartupMetrics,

@@ -21,8 +21,8 @@ use std::{
 };
 
 use sandgate_api::agent::{
-    AgentErrorCode, Changes, Claim, Command as Line, Entry, EntryKind, Exec, FileReply, FileRequest, FrameHeader,
-    FrameKind, HEADER_LENGTH, Hello, PROTOCOL_VERSION, Reply, Request,
+    AgentErrorCode, Changes, Claim, Command as Line, Entry, EntryKind, Exec, FileReply, FileRequest,
+    FrameHeader, FrameKind, HEADER_LENGTH, Hello, PROTOCOL_VERSION, Reply, Request,
 };
 use tempfile::TempDir;
 

@@ -225,7 +225,8 @@ async fn every_documented_field_is_accepted_and_every_accepted_field_is_document
             .replace("/api/v1", "")
             .replace("{id}", sandbox.as_str())
             .replace("{name}", "EXAMPLE_TOKEN")
-            .replace("{pid}", "proc-1");
+            .replace("{pid}", "proc-1")
+            .replace("{sid}", "python-proc-1");
         assert!(!url.contains('{'), "{place}: this test has no value for its path");
         drop(asked::take());
         for mut body in examples(&description, schema, &place) {

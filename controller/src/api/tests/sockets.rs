@@ -254,6 +254,14 @@ async fn a_key_without_the_scope_runs_nothing() {
         ("POST", "processes/proc-1/signal", json!({"signal": "TERM"})),
         ("POST", "processes/proc-1/resize", json!({})),
         ("DELETE", "processes/proc-1", Value::Null),
+        ("POST", "repl/sessions", json!({})),
+        (
+            "POST",
+            "repl/sessions/python-proc-1/execute",
+            json!({"code": "1"}),
+        ),
+        ("POST", "repl/sessions/python-proc-1/interrupt", Value::Null),
+        ("DELETE", "repl/sessions/python-proc-1", Value::Null),
     ] {
         let path = format!("/sandbox/{}/{path}", sandbox.as_str());
         let answer = world.call(&reader, method, &path, &body).await;
@@ -276,6 +284,14 @@ async fn processes_of_others_and_names_of_none_do_not_exist() {
         ("POST", "processes/1/stdin", json!({"data": "x"})),
         ("POST", "processes/proc-1/signal", json!({"signal": 9})),
         ("POST", "processes/proc-1/resize", json!({"rows": 3})),
+        ("POST", "repl/sessions", json!({"language": "python"})),
+        (
+            "POST",
+            "repl/sessions/python-proc-1/execute",
+            json!({"code": "1"}),
+        ),
+        ("POST", "repl/sessions/python-proc-1/interrupt", Value::Null),
+        ("DELETE", "repl/sessions/python-proc-1", Value::Null),
         ("DELETE", "processes/proc-1", Value::Null),
     ] {
         let path = format!("/sandbox/{}/{path}", foreign.as_str());
@@ -289,6 +305,11 @@ async fn processes_of_others_and_names_of_none_do_not_exist() {
     let path = format!("/sandbox/{}/processes/a.b/output", own.as_str());
     let answer = world.call(&tenant, "GET", &path, &Value::Null).await;
     assert_eq!(answer.refusal(), (404, "NOT_FOUND", None));
+    for session in ["python", "proc-1", "cobol-proc-1", "python-1", "python-proc-x"] {
+        let path = format!("/sandbox/{}/repl/sessions/{session}/execute", own.as_str());
+        let answer = world.call(&tenant, "POST", &path, &json!({"code": "1"})).await;
+        assert_eq!(answer.refusal(), (404, "NOT_FOUND", None), "{session}");
+    }
     for (query, field) in [("since=-1", "since"), ("since=x", "since")] {
         let path = format!("/sandbox/{}/processes/proc-1/output?{query}", own.as_str());
         let answer = world.call(&tenant, "GET", &path, &Value::Null).await;
