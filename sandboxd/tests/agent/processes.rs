@@ -76,7 +76,7 @@ impl Agent {
         self.ask(&Request::Signal { process, signal }).reply()
     }
 
-    fn remove(&self, process: &str) -> Reply {
+    fn end(&self, process: &str) -> Reply {
         let process = process.to_owned();
         self.ask(&Request::Remove { process }).reply()
     }
@@ -161,7 +161,7 @@ fn a_process_goes_on_without_its_caller_and_its_output_is_read_again() {
         agent.follow(&process, 1000, true, false).refusal(),
         AgentErrorCode::Invalid
     );
-    assert_eq!(agent.remove(&process), Reply::Done);
+    assert_eq!(agent.end(&process), Reply::Done);
     assert_eq!(
         agent.follow(&process, 0, true, false).refusal(),
         AgentErrorCode::NotFound
@@ -281,7 +281,7 @@ fn the_last_words_of_a_terminal_are_kept() {
             "{:?}",
             &seen.stdout[seen.stdout.len() - 20..]
         );
-        assert_eq!(agent.remove(&process), Reply::Done);
+        assert_eq!(agent.end(&process), Reply::Done);
     }
 }
 
@@ -303,9 +303,9 @@ fn signals_reach_the_whole_group_and_removal_everything() {
     let stray = format!("(setsid sh -c 'echo $$ > {told}; exec sleep 600' &); sleep 600");
     let process = agent.started(&stray, None, false);
     let child = wait_for(|| fs::read_to_string(&told).ok().filter(|text| text.ends_with('\n')));
-    assert_eq!(agent.remove(&process), Reply::Done);
+    assert_eq!(agent.end(&process), Reply::Done);
     wait(|| !alive(&child));
-    assert!(is_refused(&agent.remove(&process), AgentErrorCode::NotFound));
+    assert!(is_refused(&agent.end(&process), AgentErrorCode::NotFound));
 }
 
 #[test]
@@ -345,7 +345,7 @@ fn there_are_only_so_many_and_ended_ones_make_room() {
     assert!(processes.iter().all(|status| status.process_id != ended));
     let refused = agent.launch(shell("true"), None, false);
     assert!(is_refused(&refused, AgentErrorCode::Invalid), "{refused:?}");
-    assert_eq!(agent.remove(&processes[0].process_id), Reply::Done);
+    assert_eq!(agent.end(&processes[0].process_id), Reply::Done);
     agent.started("true", None, false);
 }
 
