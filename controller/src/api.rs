@@ -8,6 +8,7 @@
 mod accounts;
 mod audit;
 mod auth;
+mod billing;
 mod bodies;
 mod commands;
 mod document;
@@ -38,6 +39,7 @@ mod text;
 mod tunnels;
 mod uploads;
 mod ws;
+mod users;
 
 use axum::{Extension, Router, middleware};
 use sandgate_api::error::ErrorCode;
@@ -69,6 +71,16 @@ fn described() -> Routes {
         .add(routes!(accounts::register))
         .add(routes!(keys::list, keys::create))
         .add(routes!(keys::revoke))
+        .add(routes!(keys::rotate))
+        .add(routes!(keys::create_token))
+        .add(routes!(users::list, users::add))
+        .add(routes!(users::get, users::change, users::remove))
+        .add(routes!(users::invitations, users::invite))
+        .add(routes!(users::withdraw))
+        .add(routes!(billing::subscription))
+        .add(routes!(billing::invoices))
+        .add(routes!(billing::upgrade))
+        .add(routes!(billing::portal))
         .add(routes!(sandboxes::list))
         .add(routes!(sandboxes::create_short))
         .add(routes!(sandboxes::create))

@@ -103,6 +103,7 @@ pub async fn serve(config: Config, inherited: Inherited, shown: Option<std::net:
         api::serve(listener, api::router(service.clone()), tasks.clone()),
     );
     tasks.spawn("retention", service.clone().retain());
+    tasks.spawn("key uses", service.clone().record_uses());
     tasks.spawn("audit heads", service.clone().sign_audit());
     tasks.spawn("tunnel expiry", service.clone().retire_tunnels());
     tasks.spawn(

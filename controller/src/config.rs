@@ -14,6 +14,7 @@ use sandgate_policy::{DeniedRanges, Platform, PrivateException, Range6};
 pub use tunnels::{MAX_TUNNELS, MAX_TUNNELS_OF_ORGANIZATION, Scheme, Tunnels};
 
 use crate::{
+    jwt::MIN_SECRET,
     metrics::ADDRESS_VARIABLE,
     spec::{Cpus, LIFETIME_SECONDS, Size},
 };
@@ -68,7 +69,7 @@ settings! {
     api_addr = "SANDGATE_API_ADDR", "api-addr";
     /// Where the controller shows its metrics, or `off` [default: 127.0.0.1:9464]
     metrics_addr = "SANDGATE_METRICS_ADDR", "metrics-addr";
-    /// `open` or `closed`: whether anybody may register [default: open on loopback, else closed]
+    /// `open`, `invite` or `closed`: who may register [default: open on loopback, else closed]
     registration = "SANDGATE_REGISTRATION", "registration";
     /// Addresses of local sandboxes [default: 10.213.0.0/16]
     sandbox_cidr = "SANDGATE_SANDBOX_CIDR", "sandbox-cidr";
@@ -105,6 +106,9 @@ settings! {
     /// of it the variable SANDGATE_KEY may hold the text [default: secrets.key in the data directory, made
     /// when it is missing]
     key_file = "SANDGATE_KEY_FILE", "key-file";
+    /// The secret that tokens (JSON Web Tokens, HS256) are signed with, at least 32 bytes; better in the environment
+    /// than as a flag, which other users of the machine can see [default: one of this installation's own]
+    jwt_secret = "JWT_SECRET", "jwt-secret";
     /// Where tunnel-proxy listens [default: 127.0.0.1:8081]
     tunnel_addr = "SANDGATE_TUNNEL_ADDR", "tunnel-addr";
     /// What the host names of tunnels end with; with `localhost` each tunnel also has a port of its own on
@@ -125,8 +129,39 @@ settings! {
 pub enum Registration {
     /// Anybody who reaches the API.
     Open,
+    /// Whoever has an invitation.
+    Invite,
     /// Nobody.
     Closed,
+}
+
+/// A secret that signs tokens. It is not shown.
+#[derive(Clone, PartialEq, Eq)]
+pub struct JwtSecret(String);
+
+impl JwtSecret {
+    /// Its bytes.
+    pub fn as_bytes(&self) -> &[u8] {
+        self.0.as_bytes()
+    }
+
+    fn parse(text: &str) -> Result<Option<Self>, String> {
+        match text.len() {
+            0 => Ok(None),
+            // The secret itself stays out of the message.
+            1..MIN_SECRET => Err(format!(
+                "the secret has {} bytes and needs at least {MIN_SECRET}, for example of `openssl rand -hex 32`",
+                text.len()
+            )),
+            _ => Ok(Some(Self(text.to_owned()))),
+        }
+    }
+}
+
+impl std::fmt::Debug for JwtSecret {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("JwtSecret(…)")
+    }
 }
 
 /// What a sandbox gets when it asks for nothing, and how many there may be.
@@ -174,6 +209,8 @@ pub struct Config {
     pub metrics_addr: Place,
     /// Who may register.
     pub registration: Registration,
+    /// What tokens are signed with, where the operator says so.
+    pub jwt_secret: Option<JwtSecret>,
     /// Addresses of local sandboxes.
     pub sandbox_cidr: Ipv4Net,
     /// Their IPv6 addresses.
@@ -248,12 +285,11 @@ impl Config {
                 |text| match text {
                     "open" => Ok(Registration::Open),
                     "closed" => Ok(Registration::Closed),
-                    "invite" => Err(
-                        "invitations are not supported by this version; use `open` or `closed`".to_owned(),
-                    ),
-                    other => Err(format!("expected `open` or `closed`, got `{other}`")),
+                    "invite" => Ok(Registration::Invite),
+                    other => Err(format!("expected `open`, `invite` or `closed`, got `{other}`")),
                 },
             )?,
+            jwt_secret: read("JWT_SECRET", &settings.jwt_secret, "", JwtSecret::parse)?,
             sandbox_cidr: read(
                 "SANDGATE_SANDBOX_CIDR",
                 &settings.sandbox_cidr,
@@ -493,7 +529,7 @@ mod tests {
             ("SANDGATE_METRICS_ADDR", "9464"),
             ("SANDGATE_METRICS_ADDR", "none"),
             ("SANDGATE_REGISTRATION", "maybe"),
-            ("SANDGATE_REGISTRATION", "invite"),
+            ("JWT_SECRET", "0123456789abcdef0123456789abcde"),
             ("SANDGATE_SANDBOX_CIDR", "10.213.0.1/16"),
             ("SANDGATE_SANDBOX_CIDR", "10.213.0.0/30"),
             ("SANDGATE_SANDBOX_CIDR", "fd00::/64"),
@@ -531,6 +567,17 @@ mod tests {
             let error = with(variable, value).err().map(|error| error.variable);
             assert_eq!(error, Some(variable), "{variable}={value}");
         }
+    }
+
+    #[test]
+    fn a_secret_is_long_enough_and_never_shown() {
+        let short = "short-and-secret";
+        let error = with("JWT_SECRET", short).expect_err("refused");
+        assert!(!error.to_string().contains(short), "{error}");
+        let long = "0123456789abcdef0123456789abcdef";
+        let config = with("JWT_SECRET", long).expect("long enough");
+        assert!(!format!("{config:?}").contains(long));
+        assert_eq!(with("JWT_SECRET", "").map(|config| config.jwt_secret), Ok(None));
     }
 
     #[test]

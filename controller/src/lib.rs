@@ -37,6 +37,8 @@ pub mod down;
 mod feedsocket;
 pub mod ingress;
 pub mod installation;
+pub mod invite;
+pub mod jwt;
 pub mod keyfile;
 pub mod ledger;
 pub mod lifecycle;

@@ -6,7 +6,7 @@ use clap::{Parser, Subcommand};
 use controller::{
     app,
     config::{Config, ConfigError, EXIT_USAGE, Settings},
-    down,
+    down, invite,
     metrics::ADDRESS_VARIABLE,
     up, verify,
 };
@@ -32,6 +32,8 @@ enum Command {
     Down,
     /// Looks at every record of the audit, and names what was changed since it was recorded.
     VerifyAudit,
+    /// Makes an invitation to register an organisation with, whether the controller runs or not.
+    Invite(invite::Invite),
     /// Becomes another program that dies with its parent; used by `up`.
     #[command(hide = true)]
     Become(up::Become),
@@ -65,6 +67,7 @@ fn main() -> ExitCode {
             })
         }
         Command::Down => down::run(config).map(|()| ExitCode::SUCCESS),
+        Command::Invite(invite) => invite.run(&config).map(|()| ExitCode::SUCCESS),
         Command::VerifyAudit => verify::run(&config),
         Command::Become(program) => return failed(program.run()),
     };

@@ -3,6 +3,7 @@
 //! One file per area; each adds its methods to [`Service`]. Every method takes the organisation it acts
 //! for, and whatever belongs to another one does not exist for it.
 
+mod access;
 mod accounts;
 mod audit;
 mod commands;
@@ -20,7 +21,9 @@ mod review;
 mod sandboxes;
 mod secrets;
 mod sockets;
+mod tokens;
 mod tunnels;
+mod users;
 
 use std::{
     collections::HashMap,
@@ -36,18 +39,22 @@ use sandgate_api::{
 use sandgate_daemon::tasks::Tasks;
 use tokio::sync::watch;
 
-pub use accounts::Registration;
+pub use access::{Caller, Scope};
+pub use accounts::{Registration, invite_from_outside};
 pub use audit::Trail;
 pub use commands::{Command, Output, Running};
 pub use files::{MAX_FILE, MAX_STREAMED, Watching};
-pub use keys::{Caller, IssuedKey, KeyRequest, Scope};
+
+pub use keys::{IssuedKey, KeyRequest};
 pub use policies::{NetworkView, OrganizationView};
 pub use repl::{Executed, Language};
 pub use review::Span;
 pub use sandboxes::{SandboxPage, SandboxRequest, Started};
 pub use secrets::{EgressRequest, SCOPE, SecretChangeRequest, SecretRequest};
 pub use sockets::Socket;
+pub use tokens::TokenRequest;
 pub use tunnels::TunnelRequest;
+pub use users::{InvitationRequest, UserRequest};
 
 use crate::{
     agent::AgentError,
@@ -55,6 +62,7 @@ use crate::{
     config::Config,
     ingress::ProxyLink,
     installation::InstallationKey,
+    jwt::TokenKey,
     ledger::Ledger,
     lifecycle::Cause,
     metrics::{Metrics, Present, StatusLabels},
@@ -89,6 +97,8 @@ struct Shared {
     watches: Places,
     /// WebSockets and followed processes.
     sockets: Places,
+    uses: keys::Uses,
+    tokens: TokenKey,
 }
 
 /// Whether sandboxes can be made.
@@ -169,11 +179,15 @@ impl From<StoreError> for ServiceError {
             }
         };
         match conflict {
-            Conflict::EmailTaken | Conflict::WrongState | Conflict::SecretExists => {
-                Self::Conflict(conflict.to_string())
-            }
+            Conflict::EmailTaken
+            | Conflict::WrongState
+            | Conflict::SecretExists
+            | Conflict::InvitationUsed
+            | Conflict::LastOwner => Self::Conflict(conflict.to_string()),
             Conflict::QuotaReached { .. }
             | Conflict::TooManyKeys { .. }
+            | Conflict::TooManyUsers { .. }
+            | Conflict::TooManyInvitations { .. }
             | Conflict::TooManySecrets { .. }
             | Conflict::TooManyTunnels { .. }
             | Conflict::TooManyTunnelsOfOrganization { .. } => Self::Quota(conflict.to_string()),
@@ -237,6 +251,10 @@ impl Service {
         tasks: Tasks,
     ) -> Self {
         let backend = watch::channel(BackendState::Starting).0;
+        let tokens = match &config.jwt_secret {
+            Some(secret) => TokenKey::new(secret.as_bytes()),
+            None => TokenKey::new(&installation.expand("sandgate tokens 1")),
+        };
         let shared = Shared {
             pool: pool::Pool::new(config.pool),
             ledger: Ledger::new(store.clone(), &installation, &config.data_dir),
@@ -253,6 +271,8 @@ impl Service {
             streams: Places::new(audit::STREAMS),
             watches: Places::new(files::WATCHES),
             sockets: Places::new(sockets::SOCKETS),
+            uses: keys::Uses::default(),
+            tokens,
         };
         Self {
             shared: Arc::new(shared),
@@ -370,6 +390,13 @@ impl Service {
         if let Some(progress) = progress {
             keeper::gone(progress).await;
         }
+    }
+}
+
+fn invalid(field: &str, message: &str) -> ServiceError {
+    ServiceError::Invalid {
+        field: field.to_owned(),
+        message: message.to_owned(),
     }
 }
 

@@ -30,7 +30,7 @@ use sqlx::{
 };
 use tokio::sync::watch;
 
-pub use accounts::{Account, NewAccount};
+pub use accounts::{InvitationRecord, NewAccount, NewInvitation, PLAN};
 pub use audit::{AuditFilter, AuditRow};
 pub use feed::FeedChange;
 pub use keys::{KeyRecord, NewKey};
@@ -99,6 +99,24 @@ pub enum Conflict {
         /// The limit.
         limit: u32,
     },
+    /// The organisation has as many users as it may have.
+    #[error("the organisation has reached its limit of {limit} users")]
+    TooManyUsers {
+        /// The limit.
+        limit: u32,
+    },
+    /// There are as many open invitations as there may be.
+    #[error("there are {limit} invitations that were not used yet, and that is as many as there may be")]
+    TooManyInvitations {
+        /// The limit.
+        limit: u32,
+    },
+    /// The invitation was used by somebody else meanwhile.
+    #[error("the invitation was used already")]
+    InvitationUsed,
+    /// Nobody would be left who can manage the organisation.
+    #[error("an organisation has at least one owner: make somebody else an owner first")]
+    LastOwner,
     /// The policy was changed since the caller read it.
     #[error("the policy is at revision {current}")]
     StaleRevision {

@@ -237,6 +237,9 @@ fn registration_line(registration: Registration, address: SocketAddr) -> String 
             "Register  curl -s http://{address}/api/v1/register -H 'content-type: application/json' \
              -d '{{\"email\":\"you@example.org\",\"organization_name\":\"you\"}}'"
         ),
+        Registration::Invite => {
+            "Register  by invitation; `controller invite` makes one for a new organization".to_owned()
+        }
         Registration::Closed => {
             "Register  closed; SANDGATE_REGISTRATION=open lets whoever reaches the API register".to_owned()
         }

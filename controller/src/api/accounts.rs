@@ -7,7 +7,8 @@ use sandgate_api::rest::RegisterResponse;
 use super::{bodies::RegisterBody, document::Document, error::ApiError};
 use crate::service::{Registration, Service};
 
-/// Registers an organisation and its first user, where the installation lets strangers do so.
+/// Registers an organisation and its first user, where the installation lets strangers do so; with an invitation into
+/// an organisation, a user of that one.
 #[utoipa::path(
     post, path = "/register", operation_id = "register", tag = "accounts", security(()),
     request_body = RegisterBody, responses((status = 201, description = "The organisation, its first user and its first key", body = RegisterResponse))
@@ -23,10 +24,11 @@ pub(super) async fn register(
 fn request(mut document: Document) -> Result<Registration, ApiError> {
     let registration = Registration {
         email: document.required_text("email")?,
-        organization_name: document.required_text("organization_name")?,
+        organization_name: document.text("organization_name")?,
         first_name: document.text("first_name")?,
         last_name: document.text("last_name")?,
         use_case: document.text("use_case")?,
+        invitation: document.text("invitation")?,
     };
     document.finish()?;
     Ok(registration)

@@ -1,29 +1,47 @@
 //! Who asks: the credential, and that the request does not name another organisation.
 
-use axum::extract::FromRequestParts;
+use axum::extract::{FromRequestParts, MatchedPath};
 use http::{HeaderMap, header, request::Parts};
 use sandgate_api::error::ErrorCode;
 
 use super::{error::ApiError, query::Parameters};
 use crate::service::{Caller, Service, ServiceError};
 
-/// A caller whose key works.
+/// A caller whose key or token works.
 pub(super) struct Authenticated(pub(super) Caller);
+
+/// Routes that take the credential as `?token=`, where clients cannot send headers. Nothing logs a query.
+const WITH_TOKEN: [&str; 3] = ["/events/stream", "/files/download", "/ws"];
 
 impl FromRequestParts<Service> for Authenticated {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, service: &Service) -> Result<Self, ApiError> {
-        let key = credential(&parts.headers)?;
-        let caller = service.authenticate(key).await?;
+        let parameters = Parameters::of(parts)?;
+        let caller = match credential(&parts.headers)? {
+            Some(key) => service.authenticate(key).await?,
+            None => match parameters.text("token").filter(|_| takes_token(parts)) {
+                Some(token) => service.authenticate(token).await?,
+                None => return Err(refused("an API key is needed: `Authorization: Bearer <key>`")),
+            },
+        };
         if let Some(named) = parts.headers.get("x-org-id") {
             same_organization(&caller, named.to_str().unwrap_or_default())?;
         }
-        if let Some(named) = Parameters::of(parts)?.text("org_id") {
+        if let Some(named) = parameters.text("org_id") {
             same_organization(&caller, named)?;
         }
         Ok(Self(caller))
     }
+}
+
+fn takes_token(parts: &Parts) -> bool {
+    let route = parts.extensions.get::<MatchedPath>();
+    route.is_some_and(|route| WITH_TOKEN.iter().any(|end| route.as_str().ends_with(end)))
+}
+
+fn refused(message: &'static str) -> ApiError {
+    ServiceError::Unauthorized(message).into()
 }
 
 /// Refuses a request that names an organisation other than the caller's: naming never selects one.
@@ -38,8 +56,7 @@ pub(super) fn same_organization(caller: &Caller, named: &str) -> Result<(), ApiE
 }
 
 /// The same secret is accepted as `Authorization: ApiKey`, `Authorization: Bearer` and `x-api-key`.
-fn credential(headers: &HeaderMap) -> Result<&str, ApiError> {
-    let refused = |message| ApiError::from(ServiceError::Unauthorized(message));
+fn credential(headers: &HeaderMap) -> Result<Option<&str>, ApiError> {
     if let Some(value) = headers.get(header::AUTHORIZATION) {
         let value = value
             .to_str()
@@ -50,14 +67,14 @@ fn credential(headers: &HeaderMap) -> Result<&str, ApiError> {
                 "expected `Authorization: Bearer <key>` or `Authorization: ApiKey <key>`",
             ));
         }
-        return Ok(key.trim());
+        return Ok(Some(key.trim()));
     }
     match headers.get("x-api-key") {
-        Some(value) => Ok(value
-            .to_str()
-            .map_err(|_not_text| refused("the x-api-key header is no text"))?
-            .trim()),
-        None => Err(refused("an API key is needed: `Authorization: Bearer <key>`")),
+        Some(value) => match value.to_str() {
+            Ok(key) => Ok(Some(key.trim())),
+            Err(_not_text) => Err(refused("the x-api-key header is no text")),
+        },
+        None => Ok(None),
     }
 }
 
@@ -70,7 +87,7 @@ mod tests {
         for (name, value) in headers {
             map.append(*name, value.parse().expect("a header"));
         }
-        credential(&map).ok().map(str::to_owned)
+        credential(&map).ok().flatten().map(str::to_owned)
     }
 
     #[test]

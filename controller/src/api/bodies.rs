@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use sandgate_api::{credential::Inject, openapi::PolicyDocument, tunnel::TunnelProtocol};
+use sandgate_api::{credential::Inject, openapi::PolicyDocument, rest::Role, tunnel::TunnelProtocol};
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -14,12 +14,13 @@ use utoipa::ToSchema;
 #[derive(Serialize, ToSchema)]
 #[schema(example = json!({
     "email": "you@example.org", "organization_name": "Example", "first_name": "Ada", "last_name": "Example",
-    "use_case": "agents"
+    "use_case": "agents", "invitation": null
 }))]
 pub(super) struct RegisterBody {
     /// Unique in the installation.
     email: String,
-    /// For people.
+    /// For people. Not needed with an invitation into an organisation.
+    #[schema(required = false)]
     organization_name: String,
     #[schema(required = false)]
     first_name: String,
@@ -27,6 +28,82 @@ pub(super) struct RegisterBody {
     last_name: String,
     #[schema(required = false)]
     use_case: String,
+    /// The token of an invitation: needed where registration is by invitation, and to join an organisation.
+    #[schema(required = false)]
+    invitation: String,
+}
+
+/// A user to be added.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({
+    "email": "ada@example.org", "role": "member", "first_name": "Ada", "last_name": "Example"
+}))]
+pub(super) struct UserBody {
+    /// Unique in the installation.
+    email: String,
+    /// At most the caller's own.
+    role: Role,
+    #[schema(required = false)]
+    first_name: String,
+    #[schema(required = false)]
+    last_name: String,
+    /// Must be the caller's own organisation.
+    #[schema(required = false)]
+    org_id: String,
+}
+
+/// What is to be changed of a user.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({"role": "viewer"}))]
+pub(super) struct UserChangeBody {
+    /// At most the caller's own.
+    role: Role,
+    /// Must be the caller's own organisation.
+    #[schema(required = false)]
+    org_id: String,
+}
+
+/// Somebody to be invited.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({"role": "member", "email": "ada@example.org", "expires_in_days": 7}))]
+pub(super) struct InvitationBody {
+    /// What they are going to be, at most the caller's own.
+    role: Role,
+    /// Who may use it; none: whoever has it.
+    #[schema(required = false)]
+    email: String,
+    #[schema(required = false, minimum = 1, maximum = 30, default = 7)]
+    expires_in_days: u32,
+    /// Must be the caller's own organisation.
+    #[schema(required = false)]
+    org_id: String,
+}
+
+/// How a key is rotated. Every field may be left out.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({"grace_seconds": 3600}))]
+pub(super) struct RotateBody {
+    /// How long the old key works on. It ends at once when this is left out.
+    #[schema(required = false, minimum = 0, maximum = 86400, default = 0)]
+    grace_seconds: u32,
+    /// Must be the caller's own organisation.
+    #[schema(required = false)]
+    org_id: String,
+}
+
+/// A token to be made. Every field may be left out.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({"expires_in": 300, "scopes": ["sandbox:read", "sandbox:execute"]}))]
+pub(super) struct TokenBody {
+    /// In seconds.
+    #[schema(required = false, minimum = 1, maximum = 3600, default = 300)]
+    expires_in: u32,
+    /// What it may do, at most what the caller may; none: everything the caller may, but for keys and users.
+    #[schema(required = false)]
+    scopes: Vec<String>,
+    /// Must be the caller's own organisation.
+    #[schema(required = false)]
+    org_id: String,
 }
 
 /// A key to be made.

@@ -28,7 +28,7 @@ struct Further;
 
 /// Areas, in the order in which they are shown.
 const TAGS: [(&str, &str); 9] = [
-    ("accounts", "Registration and API keys."),
+    ("accounts", "Registration, users, API keys and tokens."),
     ("sandboxes", "Their life."),
     ("commands", "What runs in a sandbox."),
     ("files", "A sandbox's files."),
@@ -87,7 +87,8 @@ fn complete(mut described: openapi::OpenApi) -> Value {
     document["components"]["securitySchemes"] = json!({
         "bearer": {
             "type": "http", "scheme": "bearer",
-            "description": "The API key as `Authorization: Bearer <key>`; `ApiKey` is understood instead of `Bearer`."
+            "description": "The API key, or a token, as `Authorization: Bearer <key>`; `ApiKey` is understood instead of \
+                            `Bearer`."
         },
         "header": {
             "type": "apiKey", "in": "header", "name": "x-api-key", "description": "The API key alone."

@@ -4,7 +4,7 @@ use axum::extract::{FromRequestParts, Path};
 use http::request::Parts;
 use sandgate_api::{
     error::ErrorCode,
-    id::{ApiKeyId, SandboxId, TunnelId},
+    id::{ApiKeyId, InvitationId, SandboxId, TunnelId, UserId},
 };
 
 use super::{error::ApiError, request};
@@ -18,6 +18,12 @@ pub(super) struct SandboxPath(pub(super) SandboxId);
 
 /// `{id}` of a key's routes.
 pub(super) struct KeyPath(pub(super) ApiKeyId);
+
+/// `{id}` of a user's routes.
+pub(super) struct UserPath(pub(super) UserId);
+
+/// `{id}` of an invitation's routes.
+pub(super) struct InvitationPath(pub(super) InvitationId);
 
 /// `{id}` of a tunnel's routes. What cannot be an id is a tunnel that does not exist.
 pub(super) struct TunnelPath(pub(super) TunnelId);
@@ -97,6 +103,28 @@ impl<S: Send + Sync> FromRequestParts<S> for KeyPath {
         id.parse()
             .map(Self)
             .map_err(|_other| ApiError::new(ErrorCode::NotFound, "there is no such API key"))
+    }
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for UserPath {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let id = id(parts, state).await?;
+        id.parse()
+            .map(Self)
+            .map_err(|_other| ApiError::new(ErrorCode::NotFound, "there is no such user"))
+    }
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for InvitationPath {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let id = id(parts, state).await?;
+        id.parse()
+            .map(Self)
+            .map_err(|_other| ApiError::new(ErrorCode::NotFound, "there is no such invitation"))
     }
 }
 

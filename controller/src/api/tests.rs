@@ -27,6 +27,7 @@ use crate::{
     vault::Vault,
 };
 
+mod accounts;
 mod audit;
 mod openapi;
 mod policies;

@@ -1,18 +1,15 @@
 //! Registration.
 
 use sandgate_api::{
-    id::OrgId,
-    rest::{FirstKey, Organization, RegisterResponse, User},
+    id::{OrgId, UserId},
+    rest::{InvitationCreated, Organization, RegisterResponse, Role, User},
 };
 
-use super::{Service, ServiceError, keys};
-use crate::{config::Registration as Mode, store::NewAccount};
-
-/// The plan of every organisation of an installation of one's own.
-const PLAN: &str = "self-hosted";
-
-/// Name of the key that comes with a registration.
-const FIRST_KEY: &str = "default";
+use super::{Service, ServiceError, invalid, keys, users};
+use crate::{
+    config::Registration as Mode,
+    store::{NewAccount, PLAN, Store},
+};
 
 /// Longest e-mail address (RFC 5321, 4.5.3.1.3: a path has 256 octets with its brackets).
 const MAX_EMAIL: usize = 254;
@@ -22,70 +19,105 @@ const MAX_EMAIL: usize = 254;
 pub struct Registration {
     /// E-mail address.
     pub email: String,
-    /// Name of the organisation.
-    pub organization_name: String,
+    /// Name of the organisation, where one is made.
+    pub organization_name: Option<String>,
     /// Of the person.
     pub first_name: Option<String>,
     /// Of the person.
     pub last_name: Option<String>,
     /// What they want to do.
     pub use_case: Option<String>,
+    /// The token of an invitation.
+    pub invitation: Option<String>,
 }
 
 impl Service {
-    /// Makes an organisation with its first user and key.
+    /// Makes an organisation with its first user and key, or adds a user to the one they were invited into.
     ///
     /// # Errors
-    /// When registration is closed, a field is not acceptable, or the address is taken.
+    /// When registration is closed or the invitation does not work, a field is not acceptable, or the address is taken.
     pub async fn register(&self, registration: Registration) -> Result<RegisterResponse, ServiceError> {
-        match self.shared.config.registration {
-            Mode::Open => {}
-            Mode::Closed => {
-                return Err(ServiceError::Forbidden(
-                    "registration is closed on this installation".to_owned(),
-                ));
+        let refused = |message: &str| Err(ServiceError::Forbidden(message.to_owned()));
+        match (self.shared.config.registration, &registration.invitation) {
+            (Mode::Open, _) | (Mode::Invite, Some(_)) => {}
+            (Mode::Invite, None) => {
+                return refused("registration needs an invitation: `invitation` with its token");
             }
+            (Mode::Closed, _) => return refused("registration is closed on this installation"),
         }
-        let account = check(registration)?;
-        let org_id = OrgId::random();
-        let issued = keys::issue(&org_id, FIRST_KEY.to_owned(), vec!["*".to_owned()], None)?;
-        let stored = self
-            .shared
-            .store
-            .register(
-                &account,
-                &slug(&account.organization),
-                &issued.stored,
-                super::now(),
-            )
-            .await?;
-        tracing::info!(target: "audit", org_id = %org_id, user_id = %stored.user_id, "registered");
+        let invitation = match &registration.invitation {
+            None => None,
+            Some(token) => Some(self.invited(token, &address(&registration.email)?).await?),
+        };
+        let (invitation, into) = match invitation {
+            None => (None, None),
+            Some(record) => (Some(record.invitation), record.org_id),
+        };
+        let account = check(registration, into.is_none())?;
+        let org_id = into.clone().unwrap_or_else(OrgId::random);
+        let user_id = UserId::random();
+        let issued = keys::first(&org_id, &user_id)?;
+        let (store, now) = (&self.shared.store, super::now());
+        let used = invitation.as_ref().map(|invitation| &invitation.id);
+        let (organization, role) = match (&into, &invitation) {
+            (Some(_), Some(invitation)) => {
+                let role = invitation.role;
+                store
+                    .add_user(&account, role, &issued.stored, used, users::MAX_USERS, now)
+                    .await?;
+                let organization = store.organization(&org_id).await?;
+                let gone = || ServiceError::Internal("an organisation is gone".to_owned());
+                (organization.ok_or_else(gone)?, role)
+            }
+            (_, _) => {
+                let slug = slug(&account.organization);
+                let slug = store.register(&account, &slug, &issued.stored, used, now).await?;
+                let organization = Organization {
+                    id: org_id.clone(),
+                    name: account.organization,
+                    slug,
+                    plan: PLAN.to_owned(),
+                };
+                (organization, Role::Owner)
+            }
+        };
+        tracing::info!(target: "audit", org_id = %org_id, user_id = %user_id, "registered");
         Ok(RegisterResponse {
             success: true,
             message: "Registered. Keep the API key: it is not shown again.".to_owned(),
-            organization: Organization {
-                id: org_id,
-                name: account.organization,
-                slug: stored.slug,
-                plan: PLAN.to_owned(),
-            },
+            organization,
             user: User {
-                id: stored.user_id,
+                id: user_id,
                 email: account.email,
-                role: "owner".to_owned(),
+                role,
+                first_name: account.first_name,
+                last_name: account.last_name,
+                created_at: Some(now),
             },
-            api_key: FirstKey {
-                key: issued.key.clone(),
-                key_prefix: issued.stored.prefix,
-                name: issued.stored.name,
-            },
+            api_key: users::first_key(&issued),
             key: issued.key,
         })
     }
 }
 
-fn check(registration: Registration) -> Result<NewAccount, ServiceError> {
-    let email = registration.email.trim().to_lowercase();
+/// Lets somebody make an organisation where registration needs an invitation. For the operator, who has the database.
+///
+/// # Errors
+/// An address that is none; when the store fails.
+pub async fn invite_from_outside(
+    store: &Store,
+    email: Option<&str>,
+    days: u64,
+) -> Result<InvitationCreated, ServiceError> {
+    let email = email.map(address).transpose()?;
+    let (stored, created) = users::make(None, email, Role::Owner, days)?;
+    store.invite(&stored, users::MAX_INVITATIONS).await?;
+    Ok(created)
+}
+
+/// An e-mail address, in lower case.
+pub(super) fn address(email: &str) -> Result<String, ServiceError> {
+    let email = email.trim().to_lowercase();
     let well_formed = email.len() <= MAX_EMAIL
         && !email
             .chars()
@@ -95,11 +127,22 @@ fn check(registration: Registration) -> Result<NewAccount, ServiceError> {
     if !well_formed {
         return Err(invalid("email", "expected an e-mail address"));
     }
-    let organization = name("organization_name", Some(registration.organization_name), 200)?
-        .ok_or_else(|| invalid("organization_name", "expected a name of 1 to 200 characters"))?;
+    Ok(email)
+}
+
+/// Checks who registers or is added; the organisation has a name where one is made.
+pub(super) fn check(registration: Registration, makes_one: bool) -> Result<NewAccount, ServiceError> {
+    let email = address(&registration.email)?;
+    let organization = name("organization_name", registration.organization_name, 200)?;
+    if makes_one && organization.is_none() {
+        return Err(invalid(
+            "organization_name",
+            "expected a name of 1 to 200 characters",
+        ));
+    }
     Ok(NewAccount {
         email,
-        organization,
+        organization: organization.unwrap_or_default(),
         first_name: name("first_name", registration.first_name, 100)?,
         last_name: name("last_name", registration.last_name, 100)?,
         use_case: name("use_case", registration.use_case, 2_000)?,
@@ -117,13 +160,6 @@ fn name(field: &'static str, text: Option<String>, longest: usize) -> Result<Opt
         ));
     }
     Ok(Some(text.to_owned()).filter(|text| !text.is_empty()))
-}
-
-fn invalid(field: &str, message: &str) -> ServiceError {
-    ServiceError::Invalid {
-        field: field.to_owned(),
-        message: message.to_owned(),
-    }
 }
 
 /// A name for URLs: lower-case letters, digits and single dashes.
@@ -151,15 +187,16 @@ mod tests {
     fn registration(email: &str, organization: &str) -> Registration {
         Registration {
             email: email.to_owned(),
-            organization_name: organization.to_owned(),
+            organization_name: Some(organization.to_owned()),
             first_name: None,
             last_name: None,
             use_case: None,
+            invitation: None,
         }
     }
 
     fn refused_field(registration: Registration) -> Option<String> {
-        match check(registration) {
+        match check(registration, true) {
             Err(ServiceError::Invalid { field, .. }) => Some(field),
             Err(other) => panic!("{other}"),
             Ok(_) => None,

@@ -1,7 +1,12 @@
 //! API keys: only their hashes.
 
+use std::collections::HashMap;
+
 use jiff::Timestamp;
-use sandgate_api::id::{ApiKeyId, OrgId};
+use sandgate_api::{
+    id::{ApiKeyId, OrgId, UserId},
+    rest::Role,
+};
 use sqlx::{Row as _, Sqlite, Transaction, sqlite::SqliteRow};
 
 use super::{Conflict, Store, StoreError, document, millis, parse, timestamp, to_document};
@@ -9,7 +14,8 @@ use super::{Conflict, Store, StoreError, document, millis, parse, timestamp, to_
 /// Columns of a [`KeyRecord`], in every query that reads one.
 macro_rules! columns {
     () => {
-        "id, org_id, name, prefix, hash, scopes, created_at, expires_at, last_used_at"
+        "api_keys.id AS id, api_keys.org_id AS org_id, api_keys.user_id AS user_id, users.role AS role, name, prefix, \
+         hash, scopes, api_keys.created_at AS created_at, expires_at, last_used_at"
     };
 }
 
@@ -20,6 +26,8 @@ pub struct NewKey {
     pub id: ApiKeyId,
     /// Whose it is.
     pub org_id: OrgId,
+    /// Whose it is.
+    pub user_id: UserId,
     /// What it is for.
     pub name: String,
     /// The part that may be shown.
@@ -39,6 +47,10 @@ pub struct KeyRecord {
     pub id: ApiKeyId,
     /// Whose it is.
     pub org_id: OrgId,
+    /// Whose it is.
+    pub user_id: UserId,
+    /// What that user is at present.
+    pub role: Role,
     /// What it is for.
     pub name: String,
     /// The part that may be shown.
@@ -51,7 +63,7 @@ pub struct KeyRecord {
     pub created_at: Timestamp,
     /// When it stops working.
     pub expires_at: Option<Timestamp>,
-    /// To the minute.
+    /// As far as it was written down.
     pub last_used_at: Option<Timestamp>,
 }
 
@@ -62,17 +74,66 @@ impl Store {
     /// [`Conflict::TooManyKeys`] when the organisation has `limit` keys that are not revoked.
     pub async fn insert_key(&self, key: &NewKey, limit: u32, now: Timestamp) -> Result<(), StoreError> {
         let mut transaction = self.write().await?;
-        let present: i64 =
-            sqlx::query_scalar("SELECT count(*) FROM api_keys WHERE org_id = ? AND revoked_at IS NULL")
-                .bind(key.org_id.as_str())
-                .fetch_one(&mut *transaction)
-                .await?;
-        if present >= i64::from(limit) {
-            return Err(Conflict::TooManyKeys { limit }.into());
-        }
-        insert(&mut transaction, key, now).await?;
+        insert_within(&mut transaction, key, limit, now).await?;
         transaction.commit().await?;
         Ok(())
+    }
+
+    /// Stores a key in the place of another one of the same organisation, which works until `ends`, and not beyond
+    /// its own end. False when that one is not there or revoked.
+    ///
+    /// # Errors
+    /// [`Conflict::TooManyKeys`] when the organisation has `limit` keys beside those that end now.
+    pub async fn rotate_key(
+        &self,
+        old: &ApiKeyId,
+        ends: Timestamp,
+        key: &NewKey,
+        limit: u32,
+        now: Timestamp,
+    ) -> Result<bool, StoreError> {
+        let mut transaction = self.write().await?;
+        let done = sqlx::query(
+            "UPDATE api_keys SET revoked_at = ?, expires_at = CASE WHEN expires_at < ? THEN expires_at ELSE ? END \
+             WHERE id = ? AND org_id = ? AND revoked_at IS NULL",
+        )
+        .bind((ends <= now).then_some(millis(now)))
+        .bind(millis(ends))
+        .bind(millis(ends))
+        .bind(old.as_str())
+        .bind(key.org_id.as_str())
+        .execute(&mut *transaction)
+        .await?;
+        if done.rows_affected() != 1 {
+            return Ok(false);
+        }
+        insert_within(&mut transaction, key, limit, now).await?;
+        transaction.commit().await?;
+        Ok(true)
+    }
+
+    /// Whose a key is, be it revoked or not; none when the organisation has none with this id.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn key_owner(
+        &self,
+        org_id: &OrgId,
+        id: &ApiKeyId,
+    ) -> Result<Option<(UserId, Role)>, StoreError> {
+        let row = sqlx::query(
+            "SELECT users.id AS user_id, users.role AS role FROM api_keys JOIN users ON users.id = api_keys.user_id \
+             WHERE api_keys.id = ? AND api_keys.org_id = ?",
+        )
+        .bind(id.as_str())
+        .bind(org_id.as_str())
+        .fetch_optional(&self.readers)
+        .await?;
+        let Some(row) = row else { return Ok(None) };
+        Ok(Some((
+            parse("user id", row.try_get("user_id")?)?,
+            parse("role", row.try_get("role")?)?,
+        )))
     }
 
     /// The key with this id, unless it is revoked. Whether it has expired is for the caller to see.
@@ -83,7 +144,7 @@ impl Store {
         let row = sqlx::query(concat!(
             "SELECT ",
             columns!(),
-            " FROM api_keys WHERE id = ? AND revoked_at IS NULL"
+            " FROM api_keys JOIN users ON users.id = api_keys.user_id WHERE api_keys.id = ? AND revoked_at IS NULL"
         ))
         .bind(id.as_str())
         .fetch_optional(&self.readers)
@@ -99,7 +160,8 @@ impl Store {
         let rows = sqlx::query(concat!(
             "SELECT ",
             columns!(),
-            " FROM api_keys WHERE org_id = ? AND revoked_at IS NULL ORDER BY created_at, id"
+            " FROM api_keys JOIN users ON users.id = api_keys.user_id WHERE api_keys.org_id = ? AND revoked_at IS NULL \
+             ORDER BY api_keys.created_at, api_keys.id"
         ))
         .bind(org_id.as_str())
         .fetch_all(&self.readers)
@@ -128,18 +190,49 @@ impl Store {
         Ok(done.rows_affected() == 1)
     }
 
-    /// Remembers that the key was used.
+    /// Remembers when keys were used last.
     ///
     /// # Errors
     /// When the database fails.
-    pub async fn touch_key(&self, id: &ApiKeyId, now: Timestamp) -> Result<(), StoreError> {
-        sqlx::query("UPDATE api_keys SET last_used_at = ? WHERE id = ?")
-            .bind(millis(now))
-            .bind(id.as_str())
-            .execute(&self.writer)
-            .await?;
+    pub async fn touch_keys(&self, uses: &HashMap<ApiKeyId, Timestamp>) -> Result<(), StoreError> {
+        let mut transaction = self.write_brief().await?;
+        for (id, used) in uses {
+            sqlx::query("UPDATE api_keys SET last_used_at = ? WHERE id = ?")
+                .bind(millis(*used))
+                .bind(id.as_str())
+                .execute(&mut *transaction)
+                .await?;
+        }
+        transaction.commit().await?;
         Ok(())
     }
+}
+
+/// Stores a key where the organisation has room for one. Of the revoked ones it keeps the newest.
+async fn insert_within(
+    transaction: &mut Transaction<'static, Sqlite>,
+    key: &NewKey,
+    limit: u32,
+    now: Timestamp,
+) -> Result<(), StoreError> {
+    let present: i64 =
+        sqlx::query_scalar("SELECT count(*) FROM api_keys WHERE org_id = ? AND revoked_at IS NULL")
+            .bind(key.org_id.as_str())
+            .fetch_one(&mut **transaction)
+            .await?;
+    if present >= i64::from(limit) {
+        return Err(Conflict::TooManyKeys { limit }.into());
+    }
+    sqlx::query(
+        "DELETE FROM api_keys WHERE org_id = ? AND revoked_at IS NOT NULL AND id NOT IN \
+         (SELECT id FROM api_keys WHERE org_id = ? AND revoked_at IS NOT NULL ORDER BY revoked_at DESC, id LIMIT ?)",
+    )
+    .bind(key.org_id.as_str())
+    .bind(key.org_id.as_str())
+    .bind(i64::from(limit))
+    .execute(&mut **transaction)
+    .await?;
+    insert(transaction, key, now).await
 }
 
 /// Stores a key as part of a larger transaction.
@@ -149,11 +242,12 @@ pub(super) async fn insert(
     now: Timestamp,
 ) -> Result<(), StoreError> {
     sqlx::query(
-        "INSERT INTO api_keys (id, org_id, name, prefix, hash, scopes, created_at, expires_at) \
-         VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO api_keys (id, org_id, user_id, name, prefix, hash, scopes, created_at, expires_at) \
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
     )
     .bind(key.id.as_str())
     .bind(key.org_id.as_str())
+    .bind(key.user_id.as_str())
     .bind(&key.name)
     .bind(&key.prefix)
     .bind(key.hash.as_slice())
@@ -169,6 +263,8 @@ fn record(row: &SqliteRow) -> Result<KeyRecord, StoreError> {
     Ok(KeyRecord {
         id: parse("key id", row.try_get("id")?)?,
         org_id: parse("organisation id", row.try_get("org_id")?)?,
+        user_id: parse("user id", row.try_get("user_id")?)?,
+        role: parse("role", row.try_get("role")?)?,
         name: row.try_get("name")?,
         prefix: row.try_get("prefix")?,
         hash: row.try_get("hash")?,

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use jiff::{SignedDuration, Timestamp};
 use sandgate_api::{
     feed::Endpoint,
-    id::{ApiKeyId, OrgId, SandboxId},
+    id::{ApiKeyId, OrgId, SandboxId, UserId},
     rest::Isolation,
 };
 use sandgate_policy::Policy;
@@ -26,7 +26,7 @@ pub(crate) async fn store() -> (Store, tempfile::TempDir) {
 pub(crate) async fn organization(store: &Store, email: &str) -> OrgId {
     let org_id = OrgId::random();
     store
-        .register(&account(email), "acme", &key(&org_id), now())
+        .register(&account(email), "acme", &key(&org_id), None, now())
         .await
         .expect("registered");
     org_id
@@ -48,6 +48,7 @@ pub(crate) fn key(org_id: &OrgId) -> NewKey {
     NewKey {
         id: ApiKeyId::random(),
         org_id: org_id.clone(),
+        user_id: UserId::random(),
         name: "default".to_owned(),
         prefix: "sk_sandbox_x".to_owned(),
         hash: [7; 32],

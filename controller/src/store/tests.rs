@@ -1,6 +1,6 @@
 //! The store against a real database file.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use jiff::SignedDuration;
 use sandgate_api::{
@@ -83,15 +83,15 @@ async fn an_address_registers_once_and_nothing_is_left_of_the_second_attempt() {
     let other = OrgId::random();
     let second = world
         .store
-        .register(&account("first@example.org"), "acme", &key(&other), now())
+        .register(&account("first@example.org"), "acme", &key(&other), None, now())
         .await;
     assert!(matches!(second, Err(StoreError::Conflict(Conflict::EmailTaken))));
     assert!(world.store.keys(&other).await.expect("keys").is_empty());
     let third = world
         .store
-        .register(&account("other@example.org"), "acme", &key(&other), now())
+        .register(&account("other@example.org"), "acme", &key(&other), None, now())
         .await;
-    assert_ne!(third.expect("registered").slug, "acme", "a slug is unique");
+    assert_ne!(third.expect("registered"), "acme", "a slug is unique");
 }
 
 #[tokio::test]
@@ -107,7 +107,8 @@ async fn a_key_is_found_until_it_is_revoked_and_only_by_its_owner() {
             .expect("asked")
     );
     let at = now();
-    world.store.touch_key(&own.id, at).await.expect("touched");
+    let uses = HashMap::from([(own.id.clone(), at)]);
+    world.store.touch_keys(&uses).await.expect("touched");
     let found = world.store.key(&own.id).await.expect("asked").expect("found");
     assert_eq!(
         (found.org_id, found.last_used_at, found.hash),
@@ -134,12 +135,17 @@ async fn a_key_is_found_until_it_is_revoked_and_only_by_its_owner() {
 #[tokio::test]
 async fn an_organization_has_only_so_many_keys() {
     let world = world().await;
+    let first = world.store.keys(&world.org).await.expect("keys").remove(0);
+    let of_user = || NewKey {
+        user_id: first.user_id.clone(),
+        ..key(&world.org)
+    };
     world
         .store
-        .insert_key(&key(&world.org), 2, now())
+        .insert_key(&of_user(), 2, now())
         .await
         .expect("the second");
-    let third = world.store.insert_key(&key(&world.org), 2, now()).await;
+    let third = world.store.insert_key(&of_user(), 2, now()).await;
     assert!(matches!(
         third,
         Err(StoreError::Conflict(Conflict::TooManyKeys { limit: 2 }))

@@ -100,6 +100,12 @@ id!(
     "user-"
 );
 id!(
+    /// Lets one person register.
+    InvitationId,
+    "invitation",
+    "invitation-"
+);
+id!(
     /// An API key's public part.
     ApiKeyId,
     "API key",

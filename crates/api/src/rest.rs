@@ -7,6 +7,7 @@
 //! otherwise.
 
 mod account;
+mod billing;
 mod doctor;
 mod egress;
 mod execute;
@@ -19,7 +20,11 @@ mod sandbox;
 mod secret;
 mod tunnel;
 
-pub use account::{ApiKey, ApiKeyCreated, ApiKeyList, FirstKey, Organization, RegisterResponse, User};
+pub use account::{
+    ApiKey, ApiKeyCreated, ApiKeyList, FirstKey, Invitation, InvitationCreated, InvitationList, Organization,
+    RegisterResponse, Role, TokenCreated, User, UserAdded, UserList,
+};
+pub use billing::{Invoices, Subscription};
 pub use doctor::{DOCTOR, DOCTOR_HOST, DoctorClient, DoctorFinding, NetworkDoctor, SelfTest};
 pub use egress::{
     AuditDecision, AuditPage, AuditProblem, AuditProblemKind, AuditRecord, AuditVerification,

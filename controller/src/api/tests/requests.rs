@@ -212,7 +212,7 @@ async fn what_does_not_exist_is_said_in_the_envelope() {
         "/nothing",
         "/sandboxes/",
         "/sandbox/sandbox-1/nothing",
-        "/api-keys/key-1/rotate",
+        "/api-keys/key-1/turn",
     ] {
         assert_eq!(
             world.call(&tenant, "GET", path, &Value::Null).await.refusal(),
