@@ -6,6 +6,7 @@
 //! place, [`error`].
 
 mod accounts;
+mod actions;
 mod audit;
 mod auth;
 mod billing;
@@ -18,11 +19,13 @@ mod files;
 mod health;
 mod keys;
 mod multipart;
+mod limits;
 mod network;
 mod openapi;
 mod path;
 mod pool;
 mod processes;
+mod present;
 mod query;
 mod raw;
 mod reference;
@@ -51,11 +54,12 @@ use crate::service::Service;
 use error::ApiError;
 use openapi::Routes;
 use reference::Description;
+use request::Around;
 
 /// Every route.
 pub fn router(service: Service) -> Router {
-    let metrics = service.metrics().clone();
     let (routes, description) = described().split();
+    let around = Around::new(service.clone(), &description);
     // A value that was built from maps and texts can be written.
     let description = serde_json::to_vec(&description).unwrap_or_default();
     routes
@@ -63,7 +67,7 @@ pub fn router(service: Service) -> Router {
         .method_not_allowed_fallback(no_such_method)
         .with_state(service)
         .layer(Extension(Description(description.into())))
-        .layer(middleware::from_fn_with_state(metrics, request::around))
+        .layer(middleware::from_fn_with_state(around, request::around))
 }
 
 fn described() -> Routes {
@@ -77,6 +81,8 @@ fn described() -> Routes {
         .add(routes!(users::get, users::change, users::remove))
         .add(routes!(users::invitations, users::invite))
         .add(routes!(users::withdraw))
+        .add(routes!(actions::list))
+        .add(routes!(actions::summary))
         .add(routes!(billing::subscription))
         .add(routes!(billing::invoices))
         .add(routes!(billing::upgrade))

@@ -15,6 +15,7 @@ pub use tunnels::{MAX_TUNNELS, MAX_TUNNELS_OF_ORGANIZATION, Scheme, Tunnels};
 
 use crate::{
     jwt::MIN_SECRET,
+    limiter::Rate,
     metrics::ADDRESS_VARIABLE,
     spec::{Cpus, LIFETIME_SECONDS, Size},
 };
@@ -109,6 +110,10 @@ settings! {
     /// The secret that tokens (JSON Web Tokens, HS256) are signed with, at least 32 bytes; better in the environment
     /// than as a flag, which other users of the machine can see [default: one of this installation's own]
     jwt_secret = "JWT_SECRET", "jwt-secret";
+    /// Requests of one organisation: so many a second, and so many at once; or `off` [default: 500:5000]
+    rate_limit = "SANDGATE_RATE_LIMIT", "rate-limit";
+    /// The same for one address without a key that works [default: 50:500]
+    peer_rate_limit = "SANDGATE_PEER_RATE_LIMIT", "peer-rate-limit";
     /// Where tunnel-proxy listens [default: 127.0.0.1:8081]
     tunnel_addr = "SANDGATE_TUNNEL_ADDR", "tunnel-addr";
     /// What the host names of tunnels end with; with `localhost` each tunnel also has a port of its own on
@@ -211,6 +216,10 @@ pub struct Config {
     pub registration: Registration,
     /// What tokens are signed with, where the operator says so.
     pub jwt_secret: Option<JwtSecret>,
+    /// Requests of one organisation.
+    pub rate_limit: Option<Rate>,
+    /// Requests from one address without a key that works.
+    pub peer_rate_limit: Option<Rate>,
     /// Addresses of local sandboxes.
     pub sandbox_cidr: Ipv4Net,
     /// Their IPv6 addresses.
@@ -290,6 +299,13 @@ impl Config {
                 },
             )?,
             jwt_secret: read("JWT_SECRET", &settings.jwt_secret, "", JwtSecret::parse)?,
+            rate_limit: read("SANDGATE_RATE_LIMIT", &settings.rate_limit, "500:5000", rate)?,
+            peer_rate_limit: read(
+                "SANDGATE_PEER_RATE_LIMIT",
+                &settings.peer_rate_limit,
+                "50:500",
+                rate,
+            )?,
             sandbox_cidr: read(
                 "SANDGATE_SANDBOX_CIDR",
                 &settings.sandbox_cidr,
@@ -377,6 +393,13 @@ fn pool(settings: &Settings) -> Result<PoolConfig, ConfigError> {
             u32::try_from(number(text, 1..=1_000)?).map_err(|error| error.to_string())
         })?,
     })
+}
+
+fn rate(text: &str) -> Result<Option<Rate>, String> {
+    match text {
+        "off" => Ok(None),
+        text => Rate::parse(text).map(Some),
+    }
 }
 
 fn read<T>(
@@ -530,6 +553,8 @@ mod tests {
             ("SANDGATE_METRICS_ADDR", "none"),
             ("SANDGATE_REGISTRATION", "maybe"),
             ("JWT_SECRET", "0123456789abcdef0123456789abcde"),
+            ("SANDGATE_RATE_LIMIT", "500"),
+            ("SANDGATE_PEER_RATE_LIMIT", "0:1"),
             ("SANDGATE_SANDBOX_CIDR", "10.213.0.1/16"),
             ("SANDGATE_SANDBOX_CIDR", "10.213.0.0/30"),
             ("SANDGATE_SANDBOX_CIDR", "fd00::/64"),

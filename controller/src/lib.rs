@@ -42,6 +42,7 @@ pub mod jwt;
 pub mod keyfile;
 pub mod ledger;
 pub mod lifecycle;
+pub mod limiter;
 pub mod metrics;
 pub mod node;
 pub mod placeholder;

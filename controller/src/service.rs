@@ -5,12 +5,14 @@
 
 mod access;
 mod accounts;
+mod actions;
 mod audit;
 mod commands;
 mod doctor;
 mod files;
 mod keeper;
 mod keys;
+mod limits;
 mod policies;
 mod pool;
 mod processes;
@@ -98,6 +100,8 @@ struct Shared {
     /// WebSockets and followed processes.
     sockets: Places,
     uses: keys::Uses,
+    actions: actions::Actions,
+    limits: limits::Limits,
     tokens: TokenKey,
 }
 
@@ -258,7 +262,6 @@ impl Service {
         let shared = Shared {
             pool: pool::Pool::new(config.pool),
             ledger: Ledger::new(store.clone(), &installation, &config.data_dir),
-            config,
             store,
             node,
             proxy,
@@ -272,7 +275,10 @@ impl Service {
             watches: Places::new(files::WATCHES),
             sockets: Places::new(sockets::SOCKETS),
             uses: keys::Uses::default(),
+            actions: actions::Actions::default(),
+            limits: limits::Limits::new(&config),
             tokens,
+            config,
         };
         Self {
             shared: Arc::new(shared),

@@ -9,6 +9,7 @@
 //! if such a commit outlives this process. Whatever is committed after it takes it along.
 
 mod accounts;
+mod actions;
 mod audit;
 mod feed;
 mod keys;
@@ -31,6 +32,7 @@ use sqlx::{
 use tokio::sync::watch;
 
 pub use accounts::{InvitationRecord, NewAccount, NewInvitation, PLAN};
+pub use actions::{ActionFilter, ActionText, NewAction};
 pub use audit::{AuditFilter, AuditRow};
 pub use feed::FeedChange;
 pub use keys::{KeyRecord, NewKey};

@@ -4,8 +4,8 @@ use axum::{Json, extract::State};
 use http::StatusCode;
 use sandgate_api::rest::RegisterResponse;
 
-use super::{bodies::RegisterBody, document::Document, error::ApiError};
-use crate::service::{Registration, Service};
+use super::{bodies::RegisterBody, document::Document, error::ApiError, present};
+use crate::service::{Caller, Registration, Service};
 
 /// Registers an organisation and its first user, where the installation lets strangers do so; with an invitation into
 /// an organisation, a user of that one.
@@ -18,6 +18,7 @@ pub(super) async fn register(
     document: Document,
 ) -> Result<(StatusCode, Json<RegisterResponse>), ApiError> {
     let registered = service.register(request(document)?).await?;
+    present::asks(&Caller::registered(&registered));
     Ok((StatusCode::CREATED, Json(registered)))
 }
 

@@ -4,7 +4,7 @@ use axum::extract::{FromRequestParts, MatchedPath};
 use http::{HeaderMap, header, request::Parts};
 use sandgate_api::error::ErrorCode;
 
-use super::{error::ApiError, query::Parameters};
+use super::{error::ApiError, present, query::Parameters, request};
 use crate::service::{Caller, Service, ServiceError};
 
 /// A caller whose key or token works.
@@ -18,13 +18,27 @@ impl FromRequestParts<Service> for Authenticated {
 
     async fn from_request_parts(parts: &mut Parts, service: &Service) -> Result<Self, ApiError> {
         let parameters = Parameters::of(parts)?;
-        let caller = match credential(&parts.headers)? {
-            Some(key) => service.authenticate(key).await?,
-            None => match parameters.text("token").filter(|_| takes_token(parts)) {
-                Some(token) => service.authenticate(token).await?,
-                None => return Err(refused("an API key is needed: `Authorization: Bearer <key>`")),
-            },
+        let credential = credential(&parts.headers).and_then(|credential| {
+            let token = || parameters.text("token").filter(|_| takes_token(parts));
+            let credential = credential.or_else(token);
+            credential.ok_or_else(|| refused("an API key is needed: `Authorization: Bearer <key>`"))
+        });
+        let caller = match credential {
+            Ok(credential) => service.authenticate(credential).await.map_err(ApiError::from),
+            Err(error) => Err(error),
         };
+        let caller = match caller {
+            Ok(caller) => caller,
+            Err(error) => {
+                // Guesses count against where they come from.
+                if error.code() == ErrorCode::Unauthorized {
+                    present::counts(service.count_peer(&request::peer(&parts.extensions)))?;
+                }
+                return Err(error);
+            }
+        };
+        present::asks(&caller);
+        present::counts(service.count_caller(&caller))?;
         if let Some(named) = parts.headers.get("x-org-id") {
             same_organization(&caller, named.to_str().unwrap_or_default())?;
         }

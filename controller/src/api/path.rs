@@ -7,7 +7,7 @@ use sandgate_api::{
     id::{ApiKeyId, InvitationId, SandboxId, TunnelId, UserId},
 };
 
-use super::{error::ApiError, request};
+use super::{error::ApiError, present, request};
 use crate::service::ServiceError;
 
 /// Longest path inside a sandbox, in bytes (`PATH_MAX` of Linux, without the NUL).
@@ -152,6 +152,9 @@ pub(super) fn inside(field: &str, path: &str) -> Result<(), ApiError> {
     } else if path.split('/').any(|part| part == "..") {
         "`..` is not possible in a path"
     } else {
+        if !matches!(field, "working_dir" | "cwd") {
+            present::touches(path);
+        }
         return Ok(());
     };
     Err(ApiError::field(field, message))

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::{
     auth::Authenticated, bodies::SandboxBody, document::Document, error::ApiError, path::SandboxPath,
-    query::Parameters, secrets,
+    query::Parameters, request, secrets,
 };
 use crate::{
     config::SandboxDefaults,
@@ -64,6 +64,7 @@ pub(super) async fn create(
             },
         )
         .await?;
+    request::concerns(&started.sandbox.sandbox_id);
     Ok((StatusCode::CREATED, Json(started.sandbox)))
 }
 

@@ -3,6 +3,11 @@
 use std::{sync::Arc, time::Duration};
 
 use axum::Router;
+use hyper::{
+    Request,
+    body::Incoming,
+    service::{Service as _, service_fn},
+};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto::Builder,
@@ -14,6 +19,8 @@ use tokio::{
     sync::Semaphore,
 };
 use tokio_util::sync::CancellationToken;
+
+use crate::limiter::Peer;
 
 /// Connections at once; more wait in the kernel's queue.
 const MAX_CONNECTIONS: usize = 2_048;
@@ -40,8 +47,9 @@ pub async fn serve(listener: TcpListener, router: Router, tasks: Tasks) {
             accepted = accepted => accepted,
         };
         match accepted {
-            Some((place, Ok((stream, _peer)))) => {
-                let connection = connection(stream, router.clone(), shutdown.clone());
+            Some((place, Ok((stream, peer)))) => {
+                let peer = Peer::new(peer.ip());
+                let connection = connection(stream, peer, router.clone(), shutdown.clone());
                 tasks.spawn("api connection", async move {
                     connection.await;
                     drop(place);
@@ -56,7 +64,7 @@ pub async fn serve(listener: TcpListener, router: Router, tasks: Tasks) {
     }
 }
 
-async fn connection(stream: TcpStream, router: Router, shutdown: CancellationToken) {
+async fn connection(stream: TcpStream, peer: Peer, router: Router, shutdown: CancellationToken) {
     // A missing TCP_NODELAY costs latency, nothing else.
     drop(stream.set_nodelay(true));
     let mut builder = Builder::new(TokioExecutor::new());
@@ -68,7 +76,11 @@ async fn connection(stream: TcpStream, router: Router, shutdown: CancellationTok
         .http2()
         .timer(TokioTimer::new())
         .max_concurrent_streams(128);
-    let service = TowerToHyperService::new(router);
+    let router = TowerToHyperService::new(router);
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(peer);
+        router.call(request)
+    });
     let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);
     let ended = tokio::select! {

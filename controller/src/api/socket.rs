@@ -9,13 +9,12 @@ use axum::extract::{
     FromRequestParts,
     ws::{CloseFrame, Message, Utf8Bytes, WebSocket, WebSocketUpgrade, close_code},
 };
-use http::{header, request::Parts};
+use http::request::Parts;
 use sandgate_api::error::ErrorCode;
 
 use super::{
-    auth::{Authenticated, same_organization},
+    auth::Authenticated,
     error::ApiError,
-    query::Parameters,
 };
 use crate::service::{Caller, Service, Socket};
 
@@ -48,7 +47,7 @@ impl FromRequestParts<Service> for Opening {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, service: &Service) -> Result<Self, ApiError> {
-        let caller = caller(parts, service).await?;
+        let Authenticated(caller) = Authenticated::from_request_parts(parts, service).await?;
         let upgrade = WebSocketUpgrade::from_request_parts(parts, service)
             .await
             .map_err(|_other| {
@@ -64,31 +63,6 @@ impl FromRequestParts<Service> for Opening {
             upgrade,
         })
     }
-}
-
-/// The same secret in the headers, or in the query as `token`.
-async fn caller(parts: &mut Parts, service: &Service) -> Result<Caller, ApiError> {
-    let in_headers = [header::AUTHORIZATION.as_str(), "x-api-key"];
-    let query = Parameters::of(parts)?;
-    let token = query.text("token");
-    let Some(token) = token.filter(|_| in_headers.iter().all(|name| !parts.headers.contains_key(*name)))
-    else {
-        return Ok(Authenticated::from_request_parts(parts, service).await?.0);
-    };
-    let caller = service.authenticate(token).await?;
-    for named in [
-        query.text("org_id"),
-        parts
-            .headers
-            .get("x-org-id")
-            .map(|named| named.to_str().unwrap_or_default()),
-    ]
-    .into_iter()
-    .flatten()
-    {
-        same_organization(&caller, named)?;
-    }
-    Ok(caller)
 }
 
 impl Opening {

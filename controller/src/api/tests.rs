@@ -28,6 +28,7 @@ use crate::{
 };
 
 mod accounts;
+mod actions;
 mod audit;
 mod openapi;
 mod policies;
@@ -36,6 +37,7 @@ mod sandboxes;
 mod secrets;
 mod sockets;
 mod tunnels;
+mod walk;
 
 struct World {
     router: Router,

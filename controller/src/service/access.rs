@@ -4,7 +4,7 @@
 
 use sandgate_api::{
     id::{ApiKeyId, OrgId, UserId},
-    rest::Role,
+    rest::{RegisterResponse, Role},
 };
 
 use super::ServiceError;
@@ -143,6 +143,18 @@ pub struct Caller {
 }
 
 impl Caller {
+    /// Whoever has just registered.
+    pub fn registered(registered: &RegisterResponse) -> Self {
+        Self {
+            org_id: registered.organization.id.clone(),
+            user_id: Some(registered.user.id.clone()),
+            key_id: None,
+            role: registered.user.role,
+            scopes: Vec::new(),
+            by_token: false,
+        }
+    }
+
     /// The organisation the credential belongs to, which is the only one it can act for.
     pub fn org_id(&self) -> &OrgId {
         &self.org_id

@@ -16,6 +16,9 @@ const AUDIT_AGE: SignedDuration = SignedDuration::from_hours(30 * 24);
 /// Most records of egress that are kept.
 const AUDIT_RECORDS: u64 = 1_000_000;
 
+/// Most records of what was done by the API that one organisation has. They are kept as long as those of egress.
+const ACTIONS_EACH: u32 = 50_000;
+
 /// How long ended sandboxes can be looked at.
 const ENDED_AGE: SignedDuration = SignedDuration::from_hours(30 * 24);
 
@@ -56,6 +59,7 @@ impl Service {
         let oldest = now.saturating_sub(AUDIT_AGE).unwrap_or(Timestamp::MIN);
         let key = self.shared.ledger.key();
         while store.prune_audit(key, oldest, AUDIT_RECORDS, STEP).await? >= u64::from(STEP) {}
+        while store.prune_actions(oldest, ACTIONS_EACH, STEP).await? > 0 {}
         let ended = now.saturating_sub(ENDED_AGE).unwrap_or(Timestamp::MIN);
         while store.prune_sandboxes(ended, STEP).await? >= u64::from(STEP) {}
         store.prune_removals().await

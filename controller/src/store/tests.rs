@@ -6,7 +6,7 @@ use jiff::SignedDuration;
 use sandgate_api::{
     feed::{FeedFrame, FeedSandbox, TierName},
     id::{OrgId, SandboxId},
-    rest::SandboxStatus,
+    rest::{ActionOutcome, SandboxStatus},
 };
 use sandgate_policy::Policy;
 use serde_json::json;
@@ -150,6 +150,62 @@ async fn an_organization_has_only_so_many_keys() {
         third,
         Err(StoreError::Conflict(Conflict::TooManyKeys { limit: 2 }))
     ));
+}
+
+#[tokio::test]
+async fn the_newest_actions_of_each_organization_are_kept() {
+    let world = world().await;
+    let stranger = organization(&world.store, "stranger@example.org").await;
+    let action = |org_id: &OrgId, number: usize, time: Timestamp| NewAction {
+        id: format!("event-{org_id}-{number}"),
+        org_id: org_id.clone(),
+        user_id: None,
+        sandbox_id: None,
+        time,
+        action: "sandbox.create".to_owned(),
+        outcome: ActionOutcome::Success,
+        duration: 1,
+        text: ActionText {
+            resource: number.to_string(),
+            details: serde_json::Map::new(),
+            error_message: None,
+        },
+    };
+    let mut actions: Vec<_> = (0..5).map(|number| action(&world.org, number, now())).collect();
+    actions.push(action(&stranger, 0, now()));
+    actions.push(action(&stranger, 1, Timestamp::UNIX_EPOCH));
+    for _ in 0..2 {
+        world.store.insert_actions(&actions).await.expect("stored, once");
+    }
+    let kept = async |org_id: &OrgId| -> Vec<String> {
+        let filter = ActionFilter {
+            limit: 9,
+            ..ActionFilter::default()
+        };
+        let (actions, total) = world.store.actions(org_id, &filter).await.expect("asked");
+        assert_eq!(u64::try_from(actions.len()), Ok(total));
+        actions.into_iter().map(|action| action.resource).collect()
+    };
+    assert_eq!(
+        (kept(&world.org).await.len(), kept(&stranger).await.len()),
+        (5, 2)
+    );
+    let oldest = now() - SignedDuration::from_hours(1);
+    let mut forgotten = 0;
+    loop {
+        match world.store.prune_actions(oldest, 3, 1).await.expect("pruned") {
+            0 => break,
+            number => forgotten += number,
+        }
+    }
+    assert_eq!(forgotten, 3);
+    assert_eq!(
+        (kept(&world.org).await, kept(&stranger).await),
+        (
+            vec!["4".to_owned(), "3".to_owned(), "2".to_owned()],
+            vec!["0".to_owned()]
+        )
+    );
 }
 
 #[tokio::test]

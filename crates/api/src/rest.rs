@@ -7,6 +7,7 @@
 //! otherwise.
 
 mod account;
+mod action;
 mod billing;
 mod doctor;
 mod egress;
@@ -24,6 +25,7 @@ pub use account::{
     ApiKey, ApiKeyCreated, ApiKeyList, FirstKey, Invitation, InvitationCreated, InvitationList, Organization,
     RegisterResponse, Role, TokenCreated, User, UserAdded, UserList,
 };
+pub use action::{Action, ActionList, ActionOutcome, ActionSummary};
 pub use billing::{Invoices, Subscription};
 pub use doctor::{DOCTOR, DOCTOR_HOST, DoctorClient, DoctorFinding, NetworkDoctor, SelfTest};
 pub use egress::{

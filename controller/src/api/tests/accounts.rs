@@ -520,3 +520,19 @@ async fn billing_answers_as_of_ones_own() {
         assert_eq!(answer.refusal(), (409, "CONFLICT", None), "{path}");
     }
 }
+
+#[tokio::test]
+async fn a_token_in_the_query_is_in_no_log() {
+    let logged = secrets::Logged::listen();
+    let world = world().await;
+    let owner = world.tenant("owner@acme.test").await;
+    let sandbox = world.stored_sandbox(&owner).await;
+    for path in ["/sandboxes", &format!("/sandbox/{sandbox}/files/download")] {
+        let uri = format!("/api/v1{path}?path=/workspace/a&token={}", owner.key);
+        let request = Request::get(uri).body(Body::empty());
+        world.send(request.expect("a request")).await;
+    }
+    let text = logged.text();
+    assert!(text.contains("/api/v1/sandbox/{id}/files/download"), "{text}");
+    assert!(!text.contains(&owner.key), "{text}");
+}

@@ -15,12 +15,12 @@ const CHECKED_IN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/openapi.json");
 /// Set by `make openapi`.
 const UPDATE: &str = "UPDATE_OPENAPI";
 
-fn description() -> Value {
+pub(super) fn description() -> Value {
     described().split().1
 }
 
 /// Every operation: path, method, description.
-fn operations(description: &Value) -> Vec<(String, String, Value)> {
+pub(super) fn operations(description: &Value) -> Vec<(String, String, Value)> {
     let paths = description["paths"].as_object().expect("paths");
     paths
         .iter()
@@ -172,6 +172,17 @@ fn examples(description: &Value, schema: &Value, place: &str) -> Vec<serde_json:
         );
     }
     bodies
+}
+
+/// A body to send, of an operation that takes one.
+pub(super) fn example(description: &Value, operation: &Value) -> Option<Value> {
+    let schema = &operation["requestBody"]["content"]["application/json"]["schema"];
+    if schema.is_null() {
+        return None;
+    }
+    let schema = resolved(description, schema);
+    let several = schema["examples"].as_array().and_then(|several| several.first());
+    schema.get("example").or(several).cloned()
 }
 
 /// Fields that are read for a reason of their own: an answer of ours may be sent back, and what this version does

@@ -87,7 +87,7 @@ fn binding() -> Value {
 
 /// Everything that its thread logs while it exists, of every level.
 #[derive(Clone, Default)]
-struct Logged(Arc<Mutex<Vec<u8>>>);
+pub(super) struct Logged(Arc<Mutex<Vec<u8>>>);
 
 thread_local! {
     static LISTENING: RefCell<Option<Logged>> = const { RefCell::new(None) };
@@ -95,7 +95,7 @@ thread_local! {
 
 impl Logged {
     /// One subscriber for all threads: what a thread without one meets first would stay switched off for all.
-    fn listen() -> Self {
+    pub(super) fn listen() -> Self {
         static SUBSCRIBER: Once = Once::new();
         SUBSCRIBER.call_once(|| {
             tracing_subscriber::fmt()
@@ -108,7 +108,7 @@ impl Logged {
         logged
     }
 
-    fn text(&self) -> String {
+    pub(super) fn text(&self) -> String {
         let bytes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         String::from_utf8_lossy(&bytes).into_owned()
     }
