@@ -11,7 +11,7 @@ use crate::service::{Caller, Service, ServiceError};
 pub(super) struct Authenticated(pub(super) Caller);
 
 /// Routes that take the credential as `?token=`, where clients cannot send headers. Nothing logs a query.
-const WITH_TOKEN: [&str; 3] = ["/events/stream", "/files/download", "/ws"];
+const WITH_TOKEN: [&str; 4] = ["/events/stream", "/files/download", "/terminal", "/ws"];
 
 impl FromRequestParts<Service> for Authenticated {
     type Rejection = ApiError;
