@@ -5,13 +5,22 @@
 
 use axum::{Json, extract::State};
 use http::Method;
-use sandgate_api::rest::{ActionList, ActionSummary};
+use jiff::Timestamp;
+use sandgate_api::{
+    error::ErrorCode,
+    id::SandboxId,
+    rest::{ActionList, ActionOutcome, ActionSummary},
+};
+use serde_json::{Map, Value};
 
 use super::{auth::Authenticated, error::ApiError, path::SandboxPath, query::Parameters};
 use crate::{
-    service::{Scope, Service},
-    store::ActionFilter,
+    service::{Caller, Scope, Service},
+    store::{ActionFilter, ActionText, NewAction},
 };
+
+/// Longest text of a request that is recorded, in characters.
+pub(super) const MAX_TEXT: usize = 500;
 
 /// Where the published contract has a name of its own, or the path is a poor one.
 const NAMED: &[(&str, &str, &str)] = &[
@@ -109,6 +118,44 @@ pub(super) fn name(method: &Method, route: &str) -> Option<String> {
         _ => ".read",
     };
     Some(format!("{}{verb}", words.join(".")))
+}
+
+/// Puts a command on record that came over a WebSocket, where it is no request of its own.
+pub(super) async fn command(
+    service: &Service,
+    caller: &Caller,
+    sandbox_id: Option<SandboxId>,
+    error: Option<&ApiError>,
+) {
+    let mut details = Map::from_iter([("path".to_owned(), Value::from("/ws"))]);
+    if let Some(key_id) = caller.key_id() {
+        details.insert("key_id".to_owned(), key_id.as_str().into());
+    }
+    let outcome = match error.map(ApiError::code) {
+        None => ActionOutcome::Success,
+        Some(ErrorCode::Forbidden) => ActionOutcome::Denied,
+        Some(_) => ActionOutcome::Failure,
+    };
+    service.note_action(NewAction {
+        id: fresh_id(),
+        org_id: caller.org_id().clone(),
+        user_id: caller.user_id().cloned(),
+        sandbox_id,
+        time: Timestamp::now(),
+        action: "command.execute".to_owned(),
+        outcome,
+        duration: 0,
+        text: ActionText {
+            resource: "/ws".to_owned(),
+            details,
+            error_message: error.map(|error| error.message().chars().take(MAX_TEXT).collect()),
+        },
+    });
+    service.write_actions().await;
+}
+
+pub(super) fn fresh_id() -> String {
+    format!("event-{}", uuid::Uuid::new_v4().simple())
 }
 
 /// Lists who did what by the API: every action that changes something or touches what is in a sandbox, also those that

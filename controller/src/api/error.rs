@@ -74,10 +74,6 @@ impl ApiError {
         self.code
     }
 
-    pub(crate) fn message(&self) -> &str {
-        &self.message
-    }
-
     /// With status and body.
     pub(super) fn render(self, request_id: &str) -> Response {
         let status = StatusCode::from_u16(self.code.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);

@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 use tracing::{Instrument as _, Span, field::Empty};
 
 use super::{
-    actions,
+    actions::{self, MAX_TEXT},
     error::ApiError,
     limits,
     present::{self, Known, Present},
@@ -30,9 +30,6 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Longest id taken over from a client.
 const MAX_ID: usize = 128;
-
-/// Longest text of a request that is recorded, in characters.
-const MAX_TEXT: usize = 500;
 
 /// Asked all the time by machines.
 const PROBES: [&str; 2] = ["/health", "/ready"];
@@ -212,7 +209,7 @@ impl Record {
             details.insert("paths".to_owned(), paths.into());
         }
         self.service.note_action(NewAction {
-            id: format!("event-{}", uuid::Uuid::new_v4().simple()),
+            id: actions::fresh_id(),
             org_id: caller.org_id().clone(),
             user_id: caller.user_id().cloned(),
             sandbox_id: sandbox,

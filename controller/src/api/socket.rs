@@ -12,10 +12,7 @@ use axum::extract::{
 use http::request::Parts;
 use sandgate_api::error::ErrorCode;
 
-use super::{
-    auth::Authenticated,
-    error::ApiError,
-};
+use super::{auth::Authenticated, error::ApiError};
 use crate::service::{Caller, Service, Socket};
 
 /// Largest message of a client, in bytes: a command with its environment.

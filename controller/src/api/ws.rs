@@ -11,6 +11,7 @@ use serde_json::Value;
 use tokio::time::{Interval, MissedTickBehavior};
 
 use super::{
+    actions,
     commands::exec,
     document::Document,
     error::ApiError,
@@ -85,12 +86,15 @@ async fn answer(
     waiting: &mut VecDeque<Asked>,
     pings: &mut Interval,
 ) -> Result<(), HungUp> {
+    let sandbox = what.as_ref().ok().map(|execute| execute.sandbox.clone());
     let begun = async {
         let execute = what?;
         let running = service.start_command(caller.org_id(), &execute.sandbox, execute.exec);
         Ok::<_, ApiError>(CommandEvents::new(running.await?))
     };
-    let mut events = match begun.await {
+    let begun = begun.await;
+    actions::command(service, caller, sandbox, begun.as_ref().err()).await;
+    let mut events = match begun {
         Ok(events) => events,
         Err(error) => return refuse(line, id.as_ref(), &error).await,
     };
