@@ -50,7 +50,8 @@ impl Victim {
         let mut filled = path
             .replace("{id}", id)
             .replace("{name}", SECRET)
-            .replace("{tunnel}", "tunnel-0123456789abcdef");
+            .replace("{tunnel}", "tunnel-0123456789abcdef")
+            .replace("{sid}", "python-proc-1");
         while let Some((before, rest)) = filled.split_once('{') {
             let (_, after) = rest.split_once('}').expect("a parameter");
             filled = format!("{before}1{after}");
