@@ -1,6 +1,7 @@
 //! The bounded queue of records, one lane per sandbox, so that one sandbox's flood neither delays nor displaces
 //! another's records. What waits is on disk ([`super::spool`]); in memory is where, and, while the disk takes nothing,
-//! the records themselves.
+//! the records themselves. What the newest records say is kept beside that, to a limit, so that those that are delivered
+//! soon need not be read back.
 
 use std::{
     borrow::Cow,
@@ -10,6 +11,7 @@ use std::{
     sync::Arc,
 };
 
+use bytes::Bytes;
 use sandgate_api::{
     audit::AuditEvent,
     id::{OrgId, SandboxId},
@@ -18,7 +20,7 @@ use sandgate_policy::FailureMode;
 
 use super::{
     gap,
-    spool::{At, Line, Recovered, Spool, runs},
+    spool::{At, Line, Recovered, Spool, record, runs},
 };
 
 /// What part of the spool one sandbox may have.
@@ -27,6 +29,8 @@ const SHARE: u64 = 8;
 const MEMORY_LANE: usize = 1024;
 /// The same of all sandboxes.
 const MEMORY_MAX: usize = 16_384;
+/// Bytes of records on the disk that are also in memory.
+const KEPT_MAX: usize = 2 << 20;
 
 pub(super) struct Queue {
     spool: Spool,
@@ -37,13 +41,15 @@ pub(super) struct Queue {
     length: usize,
     /// Of them and of those in flight, the ones in memory.
     in_memory: usize,
+    /// Bytes in memory of records in lanes that are on the disk too.
+    kept: usize,
     /// Bytes on disk of records that are not delivered.
     live: u64,
     next: u64,
     lost: u64,
     in_flight: Vec<Entry>,
-    /// What those in flight say, without any that cannot be read.
-    batch: Vec<AuditEvent>,
+    /// What those in flight say, as JSON, without any that cannot be read.
+    batch: Vec<Bytes>,
 }
 
 #[derive(Default)]
@@ -67,6 +73,8 @@ struct Entry {
     sequence: u64,
     repeated: u64,
     place: Place,
+    /// What it says, as JSON, while that is kept.
+    said: Option<Bytes>,
 }
 
 enum Place {
@@ -117,6 +125,7 @@ impl Queue {
             turns: VecDeque::new(),
             length: 0,
             in_memory: 0,
+            kept: 0,
             live: 0,
             next: left.highest + 1,
             lost: 0,
@@ -138,6 +147,7 @@ impl Queue {
                 sequence,
                 repeated: kept.repeated,
                 place: Place::Disk(kept.at),
+                said: None,
             });
         }
         let waiting = queue.lanes.iter().filter(|(_, lane)| !lane.is_empty());
@@ -160,7 +170,8 @@ impl Queue {
     pub(super) fn push(&mut self, mode: FailureMode, event: AuditEvent) {
         let sequence = self.next;
         self.next += 1;
-        let line = record(sequence, &event);
+        let said = serde_json::to_vec(&event);
+        let line = said.as_ref().map(|said| record(sequence, said));
         let needed = line.as_ref().map_or(0, |line| bytes(line.len()));
         let id = event.sandbox_id.clone();
         let lane = self.lanes.entry(id.clone()).or_default();
@@ -176,9 +187,10 @@ impl Queue {
             return;
         }
         let repeated = event.repeated;
-        let place = match line.and_then(|line| self.spool.append(&line)) {
-            Ok(at) => Place::Disk(at),
-            Err(_told) => Place::Memory(Box::new(event)),
+        let written = line.ok().and_then(|line| self.spool.append(&line).ok());
+        let (place, said) = match written {
+            Some(at) => (Place::Disk(at), self.keep(said.unwrap_or_default())),
+            None => (Place::Memory(Box::new(event)), None),
         };
         self.place(&id, &place);
         self.length += 1;
@@ -187,9 +199,26 @@ impl Queue {
                 sequence,
                 repeated,
                 place,
+                said,
             });
         }
         self.compact();
+    }
+
+    /// Keeps what a record says, if there is room for it.
+    fn keep(&mut self, said: Vec<u8>) -> Option<Bytes> {
+        if said.is_empty() || self.kept + said.len() > KEPT_MAX {
+            return None;
+        }
+        self.kept += said.len();
+        Some(Bytes::from(said.into_boxed_slice()))
+    }
+
+    /// What a record says, if it was kept; then it is kept no more.
+    fn unkeep(&mut self, entry: &mut Entry) -> Option<Bytes> {
+        let said = entry.said.take()?;
+        self.kept = self.kept.saturating_sub(said.len());
+        Some(said)
     }
 
     /// Whether a record may be kept under `FailOpen`, if need be instead of older ones of the same sandbox.
@@ -213,13 +242,14 @@ impl Queue {
                     .position(|entry| matches!(entry.place, Place::Memory(_))),
                 false => Some(0),
             };
-            let Some(entry) = index.and_then(|index| lane.records.remove(index)) else {
+            let Some(mut entry) = index.and_then(|index| lane.records.remove(index)) else {
                 break;
             };
             lane.lose(entry.repeated);
             if matches!(entry.place, Place::Disk(_)) {
                 lane.gone.push(entry.sequence);
             }
+            self.unkeep(&mut entry);
             self.lost = self.lost.saturating_add(entry.repeated);
             self.length -= 1;
             freed += match &entry.place {
@@ -287,8 +317,8 @@ impl Queue {
         self.lost
     }
 
-    /// The next records to deliver, at most `limit`: the same again until [`Self::delivered`].
-    pub(super) fn batch(&mut self, limit: usize) -> &[AuditEvent] {
+    /// The next records to deliver, at most `limit`, as JSON each: the same again until [`Self::delivered`].
+    pub(super) fn batch(&mut self, limit: usize) -> &[Bytes] {
         if !self.in_flight.is_empty() {
             return &self.batch;
         }
@@ -296,18 +326,23 @@ impl Queue {
         while self.in_flight.len() < limit {
             let Some(id) = self.turns.pop_front() else { break };
             // Before those that were kept, as what it stands for is older.
-            if let Some((entry, event)) = self.tell_loss(&id) {
+            if let Some((entry, said)) = self.tell_loss(&id) {
                 self.in_flight.push(entry);
-                self.batch.push(event);
-            } else if let Some(entry) = self.lanes.get_mut(&id).and_then(|lane| lane.records.pop_front()) {
+                self.batch.push(said);
+            } else if let Some(mut entry) = self.lanes.get_mut(&id).and_then(|lane| lane.records.pop_front())
+            {
                 self.length -= 1;
                 self.leave(Some(&id), &entry.place);
-                match self.said(&entry.place) {
-                    Ok(event) => {
+                let said = match self.unkeep(&mut entry) {
+                    Some(said) => Ok(said),
+                    None => self.said(&entry.place),
+                };
+                match said {
+                    Ok(said) => {
                         if let (Place::Disk(at), Some(lane)) = (&entry.place, self.lanes.get_mut(&id)) {
                             lane.in_flight += u64::from(at.length);
                         }
-                        self.batch.push(event);
+                        self.batch.push(said);
                         self.in_flight.push(entry);
                     }
                     Err(error) => self.miss(&id, &entry, &error),
@@ -323,11 +358,12 @@ impl Queue {
         &self.batch
     }
 
-    fn said(&self, place: &Place) -> io::Result<AuditEvent> {
-        match place {
-            Place::Disk(at) => self.spool.read(*at),
-            Place::Memory(event) => Ok(AuditEvent::clone(event)),
-        }
+    fn said(&self, place: &Place) -> io::Result<Bytes> {
+        let said = match place {
+            Place::Disk(at) => serde_json::to_vec(&self.spool.read(*at)?)?,
+            Place::Memory(event) => serde_json::to_vec(event)?,
+        };
+        Ok(said.into())
     }
 
     /// A record that cannot be read any more is one that was lost.
@@ -342,9 +378,10 @@ impl Queue {
     }
 
     /// Makes what a sandbox has lost a record.
-    fn tell_loss(&mut self, id: &SandboxId) -> Option<(Entry, AuditEvent)> {
+    fn tell_loss(&mut self, id: &SandboxId) -> Option<(Entry, Bytes)> {
         let lane = self.lanes.get(id).filter(|lane| lane.lost > 0)?;
         let event = gap(id, lane.org_id.as_ref()?, lane.lost);
+        let said = serde_json::to_vec(&event).ok()?;
         // First, so that what is gone does not come back beside the record of its loss.
         self.write_loss(id);
         let sequence = self.next;
@@ -367,8 +404,9 @@ impl Queue {
             sequence,
             repeated: event.repeated,
             place,
+            said: None,
         };
-        Some((entry, event))
+        Some((entry, said.into()))
     }
 
     /// The records of the last batch are the controller's.
@@ -446,9 +484,8 @@ impl Queue {
         let Place::Memory(event) = &entry.place else {
             return None;
         };
-        let at = record(entry.sequence, event)
-            .and_then(|line| self.spool.append(&line))
-            .ok()?;
+        let said = serde_json::to_vec(event).ok()?;
+        let at = self.spool.append(&record(entry.sequence, &said)).ok()?;
         let length = u64::from(at.length);
         self.spool.hold(at);
         self.live += length;
@@ -557,8 +594,8 @@ impl Queue {
             if at.segment != segment {
                 return Ok(0);
             }
-            let line = record(entry.sequence, &spool.read(at)?)?;
-            let now = spool.append(&line)?;
+            let said = serde_json::to_vec(&spool.read(at)?)?;
+            let now = spool.append(&record(entry.sequence, &said))?;
             spool.hold(now);
             spool.release(at);
             entry.place = Place::Disk(now);
@@ -604,11 +641,6 @@ impl Queue {
     pub(super) fn write_to(&mut self, file: File) {
         self.spool.write_to(file);
     }
-}
-
-fn record(sequence: u64, event: &AuditEvent) -> io::Result<Vec<u8>> {
-    let event = Cow::Borrowed(event);
-    Line::Record { sequence, event }.written()
 }
 
 fn bytes(length: usize) -> u64 {

@@ -78,6 +78,12 @@ impl Line<'_> {
     }
 }
 
+/// The line of a record, [`Line::Record`], of which `event` is the JSON.
+pub(super) fn record(sequence: u64, event: &[u8]) -> Vec<u8> {
+    let head = format!("{{\"record\":{{\"sequence\":{sequence},\"event\":");
+    [head.as_bytes(), event, b"}}\n"].concat()
+}
+
 /// Where a record is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct At {

@@ -3,6 +3,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use bytes::Bytes;
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, unshare},
@@ -81,9 +82,16 @@ fn allow(audit: &Audit, owner: &Owner, port: u16) {
 
 fn take(audit: &Audit, limit: usize) -> Vec<AuditEvent> {
     let mut state = audit.lock();
-    let events = state.queue.batch(limit).to_vec();
+    let events = read(state.queue.batch(limit));
     state.queue.delivered();
     events
+}
+
+fn read(batch: &[Bytes]) -> Vec<AuditEvent> {
+    let events = batch
+        .iter()
+        .map(|said| serde_json::from_slice(said).expect("a record"));
+    events.collect()
 }
 
 fn take_all(audit: &Audit) -> Vec<AuditEvent> {
@@ -261,7 +269,7 @@ fn what_a_killed_netd_had_not_delivered_the_next_one_delivers_in_order() {
     }
     let delivered = take(&audit, 50);
     // Under way when it is killed: whether they arrived, nobody knows.
-    let flying = audit.lock().queue.batch(20).to_vec();
+    let flying = read(audit.lock().queue.batch(20));
     drop(audit);
     let audit = place.audit();
     assert_eq!(audit.waiting(), 150);
@@ -302,7 +310,7 @@ fn a_gap_is_told_once_also_by_the_next_netd() {
     let lost = audit.lost();
     drop(audit);
     let audit = place.audit();
-    let first = audit.lock().queue.batch(1).to_vec();
+    let first = read(audit.lock().queue.batch(1));
     assert_eq!((first[0].reason, first[0].repeated), (Reason::Quota, lost));
     // Killed before it knew that the gap arrived: the next one delivers the same.
     drop(audit);
@@ -532,7 +540,7 @@ proptest! {
                 1 => {
                     unsure = true;
                     audit.settle();
-                    see(audit.lock().queue.batch(300).to_vec());
+                    see(read(audit.lock().queue.batch(300)));
                     drop(audit);
                     audit = place.audit();
                 }

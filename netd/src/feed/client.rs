@@ -126,6 +126,14 @@ impl Controller {
     /// # Errors
     /// When the controller is away or says no.
     pub async fn post<B: Serialize + Sync>(&self, path: &str, body: &B) -> Result<(), ClientError> {
+        self.post_written(path, written(body)?).await
+    }
+
+    /// The same with a body that is JSON already.
+    ///
+    /// # Errors
+    /// As [`Self::post`].
+    pub async fn post_written(&self, path: &str, body: Bytes) -> Result<(), ClientError> {
         let (status, _) = self.call(&self.calls, path, body).await?;
         if status.is_success() {
             Ok(())
@@ -140,8 +148,9 @@ impl Controller {
         path: &str,
         body: &B,
     ) -> Result<Option<L>, ClientError> {
+        let body = written(body)?;
         let asking = async {
-            match self.call(&self.leases, path, body).await {
+            match self.call(&self.leases, path, body.clone()).await {
                 // The connection was an old one, of a controller that is no more.
                 Err(ClientError::Http(_)) => self.call(&self.leases, path, body).await,
                 asked => asked,
@@ -159,17 +168,11 @@ impl Controller {
         }
     }
 
-    async fn call<B: Serialize + Sync>(
-        &self,
-        kept: &Kept,
-        path: &str,
-        body: &B,
-    ) -> Result<(StatusCode, Bytes), ClientError> {
-        let body = serde_json::to_vec(body).map_err(ClientError::Body)?;
+    async fn call(&self, kept: &Kept, path: &str, body: Bytes) -> Result<(StatusCode, Bytes), ClientError> {
         let request = Request::post(path)
             .header(header::HOST, "controller")
             .header(header::CONTENT_TYPE, "application/json")
-            .body(Full::new(Bytes::from(body)))?;
+            .body(Full::new(body))?;
         let mut calls = kept.lock().await;
         // Taken out, so that a call that fails or is given up leaves no half-used connection behind.
         let mut sender = match calls.take().filter(|sender| !sender.is_closed()) {
@@ -201,6 +204,12 @@ impl Controller {
         });
         Ok(sender)
     }
+}
+
+fn written<B: Serialize>(body: &B) -> Result<Bytes, ClientError> {
+    serde_json::to_vec(body)
+        .map(Bytes::from)
+        .map_err(ClientError::Body)
 }
 
 impl Broker for Controller {
