@@ -1,6 +1,6 @@
 //! The egress audit: a bounded log of what netd reported.
 
-use std::collections::{BTreeMap, btree_map::Entry};
+use std::collections::{BTreeMap, HashSet, btree_map::Entry};
 
 use futures_util::TryStreamExt as _;
 use jiff::Timestamp;
@@ -15,6 +15,9 @@ use tokio::sync::watch;
 
 use super::{Store, StoreError, document, millis, to_document, to_stored};
 use crate::chain::{Anchor, Chain, ChainKey, Columns, Head, Link, Mac, Place, Verifier};
+
+/// How many records one statement stores: each statement is a way to the database's thread and back.
+const TOGETHER: usize = 128;
 
 /// Which records a caller wants.
 #[derive(Debug, Clone, Default)]
@@ -58,40 +61,52 @@ impl Store {
         let mut transaction = self.write().await?;
         let mut ends: BTreeMap<&OrgId, Place> = BTreeMap::new();
         let mut newest = None;
-        for event in events {
-            let mut end = match ends.entry(&event.org_id) {
-                Entry::Occupied(end) => end,
-                Entry::Vacant(vacant) => {
-                    let end = continue_chain(&mut transaction, key, &event.org_id).await?;
-                    vacant.insert_entry(end)
+        for some in events.chunks(TOGETHER) {
+            let mut stored = stored(&mut transaction, some).await?;
+            let mut rows = Vec::with_capacity(some.len());
+            for event in some {
+                if !stored.insert(event.id.clone()) {
+                    continue;
                 }
-            };
-            let text = match &event.gap {
-                None => to_document("audit record", event)?,
-                Some(_) => to_document("audit record", &behind(event, end.get()))?,
-            };
-            let place = key.next(&event.org_id, end.get(), &text);
-            let done = sqlx::query(
-                "INSERT INTO egress_audit (id, org_id, sandbox_id, time, verdict, host, alert, document, epoch, position, mac) \
-                 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
-            )
-            .bind(&event.id)
-            .bind(event.org_id.as_str())
-            .bind(event.sandbox_id.as_str())
-            .bind(millis(event.time))
-            .bind(event.verdict.as_str())
-            .bind(&event.host)
-            .bind(event.alert.map(AlertKind::as_str))
-            .bind(text)
-            .bind(place.epoch)
-            .bind(place.position)
-            .bind(place.mac.as_slice())
-            .execute(&mut *transaction)
-            .await?;
-            if done.rows_affected() > 0 {
-                end.insert(place);
-                newest = Some(done.last_insert_rowid());
+                let end = match ends.entry(&event.org_id) {
+                    Entry::Occupied(end) => end.into_mut(),
+                    Entry::Vacant(vacant) => {
+                        vacant.insert(continue_chain(&mut transaction, key, &event.org_id).await?)
+                    }
+                };
+                let text = match &event.gap {
+                    None => to_document("audit record", event)?,
+                    Some(_) => to_document("audit record", &behind(event, end))?,
+                };
+                *end = key.next(&event.org_id, end, &text);
+                rows.push((event, text, *end));
             }
+            if rows.is_empty() {
+                continue;
+            }
+            let mut insertion = QueryBuilder::<Sqlite>::new(
+                "INSERT INTO egress_audit (id, org_id, sandbox_id, time, verdict, host, alert, document, epoch, position, mac) ",
+            );
+            insertion.push_values(rows, |mut row, (event, text, place)| {
+                row.push_bind(&event.id)
+                    .push_bind(event.org_id.as_str())
+                    .push_bind(event.sandbox_id.as_str())
+                    .push_bind(millis(event.time))
+                    .push_bind(event.verdict.as_str())
+                    .push_bind(&event.host)
+                    .push_bind(event.alert.map(AlertKind::as_str))
+                    .push_bind(text)
+                    .push_bind(place.epoch)
+                    .push_bind(place.position)
+                    .push_bind(place.mac.to_vec());
+            });
+            // Of as many shapes as there are numbers of rows: not to be kept prepared.
+            let done = insertion
+                .build()
+                .persistent(false)
+                .execute(&mut *transaction)
+                .await?;
+            newest = Some(done.last_insert_rowid());
         }
         for (org_id, end) in ends {
             sqlx::query("UPDATE egress_audit_chains SET position = ?, mac = ? WHERE org_id = ?")
@@ -475,6 +490,22 @@ fn behind(gap: &AuditEvent, end: &Place) -> AuditEvent {
         }),
         ..gap.clone()
     }
+}
+
+/// Which of these records are stored already.
+async fn stored(
+    transaction: &mut Transaction<'static, Sqlite>,
+    events: &[AuditEvent],
+) -> Result<HashSet<String>, StoreError> {
+    let mut query = QueryBuilder::<Sqlite>::new("SELECT id FROM egress_audit WHERE id IN (");
+    let mut ids = query.separated(", ");
+    for event in events {
+        ids.push_bind(&event.id);
+    }
+    query.push(")");
+    let stored = query.build_query_scalar().persistent(false);
+    let stored = stored.fetch_all(&mut **transaction).await?;
+    Ok(stored.into_iter().collect())
 }
 
 /// Where the organisation's chain ends; begun, if there is none for this key.

@@ -47,6 +47,52 @@ async fn audit(world: &World, filter: AuditFilter) -> Vec<String> {
 }
 
 #[tokio::test]
+async fn a_batch_of_many_is_stored_in_its_order_without_what_is_stored_already() {
+    let world = world().await;
+    let mut events: Vec<_> = (0..300)
+        .map(|number| {
+            event(
+                &world,
+                &format!("{number}.test"),
+                AuditVerdict::Allow,
+                300 - number,
+            )
+        })
+        .collect();
+    let of = |range: std::ops::Range<usize>| range.map(|number| format!("{number}.test")).rev();
+    let stored = async || {
+        let all = AuditFilter {
+            limit: 1000,
+            ..AuditFilter::default()
+        };
+        audit(&world, all).await
+    };
+    let insert = async |events: &[AuditEvent]| {
+        let inserted = world.store.insert_audit(&chain_key(), events).await;
+        inserted.expect("stored");
+    };
+    insert(&events[100..150]).await;
+    // Twice in one batch, too.
+    events.push(events[0].clone());
+    insert(&events).await;
+    let expected: Vec<_> = of(150..300).chain(of(0..100)).chain(of(100..150)).collect();
+    assert_eq!(stored().await, expected);
+    let verified = world
+        .store
+        .verify_audit(&chain_key(), &world.org, None)
+        .await
+        .expect("verified");
+    assert_eq!(
+        (verified.records, verified.problem.is_none()),
+        (300, true),
+        "one chain of all of them"
+    );
+    insert(&events).await;
+    insert(&[]).await;
+    assert_eq!(stored().await, expected);
+}
+
+#[tokio::test]
 async fn a_record_delivered_twice_is_stored_once_and_every_filter_counts() {
     let world = world().await;
     let events = [
