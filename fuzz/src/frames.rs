@@ -3,15 +3,18 @@
 //! was written.
 
 use std::{
+    convert::Infallible,
     io::Write as _,
     net::{Shutdown, TcpStream},
     os::{fd::OwnedFd, unix::net::UnixStream},
 };
 
 use bytes::Bytes;
-use controller::agent::{Agent, AgentError, ExecEvent};
+use controller::agent::{Agent, AgentError, ExecEvent, Upload};
+use futures_util::stream;
 use sandgate_api::agent::{
-    Command, Exec, FrameHeader, FrameKind, HEADER_LENGTH, Hello, MAX_FRAME, Reply, Request,
+    Command, Exec, FilePart, FileRequest, FrameHeader, FrameKind, HEADER_LENGTH, Hello, MAX_FRAME, Reply,
+    Request,
 };
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -22,15 +25,18 @@ const MESSAGE_MAX: usize = 512;
 /// What a caller takes of a file and of a listing.
 const FILE_MAX: u64 = 1000;
 const LIST_MAX: u32 = 5;
+/// Length of the part that it wants of an opened file.
+const PART: u64 = 10;
 
 pub(crate) fn check(data: &[u8]) {
     let [operation, data @ ..] = data else { return };
     survives::<Reply>(data);
     survives::<Request>(data);
     survives::<Hello>(data);
+    survives::<FilePart>(data);
     let outcome = run(async {
         let agent = Agent::new(hostile(data), &"0".repeat(64));
-        match operation % 6 {
+        match operation % 11 {
             0 => agent.ping().await,
             1 => agent.claim(Default::default()).await,
             2 => agent
@@ -39,6 +45,19 @@ pub(crate) fn check(data: &[u8]) {
                 .map(drop),
             3 => read_file(agent).await,
             4 => list(agent).await,
+            6 => glob(agent).await,
+            7 => open(agent).await,
+            8 => upload(agent).await,
+            9 => watch(agent).await,
+            10 => {
+                let path = "/f".to_owned();
+                agent
+                    .work(FileRequest::Remove {
+                        path,
+                        recursive: true,
+                    })
+                    .await
+            }
             _ => exec(agent, data).await,
         }
     });
@@ -96,6 +115,46 @@ async fn read_file(agent: Agent) -> Result<(), AgentError> {
 async fn list(agent: Agent) -> Result<(), AgentError> {
     let listing = agent.list("/", true, LIST_MAX).await?;
     assert!(listing.entries.len() <= LIST_MAX as usize);
+    Ok(())
+}
+
+async fn glob(agent: Agent) -> Result<(), AgentError> {
+    let listing = agent.glob("/", "**", LIST_MAX).await?;
+    assert!(listing.entries.len() <= LIST_MAX as usize);
+    Ok(())
+}
+
+async fn open(agent: Agent) -> Result<(), AgentError> {
+    let opened = agent.open("/f", FILE_MAX).await?;
+    assert!(opened.file().size <= FILE_MAX);
+    let (mut part, mut read) = (opened.part(1, PART).await?, 0);
+    while let Some(bytes) = part.next().await {
+        read += bytes?.len() as u64;
+        assert!(read <= PART, "more than was asked for");
+    }
+    assert_eq!(read, PART, "it ended early and said nothing");
+    Ok(())
+}
+
+async fn upload(agent: Agent) -> Result<(), AgentError> {
+    let parts = stream::iter([Ok::<_, Infallible>(Bytes::from_static(b"content"))]);
+    match agent.upload("/f", Some(7), None, parts).await {
+        Ok(written) => {
+            assert_eq!(written, 7);
+            Ok(())
+        }
+        Err(Upload::Agent(error)) => Err(error),
+        Err(Upload::Source(never)) => match never {},
+    }
+}
+
+/// It ends, as what is told is finite.
+async fn watch(agent: Agent) -> Result<(), AgentError> {
+    let mut watch = agent.watch("/", true).await?;
+    while let Some(changes) = watch.next().await {
+        changes?;
+    }
+    assert!(watch.next().await.is_none(), "something follows the end");
     Ok(())
 }
 

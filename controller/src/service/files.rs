@@ -8,6 +8,7 @@ use sandgate_api::{
     id::{OrgId, SandboxId},
     rest::{FileEntry, FileKind, FileList, WrittenFile},
 };
+use tokio_util::sync::CancellationToken;
 
 use super::{Service, ServiceError};
 use crate::{
@@ -31,6 +32,7 @@ pub(super) const WATCHES: usize = 32;
 /// A directory that is followed. Dropping it ends that.
 pub struct Watching {
     watch: Watch,
+    end: CancellationToken,
     _place: Place,
 }
 
@@ -40,9 +42,18 @@ impl Watching {
         self.watch.partly()
     }
 
-    /// The next changes; none after the last, an error as the last.
-    pub async fn next(&mut self) -> Option<Result<Changes, AgentError>> {
-        self.watch.next().await
+    /// The next changes; none after the last. After an error nothing is to be expected. Can be dropped and called again
+    /// without losing anything.
+    pub async fn next(&mut self) -> Option<Result<Changes, ServiceError>> {
+        tokio::select! {
+            biased;
+            // What has no end of its own holds up nobody's restart.
+            () = self.end.cancelled() => {
+                let message = "the controller is shutting down; follow the directory again";
+                Some(Err(ServiceError::Unavailable(message.to_owned())))
+            }
+            changes = self.watch.next() => Some(changes?.map_err(ServiceError::from)),
+        }
     }
 }
 
@@ -154,6 +165,7 @@ impl Service {
         };
         Ok(Watching {
             watch: agent.watch(path, recursive).await?,
+            end: self.shared.tasks.shutdown(),
             _place: place,
         })
     }
