@@ -8,9 +8,13 @@ use sandgate_api::{
     id::{OrgId, SandboxId},
     rest::{FileEntry, FileKind, FileList, WrittenFile},
 };
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::{Service, ServiceError};
+use super::{
+    Service, ServiceError,
+    keeper::{Progress, gone},
+};
 use crate::{
     agent::{AgentError, Changes, Listing, Opened, Upload, Watch},
     places::Place,
@@ -32,6 +36,8 @@ pub(super) const WATCHES: usize = 32;
 /// A directory that is followed. Dropping it ends that.
 pub struct Watching {
     watch: Watch,
+    /// Of the sandbox: its end is not heard from the agent, whose connection is cut without a word.
+    progress: watch::Receiver<Progress>,
     end: CancellationToken,
     _place: Place,
 }
@@ -51,6 +57,9 @@ impl Watching {
             () = self.end.cancelled() => {
                 let message = "the controller is shutting down; follow the directory again";
                 Some(Err(ServiceError::Unavailable(message.to_owned())))
+            }
+            () = gone(self.progress.clone()) => {
+                Some(Err(ServiceError::Conflict("the sandbox has ended".to_owned())))
             }
             changes = self.watch.next() => Some(changes?.map_err(ServiceError::from)),
         }
@@ -157,6 +166,9 @@ impl Service {
         recursive: bool,
     ) -> Result<Watching, ServiceError> {
         let agent = self.agent(org_id, id).await?;
+        let Some(progress) = self.progress_of(id) else {
+            return Err(ServiceError::Conflict("the sandbox is ending".to_owned()));
+        };
         let Some(place) = self.shared.watches.take(org_id) else {
             let most = self.shared.watches.each();
             let message =
@@ -165,6 +177,7 @@ impl Service {
         };
         Ok(Watching {
             watch: agent.watch(path, recursive).await?,
+            progress,
             end: self.shared.tasks.shutdown(),
             _place: place,
         })

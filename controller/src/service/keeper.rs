@@ -120,6 +120,12 @@ pub(super) async fn settled(mut progress: watch::Receiver<Progress>) -> Option<P
 }
 
 impl Service {
+    /// What can be seen of a sandbox's keeper; none when nothing looks after it.
+    pub(super) fn progress_of(&self, id: &SandboxId) -> Option<watch::Receiver<Progress>> {
+        let keepers = self.shared.keepers.lock().unwrap_or_else(PoisonError::into_inner);
+        keepers.get(id).map(|keeper| keeper.progress.clone())
+    }
+
     /// Starts looking after a sandbox that stands in the store as live.
     pub(super) fn keep(
         &self,
