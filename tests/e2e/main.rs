@@ -11,6 +11,7 @@ mod bad_input;
 mod clsact;
 mod dns;
 mod execution;
+mod files;
 mod flow;
 mod frames;
 mod instances;
@@ -51,6 +52,10 @@ fn main() -> ExitCode {
                 sockets::a_session_keeps_its_state_and_is_interrupted,
                 execution::exit_codes_are_real,
                 execution::files_of_any_bytes_survive_the_way,
+                files::files_are_moved_copied_found_and_removed,
+                files::no_path_shows_what_is_the_agents,
+                files::a_long_file_goes_in_and_out_at_constant_memory,
+                files::a_form_is_stored_and_a_directory_followed,
                 execution::the_sandbox_is_locked_down,
                 execution::limits_bite_inside_and_only_there,
                 execution::full_disks_harm_nobody_else,
