@@ -16,8 +16,10 @@ mod document;
 mod error;
 mod events;
 mod files;
+mod happenings;
 mod health;
 mod keys;
+mod lifetime;
 mod limits;
 mod multipart;
 mod network;
@@ -38,9 +40,11 @@ mod serve;
 mod settings;
 mod socket;
 mod sse;
+mod templates;
 mod text;
 mod tunnels;
 mod uploads;
+mod usage;
 mod users;
 mod ws;
 
@@ -90,9 +94,13 @@ fn described() -> Routes {
         .add(routes!(sandboxes::list))
         .add(routes!(sandboxes::create_short))
         .add(routes!(sandboxes::create))
+        .add(routes!(sandboxes::create_from_template))
         .add(routes!(sandboxes::get, sandboxes::delete))
         .add(routes!(sandboxes::status))
         .add(routes!(sandboxes::stop))
+        .add(routes!(lifetime::extend))
+        .add(routes!(lifetime::pause))
+        .add(routes!(lifetime::resume))
         .add(routes!(commands::execute))
         .add(routes!(processes::list, processes::start))
         .add(routes!(processes::output))
@@ -136,7 +144,16 @@ fn described() -> Routes {
         .add(routes!(review::allow))
         .add(routes!(review::simulate))
         .add(routes!(review::suggest))
-        .add(routes!(pool::stats));
+        .add(routes!(pool::stats))
+        .add(routes!(usage::metrics))
+        .add(routes!(usage::metrics_history))
+        .add(routes!(usage::metrics_summary))
+        .add(routes!(usage::current))
+        .add(routes!(usage::history))
+        .add(routes!(usage::by_sandbox))
+        .add(routes!(happenings::stream))
+        .add(routes!(templates::list, templates::create))
+        .add(routes!(templates::get, templates::replace, templates::delete));
     Routes::new()
         .below("/api/v1", v1)
         .add(routes!(ws::commands))

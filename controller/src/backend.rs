@@ -122,3 +122,68 @@ pub enum BackendError {
         message: String,
     },
 }
+
+/// What a sandbox has used so far, and what it holds at present.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reading {
+    /// Processor time of everything in it since it was made.
+    pub cpu: Duration,
+    /// Memory at present, without pages of files that nobody has used for a while.
+    pub memory_bytes: u64,
+    /// Processes and threads at present.
+    pub processes: u64,
+    /// Of its writable layer, at present.
+    pub disk_bytes: u64,
+    /// Size of its writable layer.
+    pub disk_limit: u64,
+    /// What it has sent since it was made, answers to the controller included.
+    pub sent_bytes: u64,
+    /// What it has received since it was made, questions of the controller included.
+    pub received_bytes: u64,
+}
+
+/// What passes unasked, such as the last packets of a connection, in bytes.
+const SILENCE: u64 = 4096;
+
+/// Share of one processor that an agent which waits stays below, as its reciprocal.
+const STANDSTILL: u32 = 100;
+
+impl Reading {
+    /// Whether nothing to speak of has happened since an earlier reading, `over` ago or more: less than 1 % of one
+    /// processor and at most 4 KiB over the network.
+    pub fn is_idle_since(&self, before: Self, over: Duration) -> bool {
+        let crossed = |reading: &Self| reading.sent_bytes.saturating_add(reading.received_bytes);
+        self.cpu.saturating_sub(before.cpu) < over / STANDSTILL
+            && crossed(self).saturating_sub(crossed(&before)) <= SILENCE
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_computes_or_talks_is_not_idle() {
+        let minute = Duration::from_secs(60);
+        let before = Reading {
+            cpu: minute,
+            memory_bytes: 1,
+            processes: 1,
+            disk_bytes: 0,
+            disk_limit: 0,
+            sent_bytes: 1_000,
+            received_bytes: 1_000,
+        };
+        assert!(before.is_idle_since(before, minute));
+        let with = |cpu: u64, sent: u64, received: u64| Reading {
+            cpu: minute + Duration::from_millis(cpu),
+            sent_bytes: 1_000 + sent,
+            received_bytes: 1_000 + received,
+            memory_bytes: 1 << 30,
+            ..before
+        };
+        assert!(with(599, 2_048, 2_048).is_idle_since(before, minute));
+        assert!(!with(600, 0, 0).is_idle_since(before, minute));
+        assert!(!with(0, 4_000, 97).is_idle_since(before, minute));
+    }
+}

@@ -20,6 +20,9 @@ use crate::{
     spec::{Cpus, LIFETIME_SECONDS, Size},
 };
 
+/// Longest lifetime that can be configured, in seconds: thirty days.
+const LONGEST_LIFETIME: u64 = 30 * 86_400;
+
 /// Exit status for a bad configuration (`EX_USAGE` of sysexits.h).
 pub const EXIT_USAGE: u8 = 64;
 
@@ -93,6 +96,8 @@ settings! {
     default_pids = "SANDGATE_DEFAULT_PIDS", "default-pids";
     /// Seconds that a sandbox lives when it asks for nothing else [default: 600]
     default_timeout = "DEFAULT_TIMEOUT", "default-timeout";
+    /// Seconds that a sandbox lives at most, however often it is extended [default: 86400]
+    max_lifetime = "SANDGATE_MAX_LIFETIME", "max-lifetime";
     /// Live sandboxes of one organisation [default: 20]
     max_sandboxes = "MAX_SANDBOXES_PER_ORG", "max-sandboxes-per-org";
     /// `true` or `false`: whether sandboxes are made before anybody asks for them [default: false]
@@ -182,6 +187,8 @@ pub struct SandboxDefaults {
     pub pids: u64,
     /// Lifetime in seconds.
     pub timeout_seconds: u64,
+    /// Longest lifetime in seconds, however often it is extended.
+    pub max_lifetime_seconds: u64,
     /// Live sandboxes of one organisation. The published default of 5 is too low: fork, clone and session
     /// flows of published clients hold four or five at once, beside whatever else the organisation runs.
     pub max_per_organization: u32,
@@ -347,6 +354,9 @@ impl Config {
 }
 
 fn sandbox_defaults(settings: &Settings) -> Result<SandboxDefaults, ConfigError> {
+    let max_lifetime_seconds = read("SANDGATE_MAX_LIFETIME", &settings.max_lifetime, "86400", |text| {
+        number(text, *LIFETIME_SECONDS.start()..=LONGEST_LIFETIME)
+    })?;
     Ok(SandboxDefaults {
         cpus: read("DEFAULT_CPUS", &settings.default_cpus, "2", |text| {
             text.parse::<Cpus>().map_err(|error| error.to_string())
@@ -361,8 +371,12 @@ fn sandbox_defaults(settings: &Settings) -> Result<SandboxDefaults, ConfigError>
             number(text, crate::spec::PIDS)
         })?,
         timeout_seconds: read("DEFAULT_TIMEOUT", &settings.default_timeout, "600", |text| {
-            number(text, LIFETIME_SECONDS)
+            number(
+                text,
+                *LIFETIME_SECONDS.start()..=max_lifetime_seconds.min(*LIFETIME_SECONDS.end()),
+            )
         })?,
+        max_lifetime_seconds,
         max_per_organization: read("MAX_SANDBOXES_PER_ORG", &settings.max_sandboxes, "20", |text| {
             let limit = number(text, 1..=100_000)?;
             u32::try_from(limit).map_err(|error| error.to_string())
@@ -570,6 +584,8 @@ mod tests {
             ("SANDGATE_DEFAULT_PIDS", "0"),
             ("DEFAULT_TIMEOUT", "59"),
             ("DEFAULT_TIMEOUT", "86401"),
+            ("SANDGATE_MAX_LIFETIME", "59"),
+            ("SANDGATE_MAX_LIFETIME", "2592001"),
             ("MAX_SANDBOXES_PER_ORG", "0"),
             ("MAX_SANDBOXES_PER_ORG", "-1"),
             ("WARM_POOL_ENABLED", "perhaps"),

@@ -52,6 +52,8 @@ pub mod presets;
 pub mod service;
 pub mod spec;
 pub mod store;
+pub mod template;
+pub mod terms;
 pub mod up;
 pub mod vault;
 pub mod verify;

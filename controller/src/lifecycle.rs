@@ -1,11 +1,11 @@
 //! The life of a sandbox, as a pure function: state and event in, state and next effect out.
 //!
 //! ```text
-//! Preparing -> Announcing -> Enforcing -> Launching -> Greeting -> Recording -> Running
-//!     |            |             |            |            |           |           |
-//!     |            |             |            |  Admitting ----------> +           |
-//!     |            |             |            |      |     |           |           |
-//!     +------------+-------------+--- any failure or end --+-----------+-----------+
+//! Preparing -> Announcing -> Enforcing -> Launching -> Greeting -> Furnishing -> Recording -> Running
+//!     |            |             |            |            |           |            |           |
+//!     |            |             |            |  Admitting ----------> +            |           |
+//!     |            |             |            |      |     |           |            |           |
+//!     +------------+-------------+--- any failure or end --+-----------+------------+-----------+
 //!                                        v
 //!                     Withdrawing -> Destroying -> Closing -> Ended
 //! ```
@@ -61,6 +61,8 @@ pub enum Phase {
     Greeting,
     /// It was made in advance: the node has not acknowledged its owner's rules, or the agent not its owner.
     Admitting,
+    /// What it was made from has files to be written and commands to be run.
+    Furnishing,
     /// It is recorded as running.
     Recording,
 }
@@ -83,6 +85,8 @@ pub enum Cause {
     Stopped,
     /// Its lifetime is over.
     Expired,
+    /// Nothing happened in it for as long as its owner allows.
+    Idle,
     /// Its first process ended.
     Died,
     /// It was there before a restart and is not any more.
@@ -101,9 +105,13 @@ impl Cause {
     /// The status it leaves behind.
     pub fn status(self) -> SandboxStatus {
         match self {
-            Self::Stopped | Self::Expired | Self::Died | Self::Lost | Self::Abandoned | Self::Retired => {
-                SandboxStatus::Terminated
-            }
+            Self::Stopped
+            | Self::Expired
+            | Self::Idle
+            | Self::Died
+            | Self::Lost
+            | Self::Abandoned
+            | Self::Retired => SandboxStatus::Terminated,
             Self::Failed | Self::Interrupted => SandboxStatus::Error,
         }
     }
@@ -113,6 +121,7 @@ impl Cause {
         match self {
             Self::Stopped => "stopped on request",
             Self::Expired => "its lifetime was over",
+            Self::Idle => "nothing happened in it for its idle timeout",
             Self::Died => "its first process ended",
             Self::Lost => "it was gone when the controller came back",
             Self::Failed => "it could not be created",
@@ -149,6 +158,8 @@ pub enum Effect {
     Greet,
     /// Wait for the node's acknowledgement, and give the agent what is its owner's.
     Admit,
+    /// Write its template's files and run its commands.
+    Furnish,
     /// Commit that it runs.
     RecordRunning,
     /// Wait for its expiry or death.
@@ -221,6 +232,7 @@ impl State {
                 Phase::Launching => Effect::Launch,
                 Phase::Greeting => Effect::Greet,
                 Phase::Admitting => Effect::Admit,
+                Phase::Furnishing => Effect::Furnish,
                 Phase::Recording => Effect::RecordRunning,
             }),
             Self::Running => Some(Effect::Watch),
@@ -291,7 +303,7 @@ pub fn step(state: State, event: Event) -> (State, Next) {
 /// Waiting can be given up at any time; making something cannot.
 fn interruptible(phase: Phase) -> bool {
     match phase {
-        Phase::Enforcing | Phase::Greeting | Phase::Admitting => true,
+        Phase::Enforcing | Phase::Greeting | Phase::Admitting | Phase::Furnishing => true,
         Phase::Preparing | Phase::Announcing | Phase::Launching | Phase::Recording => false,
     }
 }
@@ -302,7 +314,8 @@ fn after(phase: Phase) -> State {
         Phase::Announcing => Phase::Enforcing,
         Phase::Enforcing => Phase::Launching,
         Phase::Launching => Phase::Greeting,
-        Phase::Greeting | Phase::Admitting => Phase::Recording,
+        Phase::Greeting | Phase::Admitting => Phase::Furnishing,
+        Phase::Furnishing => Phase::Recording,
         Phase::Recording => return State::Running,
     };
     State::Creating { phase, doomed: None }

@@ -10,9 +10,12 @@ mod audit;
 mod commands;
 mod doctor;
 mod files;
+mod happenings;
 mod keeper;
 mod keys;
+mod lifetime;
 mod limits;
+mod meters;
 mod policies;
 mod pool;
 mod processes;
@@ -23,8 +26,10 @@ mod review;
 mod sandboxes;
 mod secrets;
 mod sockets;
+mod templates;
 mod tokens;
 mod tunnels;
+mod usage;
 mod users;
 
 use std::{
@@ -47,15 +52,19 @@ pub use audit::Trail;
 pub use commands::{Command, Output, Running};
 pub use files::{MAX_FILE, MAX_STREAMED, Watching};
 
+pub use happenings::Events;
 pub use keys::{IssuedKey, KeyRequest};
+pub use meters::KEPT as MEASUREMENTS;
 pub use policies::{NetworkView, OrganizationView};
 pub use repl::{Executed, Language};
 pub use review::Span;
 pub use sandboxes::{SandboxPage, SandboxRequest, Started};
 pub use secrets::{EgressRequest, SCOPE, SecretChangeRequest, SecretRequest};
 pub use sockets::Socket;
+pub use templates::TemplateFilter;
 pub use tokens::TokenRequest;
 pub use tunnels::TunnelRequest;
+pub use usage::{Granularity, Period};
 pub use users::{InvitationRequest, UserRequest};
 
 use crate::{
@@ -103,6 +112,10 @@ struct Shared {
     actions: actions::Actions,
     limits: limits::Limits,
     tokens: TokenKey,
+    meters: meters::Meters,
+    teller: happenings::Teller,
+    /// Streams of events.
+    event_streams: Places,
 }
 
 /// Whether sandboxes can be made.
@@ -186,11 +199,13 @@ impl From<StoreError> for ServiceError {
             Conflict::EmailTaken
             | Conflict::WrongState
             | Conflict::SecretExists
+            | Conflict::SessionTaken
             | Conflict::InvitationUsed
             | Conflict::LastOwner => Self::Conflict(conflict.to_string()),
             Conflict::QuotaReached { .. }
             | Conflict::TooManyKeys { .. }
             | Conflict::TooManyUsers { .. }
+            | Conflict::TooManyTemplates { .. }
             | Conflict::TooManyInvitations { .. }
             | Conflict::TooManySecrets { .. }
             | Conflict::TooManyTunnels { .. }
@@ -261,6 +276,7 @@ impl Service {
         };
         let shared = Shared {
             pool: pool::Pool::new(config.pool),
+            teller: happenings::Teller::start(store.clone(), &tasks),
             ledger: Ledger::new(store.clone(), &installation, &config.data_dir),
             store,
             node,
@@ -274,6 +290,8 @@ impl Service {
             streams: Places::new(audit::STREAMS),
             watches: Places::new(files::WATCHES),
             sockets: Places::new(sockets::SOCKETS),
+            meters: meters::Meters::default(),
+            event_streams: Places::new(happenings::STREAMS),
             uses: keys::Uses::default(),
             actions: actions::Actions::default(),
             limits: limits::Limits::new(&config),

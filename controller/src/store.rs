@@ -1,4 +1,4 @@
-//! What must survive: accounts, keys, sandboxes, policies, secrets (sealed), tunnels, the feed's position, the egress audit.
+//! What must survive: accounts, keys, sandboxes, policies, secrets (sealed), tunnels, the feed's position, the egress audit, usage, events.
 //!
 //! Owns the SQL. Knows no HTTP, and decides nothing but what must be decided inside a transaction: quota,
 //! stale revisions, and the feed revision itself, which is assigned while the writer's lock is held, so
@@ -12,6 +12,7 @@ mod accounts;
 mod actions;
 mod audit;
 mod feed;
+mod happenings;
 mod keys;
 mod policies;
 mod pool;
@@ -19,7 +20,10 @@ mod pool;
 pub(crate) mod samples;
 mod sandboxes;
 mod secrets;
+mod templates;
+mod terms;
 mod tunnels;
+mod usage;
 
 use std::{path::Path, time::Duration};
 
@@ -35,12 +39,15 @@ pub use accounts::{InvitationRecord, NewAccount, NewInvitation, PLAN};
 pub use actions::{ActionFilter, ActionText, NewAction};
 pub use audit::{AuditFilter, AuditRow};
 pub use feed::FeedChange;
+pub use happenings::Happening;
 pub use keys::{KeyRecord, NewKey};
 pub use policies::{PolicyChange, StoredPolicy};
 pub use pool::{PoolRecord, PoolStatus, Withdrawal};
 pub use sandboxes::{AuthorityRecord, NewSandbox, SandboxRecord};
 pub use secrets::{NewSecret, SandboxSecret, SecretChange, SecretChoice, SecretRecord, SecretUpdate};
+pub use terms::{Extension, Longer};
 pub use tunnels::{EXPIRED_SHOWN, TunnelChange, TunnelLimits, TunnelRecord};
+pub use usage::{Amounts, Used, hour_of};
 
 /// Connections that read beside the writer.
 const READERS: u32 = 4;
@@ -56,6 +63,8 @@ pub struct Store {
     revision: watch::Sender<Revision>,
     /// The newest audit record that was stored since the start.
     recorded: watch::Sender<i64>,
+    /// The newest event that was stored since the start.
+    happened: watch::Sender<i64>,
 }
 
 /// The store did not do what it was asked.
@@ -95,6 +104,9 @@ pub enum Conflict {
         /// The limit.
         limit: u32,
     },
+    /// The session has a live sandbox.
+    #[error("the session has a sandbox already")]
+    SessionTaken,
     /// The organisation has as many keys as it may have.
     #[error("the organisation has reached its limit of {limit} API keys")]
     TooManyKeys {
@@ -128,6 +140,12 @@ pub enum Conflict {
     /// The organisation has a secret of this name.
     #[error("there is a secret of this name already")]
     SecretExists,
+    /// The organisation has as many templates as it may have.
+    #[error("the organisation has reached its limit of {limit} templates")]
+    TooManyTemplates {
+        /// The limit.
+        limit: u32,
+    },
     /// The organisation has as many secrets as it may have.
     #[error("the organisation has reached its limit of {limit} secrets")]
     TooManySecrets {
@@ -197,6 +215,7 @@ impl Store {
             readers,
             revision,
             recorded: watch::channel(0).0,
+            happened: watch::channel(0).0,
         };
         let current = store.open_feed().await?;
         store.revision.send_replace(current);
@@ -221,6 +240,7 @@ impl Store {
             readers,
             revision: watch::channel(0).0,
             recorded: watch::channel(0).0,
+            happened: watch::channel(0).0,
         })
     }
 

@@ -18,6 +18,7 @@ mod instances;
 mod ipv6;
 mod leak;
 mod lifecycle;
+mod lifetimes;
 mod machine;
 mod names;
 mod observe;
@@ -31,6 +32,7 @@ mod restart;
 mod review;
 mod siege;
 mod sockets;
+mod templates;
 mod tour;
 mod tunnels;
 
@@ -152,6 +154,17 @@ fn main() -> ExitCode {
                 outages::a_create_cut_off_by_a_kill_leaves_nothing,
                 outages::a_killed_supervisor_takes_nothing_with_it,
                 lifecycle::a_sandbox_that_expires_is_cleaned_up,
+            ],
+        )
+        .group(
+            "life",
+            cases![
+                lifetimes::of_many_creations_of_a_session_one_makes_the_sandbox,
+                lifetimes::a_paused_sandbox_stands_still_also_over_a_restart_of_the_controller,
+                lifetimes::what_happens_is_told_as_it_happens,
+                templates::what_a_template_says_is_done_before_anybody_gets_the_sandbox,
+                templates::a_template_whose_command_fails_gives_no_sandbox_and_says_why,
+                lifetimes::a_sandbox_that_nobody_uses_ends_and_says_why,
             ],
         )
         .group(

@@ -128,6 +128,7 @@ pub(super) struct KeyBody {
 #[schema(example = json!({
     "cpus": "1", "memory": "512Mi", "disk": "1Gi", "pids": 128, "timeout_seconds": 600,
     "env": {"GREETING": "hello"}, "isolation": "container", "image": "default", "secrets": ["EXAMPLE_TOKEN"],
+    "template": "python-basic", "session_key": "thread-7", "idle_timeout_seconds": 300, "metadata": {"owner": "ada"},
     "network": {"mode": "allowlist", "allowed_domains": ["api.example.org"]}
 }))]
 pub(super) struct SandboxBody {
@@ -161,6 +162,20 @@ pub(super) struct SandboxBody {
     /// Its own egress policy, one tier among others.
     #[schema(required = false)]
     network: PolicyDocument,
+    /// What it is made from: everything that is left out here is the template's, and `env` is added to it.
+    #[schema(required = false)]
+    template: String,
+    /// While a sandbox of this key lives, it is given instead of a new one (`reused`), and lives at least another
+    /// `timeout_seconds`; what else is asked for is not looked at then. 1 to 128 characters.
+    #[schema(required = false)]
+    session_key: String,
+    /// It ends when for so long nothing was asked of it and what runs in it did not use 1 % of a processor, nor 4 KiB of
+    /// network.
+    #[schema(required = false, minimum = 10, maximum = 86400)]
+    idle_timeout_seconds: u64,
+    /// Notes, at most 32; lists can be filtered by them.
+    #[schema(required = false)]
+    metadata: BTreeMap<String, String>,
     /// Must be the caller's own organisation.
     #[schema(required = false)]
     org_id: String,
@@ -172,6 +187,141 @@ pub(super) struct SandboxBody {
 enum SecretsChoice {
     Word(String),
     Names(Vec<String>),
+}
+
+/// A sandbox to be made from a template.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({
+    "template_id": "python-basic", "override_cpus": "1", "override_memory": "512Mi", "disk": "1Gi", "pids": 128,
+    "timeout_seconds": 600, "env": {"GREETING": "hello"}, "isolation": "container", "image": "default",
+    "secrets": ["EXAMPLE_TOKEN"], "session_key": "thread-8", "idle_timeout_seconds": 300,
+    "metadata": {"owner": "ada"}, "network": {"mode": "allowlist", "allowed_domains": ["api.example.org"]}
+}))]
+pub(super) struct FromTemplateBody {
+    /// See `GET /templates`.
+    template_id: String,
+    /// Instead of the template's.
+    #[schema(required = false)]
+    override_cpus: String,
+    /// Instead of the template's.
+    #[schema(required = false)]
+    override_memory: String,
+    /// Instead of the template's.
+    #[schema(required = false)]
+    disk: String,
+    /// Instead of the template's.
+    #[schema(required = false)]
+    pids: u64,
+    /// Instead of the template's.
+    #[schema(required = false, minimum = 60, maximum = 86400)]
+    timeout_seconds: u64,
+    /// Beside the template's, and instead of it where a name is the same.
+    #[schema(required = false)]
+    env: BTreeMap<String, String>,
+    /// Only `container` is available here.
+    #[schema(required = false)]
+    isolation: String,
+    /// Only the installation's default image is available here.
+    #[schema(required = false)]
+    image: String,
+    /// Which secrets of the organisation it gets.
+    #[schema(required = false)]
+    secrets: SecretsChoice,
+    /// Instead of the template's.
+    #[schema(required = false)]
+    network: PolicyDocument,
+    /// As in `POST /sandbox/create`.
+    #[schema(required = false)]
+    session_key: String,
+    /// Instead of the template's.
+    #[schema(required = false, minimum = 10, maximum = 86400)]
+    idle_timeout_seconds: u64,
+    /// As in `POST /sandbox/create`.
+    #[schema(required = false)]
+    metadata: BTreeMap<String, String>,
+    /// Must be the caller's own organisation.
+    #[schema(required = false)]
+    org_id: String,
+}
+
+/// A template of the organisation.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({
+    "name": "Flask", "description": "Flask and a settings file", "category": "web", "tags": ["python"],
+    "config": {
+        "cpus": "1", "memory": "512Mi", "disk": "1Gi", "pids": 128, "timeout_seconds": 600,
+        "idle_timeout_seconds": 300, "env": {"FLASK_ENV": "production"}, "setup_commands": ["pip install flask"]
+    },
+    "files": [{"path": "/workspace/settings.py", "content": "DEBUG = False\n"}],
+    "network": {"mode": "allowlist", "allowed_domains": ["pypi.org", "files.pythonhosted.org"]}
+}))]
+pub(super) struct TemplateBody {
+    /// For people.
+    name: String,
+    /// For people.
+    #[schema(required = false)]
+    description: String,
+    /// What lists are filtered by.
+    #[schema(required = false, default = "custom")]
+    category: String,
+    /// At most 20.
+    #[schema(required = false)]
+    tags: Vec<String>,
+    /// What is left out is as without a template.
+    #[schema(required = false)]
+    config: TemplateConfigBody,
+    /// Text files, at most 64 and 1 MiB together, written before the commands are run.
+    #[schema(required = false)]
+    files: Vec<TemplateFileBody>,
+    /// The egress policy of its sandboxes.
+    #[schema(required = false)]
+    network: PolicyDocument,
+    /// Must be the caller's own organisation.
+    #[schema(required = false)]
+    org_id: String,
+}
+
+/// What a sandbox made from a template gets.
+#[derive(Serialize, ToSchema)]
+struct TemplateConfigBody {
+    #[schema(required = false)]
+    cpus: String,
+    #[schema(required = false)]
+    memory: String,
+    #[schema(required = false)]
+    disk: String,
+    #[schema(required = false)]
+    pids: u64,
+    #[schema(required = false, minimum = 60, maximum = 86400)]
+    timeout_seconds: u64,
+    #[schema(required = false, minimum = 10, maximum = 86400)]
+    idle_timeout_seconds: u64,
+    #[schema(required = false)]
+    env: BTreeMap<String, String>,
+    /// Shell lines, at most 32, run one after the other below `/workspace`; each must end with 0.
+    #[schema(required = false)]
+    setup_commands: Vec<String>,
+}
+
+/// A text file of a template.
+#[derive(Serialize, ToSchema)]
+struct TemplateFileBody {
+    /// Absolute; missing directories are made.
+    path: String,
+    /// Its text.
+    content: String,
+}
+
+/// How much longer a sandbox shall live.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({"additional_seconds": 600}))]
+pub(super) struct ExtendBody {
+    /// Beyond the time at which it would end now.
+    #[schema(minimum = 1)]
+    additional_seconds: u64,
+    /// Must be the caller's own organisation.
+    #[schema(required = false)]
+    org_id: String,
 }
 
 /// A command to be run.

@@ -36,7 +36,7 @@ const DRAINED: usize = 256 * 1024 * 1024;
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// A document of at most 4 MiB.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Document {
     fields: Map<String, Value>,
     /// Path of the document inside a larger one, with a dot at its end; empty for a whole body.

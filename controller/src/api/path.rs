@@ -37,6 +37,17 @@ pub(super) struct SecretPath(pub(super) String);
 /// `{id}` of an audit record's routes. What cannot be an id is a record that does not exist.
 pub(super) struct EventPath(pub(super) String);
 
+/// `{id}` of a template's routes. What cannot be an id is a template that does not exist.
+pub(super) struct TemplatePath(pub(super) String);
+
+impl<S: Send + Sync> FromRequestParts<S> for TemplatePath {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        id(parts, state).await.map(Self)
+    }
+}
+
 impl<S: Send + Sync> FromRequestParts<S> for EventPath {
     type Rejection = ApiError;
 

@@ -1,7 +1,7 @@
 //! Parameters of a request's query, read one by one. Unknown ones are not looked at: published clients send
 //! some spellings twice.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use axum::extract::{FromRequestParts, Query};
 use http::request::Parts;
@@ -31,6 +31,15 @@ impl Parameters {
             .get(name)
             .map(String::as_str)
             .filter(|text| !text.is_empty())
+    }
+
+    /// Those whose names begin so, without that beginning.
+    pub(super) fn below(&self, prefix: &str) -> BTreeMap<String, String> {
+        let found = self.0.iter().filter_map(|(name, value)| {
+            let name = name.strip_prefix(prefix)?;
+            Some((name.to_owned(), value.clone()))
+        });
+        found.collect()
     }
 
     /// A whole number.

@@ -1,5 +1,7 @@
 //! Sandboxes: create, look at, list, stop, delete.
 
+use std::{collections::BTreeMap, sync::Arc};
+
 use axum::{Json, extract::State};
 use http::StatusCode;
 use sandgate_api::{
@@ -9,69 +11,157 @@ use sandgate_api::{
 use serde_json::Value;
 
 use super::{
-    auth::Authenticated, bodies::SandboxBody, document::Document, error::ApiError, path::SandboxPath,
-    query::Parameters, request, secrets,
+    auth::Authenticated,
+    bodies::{FromTemplateBody, SandboxBody},
+    document::Document,
+    error::ApiError,
+    lifetime,
+    path::SandboxPath,
+    query::Parameters,
+    request, secrets,
 };
 use crate::{
     config::SandboxDefaults,
-    service::{SandboxRequest, Scope, Service},
-    spec::{Cpus, InvalidQuantity, LIFETIME_SECONDS, PIDS, SandboxSpec, Size, check_environment},
+    service::{Caller, SandboxRequest, Scope, Service},
+    spec::{Cpus, InvalidQuantity, PIDS, SandboxSpec, Size, check_environment},
 };
 
 /// Documented fields that this version does not have. Accepting them silently would promise what is not kept.
-pub(super) const UNSUPPORTED: [(&str, &str); 14] = [
+pub(super) const UNSUPPORTED: [(&str, &str); 7] = [
     ("gpu", "GPUs"),
     ("gpu.count", "GPUs"),
     ("gpu.type", "GPUs"),
     ("gpu.memory_gb", "GPUs"),
     ("desktop_os", "desktops"),
-    ("template", "templates"),
-    ("template_id", "templates"),
-    ("override_cpus", "templates"),
-    ("override_memory", "templates"),
     ("volumes", "volumes"),
-    ("session_key", "session keys"),
-    ("idle_timeout_seconds", "idle timeouts"),
     ("bandwidth_mbps", "bandwidth limits"),
-    ("metadata", "metadata"),
 ];
 
 /// Creates a sandbox; the answer comes when it can be used.
 #[utoipa::path(
     post, path = "/sandbox/create", operation_id = "create_sandbox", tag = "sandboxes",
-    request_body = SandboxBody, responses((status = 201, description = "It runs", body = Sandbox))
+    request_body = SandboxBody, responses(
+        (status = 201, description = "It runs", body = Sandbox),
+        (status = 200, description = "That of the `session_key` runs already; it is `reused`", body = Sandbox)
+    )
 )]
 pub(super) async fn create(
     State(service): State<Service>,
     Authenticated(caller): Authenticated,
     mut document: Document,
 ) -> Result<(StatusCode, Json<Sandbox>), ApiError> {
+    made(&service, &caller, &mut document, &PLAIN).await
+}
+
+/// Creates a sandbox from a template; the answer comes when its files are written and its commands have ended with 0.
+/// What is asked for beside the template counts instead of the template's; `env` is added to it.
+#[utoipa::path(
+    post, path = "/sandbox/create-from-template", operation_id = "create_sandbox_from_template", tag = "sandboxes",
+    request_body = FromTemplateBody, responses(
+        (status = 201, description = "It runs", body = Sandbox),
+        (status = 200, description = "That of the `session_key` runs already; it is `reused`", body = Sandbox)
+    )
+)]
+pub(super) async fn create_from_template(
+    State(service): State<Service>,
+    Authenticated(caller): Authenticated,
+    mut document: Document,
+) -> Result<(StatusCode, Json<Sandbox>), ApiError> {
+    made(&service, &caller, &mut document, &FROM_TEMPLATE).await
+}
+
+/// How the fields of a creation are called.
+struct Names {
+    template: &'static str,
+    is_needed: bool,
+    cpus: &'static str,
+    memory: &'static str,
+}
+
+const PLAIN: Names = Names {
+    template: "template",
+    is_needed: false,
+    cpus: "cpus",
+    memory: "memory",
+};
+
+const FROM_TEMPLATE: Names = Names {
+    template: "template_id",
+    is_needed: true,
+    cpus: "override_cpus",
+    memory: "override_memory",
+};
+
+async fn made(
+    service: &Service,
+    caller: &Caller,
+    document: &mut Document,
+    names: &Names,
+) -> Result<(StatusCode, Json<Sandbox>), ApiError> {
     caller.may(Scope::SandboxCreate)?;
-    document.organization(&caller)?;
+    document.organization(caller)?;
+    let mut defaults = service.sandbox_defaults().clone();
+    let template_id = document.text(names.template)?;
+    let template = match &template_id {
+        None if names.is_needed => return Err(ApiError::field(names.template, "is required")),
+        None => None,
+        Some(id) => {
+            let found = service.find_template(caller.org_id(), id).await?;
+            Some(found.ok_or_else(|| ApiError::field(names.template, "there is no template of this id"))?)
+        }
+    };
     let network = document.value("network");
-    let chosen = secrets::choice(&mut document)?;
-    let spec = spec(document, service.sandbox_defaults())?;
-    let policy = network
-        .map(|network| service.parse_policy("network", &network))
-        .transpose()?;
-    let started = service
-        .create_sandbox(
-            caller.org_id(),
-            SandboxRequest {
-                spec,
-                policy,
-                secrets: chosen,
-            },
-        )
-        .await?;
+    let secrets = secrets::choice(document)?;
+    let mut terms = lifetime::terms(document)?;
+    terms.template_id = template_id;
+    let (mut own_env, mut own_network, mut furnishing) = (BTreeMap::new(), None, None);
+    if let Some(template) = template {
+        furnishing = template.furnishing().map(Arc::new);
+        defaults.cpus = template.cpus.unwrap_or(defaults.cpus);
+        defaults.memory = template.memory.unwrap_or(defaults.memory);
+        defaults.disk = template.disk.unwrap_or(defaults.disk);
+        defaults.pids = template.pids.unwrap_or(defaults.pids);
+        // The longest life may have become shorter since the template was stored.
+        let longest = *lifetime::timeouts(&defaults).end();
+        let usual = template.timeout_seconds.unwrap_or(defaults.timeout_seconds);
+        defaults.timeout_seconds = usual.min(longest);
+        terms.idle_timeout_seconds = terms.idle_timeout_seconds.or(template.idle_timeout_seconds);
+        own_env = template.env;
+        own_network = template.network;
+    }
+    let document = std::mem::take(document);
+    let mut spec = spec(document, &defaults, names)?;
+    own_env.append(&mut spec.env);
+    check_environment(&own_env).map_err(|error| ApiError::field("env", error.to_string()))?;
+    spec.env = own_env;
+    let policy = match network {
+        Some(network) => Some(service.parse_policy("network", &network)?),
+        None => own_network,
+    };
+    let asked = SandboxRequest {
+        spec,
+        policy,
+        secrets,
+        terms,
+        furnishing,
+    };
+    let started = service.create_sandbox(caller.org_id(), asked).await?;
     request::concerns(&started.sandbox.sandbox_id);
-    Ok((StatusCode::CREATED, Json(started.sandbox)))
+    let status = if started.sandbox.reused {
+        StatusCode::OK
+    } else {
+        StatusCode::CREATED
+    };
+    Ok((status, Json(started.sandbox)))
 }
 
 /// The same as `POST /sandbox/create`.
 #[utoipa::path(
     post, path = "/sandbox", operation_id = "create_sandbox_short", tag = "sandboxes",
-    request_body = SandboxBody, responses((status = 201, description = "It runs", body = Sandbox))
+    request_body = SandboxBody, responses(
+        (status = 201, description = "It runs", body = Sandbox),
+        (status = 200, description = "That of the `session_key` runs already; it is `reused`", body = Sandbox)
+    )
 )]
 pub(super) async fn create_short(
     service: State<Service>,
@@ -114,6 +204,7 @@ pub(super) async fn status(
     get, path = "/sandboxes", operation_id = "list_sandboxes", tag = "sandboxes",
     params(
         ("status" = Option<String>, Query, description = "`live` (the default) or `all`"),
+        ("metadata.{name}" = Option<String>, Query, description = "Only those whose metadata have this text under the name; of several, all must fit"),
         ("limit" = Option<u32>, Query, description = "At most so many, 1 to 1000"),
         ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before")
     ),
@@ -132,7 +223,13 @@ pub(super) async fn list(
     };
     let limit = parameters.whole("limit", 1..=1_000)?.unwrap_or(1_000);
     let page = service
-        .sandboxes(caller.org_id(), with_ended, parameters.cursor()?, limit)
+        .sandboxes(
+            caller.org_id(),
+            with_ended,
+            parameters.cursor()?,
+            limit,
+            &parameters.below("metadata."),
+        )
         .await?;
     Ok(Json(SandboxList {
         sandboxes: page.sandboxes,
@@ -171,12 +268,12 @@ pub(super) async fn delete(
 }
 
 /// Reads what a sandbox may use, after the fields that do not belong to that have been taken.
-fn spec(mut document: Document, defaults: &SandboxDefaults) -> Result<SandboxSpec, ApiError> {
-    let cpus = quantity(&mut document, "cpus", str::parse::<Cpus>)?;
-    let memory = quantity(&mut document, "memory", Size::memory)?;
+fn spec(mut document: Document, defaults: &SandboxDefaults, names: &Names) -> Result<SandboxSpec, ApiError> {
+    let cpus = quantity(&mut document, names.cpus, str::parse::<Cpus>)?;
+    let memory = quantity(&mut document, names.memory, Size::memory)?;
     let disk = quantity(&mut document, "disk", Size::disk)?;
     let pids = document.whole("pids", PIDS)?;
-    let timeout_seconds = document.whole("timeout_seconds", LIFETIME_SECONDS)?;
+    let timeout_seconds = document.whole("timeout_seconds", lifetime::timeouts(defaults))?;
     let env = document.text_map("env")?.unwrap_or_default();
     check_environment(&env).map_err(|error| ApiError::field("env", error.to_string()))?;
     let isolation = match document.text("isolation")?.as_deref() {
@@ -219,7 +316,7 @@ fn spec(mut document: Document, defaults: &SandboxDefaults) -> Result<SandboxSpe
     })
 }
 
-fn quantity<T>(
+pub(super) fn quantity<T>(
     document: &mut Document,
     field: &str,
     parse: impl FnOnce(&str) -> Result<T, InvalidQuantity>,

@@ -11,7 +11,7 @@ use axum::{
     response::{IntoResponse as _, Response},
 };
 use bytes::Bytes;
-use futures_util::{StreamExt as _, stream};
+use futures_util::{Stream, StreamExt as _, stream};
 use http::{HeaderName, header};
 use sandgate_api::{
     agent::{FileAction, FileChange},
@@ -22,7 +22,7 @@ use serde::Serialize;
 use super::events::CommandEvents;
 use crate::{
     agent::Changes,
-    service::{Running, Trail, Watching},
+    service::{Events, Running, Trail, Watching},
 };
 
 /// Longest silence.
@@ -46,24 +46,40 @@ pub(super) fn commands(running: Running) -> Response {
 
 /// Audit records as they are stored, each with its position as the event's id.
 pub(super) fn records(trail: Trail) -> Response {
-    let events = stream::unfold(trail, |mut trail| async move {
-        let bytes = match tokio::time::timeout(KEEP_ALIVE, trail.next()).await {
+    kept_alive(stream::unfold(trail, |mut trail| async move {
+        let (position, record) = trail.next().await?;
+        let line = line(&record);
+        let mut bytes = Vec::with_capacity(2 * line.len() + 64);
+        // Before the record, whose id says that all up to it was read.
+        if record.event.alert.is_some() {
+            bytes.extend_from_slice(b"event: security.alert\n");
+            bytes.extend_from_slice(&line);
+        }
+        bytes.extend_from_slice(format!("id: {position}\n").as_bytes());
+        bytes.extend_from_slice(&line);
+        Some((bytes.into(), trail))
+    }))
+}
+
+/// What happens to sandboxes, each event with its kind and its position.
+pub(super) fn happenings(events: Events) -> Response {
+    kept_alive(stream::unfold(events, |mut events| async move {
+        let (position, event) = events.next().await?;
+        let head = format!("event: {}\nid: {position}\n", event.kind.as_str());
+        let mut bytes = Vec::from(head);
+        bytes.extend_from_slice(&line(&event));
+        Some((bytes.into(), events))
+    }))
+}
+
+/// Whatever comes, and a comment when nothing does for a while.
+fn kept_alive(events: impl Stream<Item = Bytes> + Send + 'static) -> Response {
+    let events = stream::unfold(Box::pin(events), |mut events| async move {
+        let bytes = match tokio::time::timeout(KEEP_ALIVE, events.next()).await {
             Err(_elapsed) => PING,
-            Ok(next) => {
-                let (position, record) = next?;
-                let line = line(&record);
-                let mut bytes = Vec::with_capacity(2 * line.len() + 64);
-                // Before the record, whose id says that all up to it was read.
-                if record.event.alert.is_some() {
-                    bytes.extend_from_slice(b"event: security.alert\n");
-                    bytes.extend_from_slice(&line);
-                }
-                bytes.extend_from_slice(format!("id: {position}\n").as_bytes());
-                bytes.extend_from_slice(&line);
-                bytes.into()
-            }
+            Ok(next) => next?,
         };
-        Some((Ok::<Bytes, Infallible>(bytes), trail))
+        Some((Ok::<Bytes, Infallible>(bytes), events))
     });
     answer(Body::from_stream(events))
 }

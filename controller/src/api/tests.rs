@@ -24,19 +24,24 @@ use crate::{
     node::NodeLink,
     spec::{SandboxSpec, Size},
     store::{NewSandbox, SecretChoice, Store},
+    terms::Terms,
     vault::Vault,
 };
 
 mod accounts;
 mod actions;
 mod audit;
+mod happenings;
+mod lifetime;
 mod openapi;
 mod policies;
 mod requests;
 mod sandboxes;
 mod secrets;
 mod sockets;
+mod templates;
 mod tunnels;
+mod usage;
 mod walk;
 
 struct World {
@@ -193,6 +198,7 @@ impl World {
             policy: None,
             secrets: SecretChoice::None,
             authority: None,
+            terms: Terms::default(),
             created_at: now,
             expires_at: now + SignedDuration::from_secs(600),
         };

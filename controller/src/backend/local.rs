@@ -49,6 +49,7 @@ mod network;
 mod probe;
 mod process;
 mod record;
+mod running;
 mod runtime;
 mod seccomp;
 mod trust;
@@ -462,6 +463,9 @@ impl Shared {
             process
                 .kill()
                 .map_err(|error| failed("killing the sandbox", error))?;
+            // What is frozen does not even die.
+            let thawed = self.machine.cgroups.thaw(&self.layout.cgroup(name));
+            thawed.map_err(|error| failed("letting the sandbox go on", error))?;
             // Killing does not fail; the control group below kills again what does not end.
             let _slow = timeout(AGENT, process.ended()).await;
         }

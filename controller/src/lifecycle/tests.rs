@@ -4,9 +4,10 @@ use std::collections::{HashSet, VecDeque};
 
 use super::*;
 
-const CAUSES: [Cause; 8] = [
+const CAUSES: [Cause; 9] = [
     Cause::Stopped,
     Cause::Expired,
+    Cause::Idle,
     Cause::Died,
     Cause::Lost,
     Cause::Failed,
@@ -46,6 +47,11 @@ fn a_sandbox_goes_up_and_down_step_by_step() {
             Next::Begin(Effect::Launch),
         ),
         (Event::Done, creating(Phase::Greeting), Next::Begin(Effect::Greet)),
+        (
+            Event::Done,
+            creating(Phase::Furnishing),
+            Next::Begin(Effect::Furnish),
+        ),
         (
             Event::Done,
             creating(Phase::Recording),
@@ -96,7 +102,9 @@ fn a_sandbox_goes_up_and_down_step_by_step() {
 #[test]
 fn one_that_was_taken_is_launched_no_second_time() {
     assert_eq!(State::CLAIMED.effect(), Some(Effect::Admit));
-    let (recording, next) = step(State::CLAIMED, Event::Done);
+    let (furnishing, next) = step(State::CLAIMED, Event::Done);
+    assert_eq!(next, Next::Begin(Effect::Furnish));
+    let (recording, next) = step(furnishing, Event::Done);
     assert_eq!(next, Next::Begin(Effect::RecordRunning));
     assert_eq!(step(recording, Event::Done).0, State::Running);
     assert_eq!(
@@ -114,6 +122,7 @@ fn a_failed_step_up_takes_everything_away() {
         Phase::Launching,
         Phase::Greeting,
         Phase::Admitting,
+        Phase::Furnishing,
         Phase::Recording,
     ] {
         let (state, next) = step(creating(phase), Event::Failed);
@@ -189,7 +198,9 @@ fn the_order_holds_on_every_path() {
     let mut ended = 0;
     while let Some((state, history)) = queue.pop_front() {
         match state.effect() {
-            Some(Effect::Launch | Effect::Greet | Effect::RecordRunning | Effect::Watch) => {
+            Some(
+                Effect::Launch | Effect::Greet | Effect::Furnish | Effect::RecordRunning | Effect::Watch,
+            ) => {
                 assert!(history.enforced, "{state:?} before the node acknowledged");
             }
             Some(Effect::Destroy { .. }) => assert!(history.withdrawn, "{state:?} before it left the feed"),

@@ -8,7 +8,7 @@ use sandgate_api::{
 
 pub use sandgate_api::agent::Command;
 
-use super::{Service, ServiceError};
+use super::{Service, ServiceError, happenings::Told, keeper::Use};
 use crate::{
     agent::{Agent, AgentError, ExecEvent, ExecStream},
     metrics::{CommandEnd, Watched},
@@ -41,6 +41,9 @@ pub struct Output {
 pub struct Running {
     stream: ExecStream,
     watched: Watched,
+    /// For as long as it runs, its sandbox is not idle.
+    _use: Option<Use>,
+    told: Told,
 }
 
 impl Running {
@@ -49,15 +52,27 @@ impl Running {
         let event = self.stream.next().await;
         match &event {
             Some(Ok(ExecEvent::Exited {
-                exit_code, timed_out, ..
-            })) => self.watched.ended(match (timed_out, exit_code) {
-                (true, _) => CommandEnd::TimedOut,
-                (false, 0) => CommandEnd::Success,
-                (false, _) => CommandEnd::Failure,
-            }),
-            Some(Err(_)) => self.watched.ended(CommandEnd::Lost),
+                exit_code,
+                timed_out,
+                duration_ms,
+                ..
+            })) => {
+                self.told.ended(*exit_code, *timed_out, *duration_ms);
+                self.watched.ended(match (timed_out, exit_code) {
+                    (true, _) => CommandEnd::TimedOut,
+                    (false, 0) => CommandEnd::Success,
+                    (false, _) => CommandEnd::Failure,
+                });
+            }
+            Some(Err(error)) => {
+                self.told.lost(&error.to_string());
+                self.watched.ended(CommandEnd::Lost);
+            }
             Some(Ok(ExecEvent::Stdout(_) | ExecEvent::Stderr(_))) => {}
-            None => self.watched.lost(),
+            None => {
+                self.told.lost("its sandbox ended before it did");
+                self.watched.lost();
+            }
         }
         event
     }
@@ -107,11 +122,14 @@ impl Service {
         exec: Exec,
     ) -> Result<Running, ServiceError> {
         let record = self.running(org_id, id).await?;
+        let in_use = self.life(id).map(|life| life.begin_use());
         let exec = self.with_secrets(&record, exec).await?;
         let stream = self.dial_agent(id).await?.exec(exec).await?;
         Ok(Running {
             stream,
             watched: Watched::new(self.shared.metrics.clone()),
+            _use: in_use,
+            told: Told::begin(&self.shared.teller, org_id, id),
         })
     }
 

@@ -4,12 +4,13 @@
 //! exception: it moves a member of the pool to its owner in the store, and from then on the member's keeper finds
 //! nothing that is its own; the owner's keeper goes on with what runs.
 
+mod life;
 mod work;
 
 use std::{
     future::Future,
     pin::Pin,
-    sync::{Arc, PoisonError},
+    sync::{Arc, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -21,12 +22,14 @@ use sandgate_api::{
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+pub(super) use self::life::{Life, Use};
 use self::work::Work;
 use super::Service;
 use crate::{
     backend::LocalBackend,
     lifecycle::{self, Cause, Effect, Event, Next, State},
     store::{PoolRecord, SandboxRecord},
+    template::Furnishing,
 };
 
 /// How long the answer to a failed creation waits for the clean-up.
@@ -45,6 +48,8 @@ pub(super) enum Failure {
     NodeSilent,
     /// It was made in advance and does not answer.
     Stale,
+    /// A file or a command of its template failed.
+    Furnishing(String),
     /// Our fault; the log has it.
     Internal,
 }
@@ -62,6 +67,7 @@ pub(super) struct Keeper {
     ends: mpsc::Sender<Cause>,
     progress: watch::Receiver<Progress>,
     released: CancellationToken,
+    life: Arc<Life>,
 }
 
 impl Keeper {
@@ -78,6 +84,12 @@ impl Keeper {
             ends,
             progress,
             released: CancellationToken::new(),
+            life: Arc::new(Life::new(
+                jiff::Timestamp::UNIX_EPOCH,
+                Duration::MAX / 4,
+                None,
+                Cause::Expired,
+            )),
         };
         (keeper, ending, sender)
     }
@@ -87,6 +99,16 @@ impl Keeper {
         // Full or closed: an end is under way already.
         let _under_way = self.ends.try_send(cause);
         self.progress.clone()
+    }
+
+    /// What can be seen of it.
+    pub(super) fn progress(&self) -> watch::Receiver<Progress> {
+        self.progress.clone()
+    }
+
+    /// When the sandbox ends by itself.
+    pub(super) fn life(&self) -> Arc<Life> {
+        Arc::clone(&self.life)
     }
 
     /// Where the sandbox stands.
@@ -133,6 +155,17 @@ impl Service {
         subject: impl Into<Subject>,
         state: State,
     ) -> watch::Receiver<Progress> {
+        self.keep_furnished(backend, subject, state, None)
+    }
+
+    /// The same for one that is given files and commands before anybody gets it.
+    pub(super) fn keep_furnished(
+        &self,
+        backend: Arc<LocalBackend>,
+        subject: impl Into<Subject>,
+        state: State,
+        furnishing: Option<Arc<Furnishing>>,
+    ) -> watch::Receiver<Progress> {
         let subject = subject.into();
         let (ends, ending) = mpsc::channel(1);
         let (sender, progress) = watch::channel(Progress {
@@ -145,7 +178,9 @@ impl Service {
             ends,
             progress: progress.clone(),
             released: released.clone(),
+            life: Arc::new(subject.life()),
         };
+        let life = keeper.life();
         let id = subject.id().clone();
         let is_pooled = match &subject {
             Subject::Owned(_) => {
@@ -162,6 +197,9 @@ impl Service {
             shared: Arc::clone(&self.shared),
             backend,
             subject,
+            life,
+            furnishing,
+            reason: OnceLock::new(),
         };
         let shared = Arc::clone(&self.shared);
         // Of its own: its life is longer than the request that began it.
@@ -178,6 +216,8 @@ impl Service {
             // What the node said of a claimed sandbox concerns its owner.
             if end == End::Gone {
                 shared.node.forget(&id);
+                // Of one that goes on, what is counted is still to be stored.
+                shared.meters.close(&id);
             }
         });
         progress
@@ -200,6 +240,28 @@ impl Subject {
             Self::Pooled(member) => &member.id,
         }
     }
+
+    fn life(&self) -> Life {
+        let now = super::now();
+        match self {
+            Self::Owned(record) => {
+                let idle = record.terms.idle_timeout_seconds.map(Duration::from_secs);
+                let left = left(record.created_at, record.expires_at, now);
+                Life::new(record.expires_at, left, idle, Cause::Expired)
+            }
+            Self::Pooled(member) => {
+                let ends = super::pool::best_before(member);
+                let left = left(member.created_at, ends, now);
+                Life::new(ends, left, None, Cause::Retired)
+            }
+        }
+    }
+}
+
+/// How much is left of a life. The clock is asked once, when a keeper begins; one that was set back since it began gives
+/// it no more than the whole of it.
+fn left(began: jiff::Timestamp, ends: jiff::Timestamp, now: jiff::Timestamp) -> Duration {
+    Duration::try_from(ends.duration_since(now.max(began))).unwrap_or(Duration::ZERO)
 }
 
 impl From<SandboxRecord> for Subject {
@@ -319,5 +381,21 @@ async fn run(
             }
             return End::Gone;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use jiff::{SignedDuration, Timestamp};
+
+    use super::*;
+
+    #[test]
+    fn a_clock_that_is_set_back_makes_no_life_longer() {
+        let began = Timestamp::UNIX_EPOCH + SignedDuration::from_hours(500_000);
+        let after = |minutes: i64| began + SignedDuration::from_mins(minutes);
+        let left = |minutes: i64| left(began, after(10), after(minutes)).as_secs();
+        assert_eq!([left(0), left(4), left(10), left(11)], [600, 360, 0, 0]);
+        assert_eq!(left(-9_000), 600);
     }
 }

@@ -40,7 +40,11 @@ impl Service {
             let running = found.remove(&record.id);
             let state = start_state(record.status, running);
             tracing::info!(sandbox_id = %record.id, status = record.status.as_str(), ?running, ?state, "after a restart");
+            let paused = (record.paused && state == State::Running).then(|| record.id.clone());
             drop(self.keep(Arc::clone(&backend), record, state));
+            if let Some(id) = paused {
+                self.pause_again(&backend, &id).await;
+            }
         }
         let pooled = self.shared.store.pooled().await?;
         self.adopt_pooled(&backend, pooled, |id| found.remove(id));
@@ -54,6 +58,9 @@ impl Service {
         self.shared
             .tasks
             .spawn("warm pool", self.clone().fill_pool(Arc::clone(&backend)));
+        self.shared
+            .tasks
+            .spawn("meters", self.clone().measure(Arc::clone(&backend)));
         self.shared.backend.send_replace(BackendState::Ready(backend));
         Ok(())
     }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use jiff::{SignedDuration, Timestamp};
 
 use super::Service;
-use crate::store::StoreError;
+use crate::store::{StoreError, hour_of};
 
 /// How often old records are forgotten.
 const INTERVAL: Duration = Duration::from_secs(600);
@@ -21,6 +21,9 @@ const ACTIONS_EACH: u32 = 50_000;
 
 /// How long ended sandboxes can be looked at.
 const ENDED_AGE: SignedDuration = SignedDuration::from_hours(30 * 24);
+
+/// How long it is known what was used.
+const USAGE_AGE: SignedDuration = SignedDuration::from_hours(400 * 24);
 
 /// Records forgotten in one transaction: the writer must not be held for long.
 const STEP: u32 = 2_000;
@@ -62,6 +65,8 @@ impl Service {
         while store.prune_actions(oldest, ACTIONS_EACH, STEP).await? > 0 {}
         let ended = now.saturating_sub(ENDED_AGE).unwrap_or(Timestamp::MIN);
         while store.prune_sandboxes(ended, STEP).await? >= u64::from(STEP) {}
+        let oldest = now.saturating_sub(USAGE_AGE).unwrap_or(Timestamp::MIN);
+        store.prune_usage(hour_of(oldest)).await?;
         store.prune_removals().await
     }
 }

@@ -1,6 +1,7 @@
 //! Sandboxes: create, look at, list, stop, delete.
 
 use std::{
+    collections::BTreeMap,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -8,7 +9,7 @@ use std::{
 use jiff::{SignedDuration, Timestamp};
 use sandgate_api::{
     id::{OrgId, SandboxId},
-    rest::{Sandbox, SandboxLifetime, SandboxStatus, StartupMetrics},
+    rest::{EventDetails, EventKind, Sandbox, SandboxStatus, StartupMetrics},
 };
 use sandgate_policy::Policy;
 use tokio::sync::watch;
@@ -25,9 +26,17 @@ use crate::{
     config::SandboxDefaults,
     lifecycle::{Cause, State},
     metrics::{Creating, Creation},
-    spec::{LIFETIME_SECONDS, SandboxSpec},
+    spec::SandboxSpec,
     store::{AuthorityRecord, Conflict, NewSandbox, SandboxRecord, SecretChoice, StoreError},
+    template::Furnishing,
+    terms::Terms,
 };
+
+/// Fewest sandboxes that are looked at together for their notes.
+const STEP: usize = 500;
+
+/// How often they are, for one page.
+const MOST_PAGES: u32 = 20;
 
 /// How long a stop waits for the sandbox to be gone; it goes on without the caller.
 const STOP_TIMEOUT: Duration = Duration::from_secs(20);
@@ -41,6 +50,10 @@ pub struct SandboxRequest {
     pub policy: Option<Policy>,
     /// Which of the organisation's secrets it gets.
     pub secrets: SecretChoice,
+    /// What is asked for beside.
+    pub terms: Terms,
+    /// What is done in it before it is handed out.
+    pub furnishing: Option<Arc<Furnishing>>,
 }
 
 /// A created sandbox.
@@ -99,11 +112,23 @@ impl Service {
         &self.shared.config.sandbox
     }
 
-    /// Creates a sandbox and waits until it can be used. Dropping the future takes it down again.
+    /// Creates a sandbox and waits until it can be used. Dropping the future takes it down again. With a session that
+    /// has a live sandbox, that one is given instead.
     ///
     /// # Errors
     /// Quota, capacity, a node that is away; nothing is left then.
     pub async fn create_sandbox(
+        &self,
+        org_id: &OrgId,
+        request: SandboxRequest,
+    ) -> Result<Started, ServiceError> {
+        match request.terms.session_key.clone() {
+            Some(key) => self.sandbox_of_session(org_id, &key, request).await,
+            None => self.new_sandbox(org_id, request).await,
+        }
+    }
+
+    pub(super) async fn new_sandbox(
         &self,
         org_id: &OrgId,
         request: SandboxRequest,
@@ -163,6 +188,7 @@ impl Service {
                 spec: request.spec.clone(),
                 policy: request.policy.clone(),
                 secrets: request.secrets.clone(),
+                terms: request.terms.clone(),
                 created_at: now,
                 expires_at: now + lifetime,
             };
@@ -171,8 +197,16 @@ impl Service {
                 id: None,
             };
             // The insertion and the keeper must not be separated by a client that goes away in between.
-            let kept = self.insert_and_keep(Arc::clone(&backend), new, from_pool).await?;
+            let kept = self
+                .insert_and_keep(Arc::clone(&backend), new, from_pool, request.furnishing.clone())
+                .await?;
             Span::current().record("sandbox_id", tracing::field::display(&kept.id));
+            self.shared.teller.tell(
+                org_id,
+                &kept.id,
+                EventKind::SandboxCreated,
+                EventDetails::default(),
+            );
             unwanted.id = Some(kept.id.clone());
             let settled = keeper::settled(kept.progress).await;
             unwanted.id = None;
@@ -216,6 +250,7 @@ impl Service {
         backend: Arc<LocalBackend>,
         new: NewSandbox,
         from_pool: bool,
+        furnishing: Option<Arc<Furnishing>>,
     ) -> Result<Kept, ServiceError> {
         let (sender, receiver) = tokio::sync::oneshot::channel();
         let service = self.clone();
@@ -227,7 +262,7 @@ impl Service {
                 let kept = stored.map(|(record, warm)| {
                     let state = if warm { State::CLAIMED } else { State::NEW };
                     let id = record.id.clone();
-                    let progress = service.keep(backend, record, state);
+                    let progress = service.keep_furnished(backend, record, state, furnishing);
                     Kept { id, progress, warm }
                 });
                 if let Err(Ok(kept)) = sender.send(kept) {
@@ -268,19 +303,8 @@ impl Service {
         Ok(shown(self.record(org_id, id).await?, None))
     }
 
-    /// How much of its life a sandbox has used.
-    ///
-    /// # Errors
-    /// [`ServiceError::SandboxNotFound`].
-    pub async fn sandbox_lifetime(
-        &self,
-        org_id: &OrgId,
-        id: &SandboxId,
-    ) -> Result<SandboxLifetime, ServiceError> {
-        Ok(lifetime(&self.record(org_id, id).await?, super::now()))
-    }
-
-    /// A page of the organisation's sandboxes: the live ones, or also those that have ended.
+    /// A page of the organisation's sandboxes: the live ones, or also those that have ended; only those with all of
+    /// these notes. A page may be short, or empty, when few of very many have them; `next` goes on then.
     ///
     /// # Errors
     /// When the store fails.
@@ -290,18 +314,41 @@ impl Service {
         with_ended: bool,
         before: Option<i64>,
         limit: u32,
+        metadata: &BTreeMap<String, String>,
     ) -> Result<SandboxPage, ServiceError> {
-        let records = self
-            .shared
-            .store
-            .sandboxes(org_id, with_ended, before, limit)
-            .await?;
-        let full = records.len() >= usize::try_from(limit).unwrap_or(usize::MAX);
-        let next = records.last().map(|record| record.sequence).filter(|_| full);
-        Ok(SandboxPage {
-            sandboxes: records.into_iter().map(|record| shown(record, None)).collect(),
-            next,
-        })
+        let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+        let (mut sandboxes, mut at) = (Vec::new(), before);
+        for _ in 0..MOST_PAGES {
+            let left = limit.saturating_sub(sandboxes.len());
+            // Few of many may be wanted.
+            let step = if metadata.is_empty() { left } else { STEP };
+            let asked = u32::try_from(step).unwrap_or(u32::MAX);
+            let records = self.shared.store.sandboxes(org_id, with_ended, at, asked).await?;
+            let is_last = records.len() < step;
+            for record in records {
+                if sandboxes.len() == limit {
+                    return Ok(SandboxPage { sandboxes, next: at });
+                }
+                at = Some(record.sequence);
+                let noted = &record.terms.metadata;
+                if metadata
+                    .iter()
+                    .all(|(name, value)| noted.get(name) == Some(value))
+                {
+                    sandboxes.push(shown(record, None));
+                }
+            }
+            if is_last {
+                return Ok(SandboxPage {
+                    sandboxes,
+                    next: None,
+                });
+            }
+            if sandboxes.len() == limit {
+                break;
+            }
+        }
+        Ok(SandboxPage { sandboxes, next: at })
     }
 
     /// Takes a sandbox down. Doing it again is no error.
@@ -366,7 +413,7 @@ impl Service {
             .ok_or_else(|| ServiceError::SandboxNotFound(id.to_string()))
     }
 
-    /// The stored sandbox, which must be one that can be used.
+    /// The stored sandbox, which must be one that can be used, and is now: it is not idle.
     pub(super) async fn running(
         &self,
         org_id: &OrgId,
@@ -374,7 +421,15 @@ impl Service {
     ) -> Result<SandboxRecord, ServiceError> {
         let record = self.record(org_id, id).await?;
         match record.status {
-            SandboxStatus::Running => Ok(record),
+            SandboxStatus::Running if record.paused => Err(ServiceError::Conflict(
+                "the sandbox is paused; resume it first".to_owned(),
+            )),
+            SandboxStatus::Running => {
+                if let Some(life) = self.life(id) {
+                    life.touch();
+                }
+                Ok(record)
+            }
             SandboxStatus::Creating
             | SandboxStatus::Terminating
             | SandboxStatus::Terminated
@@ -411,7 +466,7 @@ fn outcome(progress: &Progress) -> Creation {
     }
     match &progress.failure {
         Some(Failure::NoCapacity(_)) => Creation::NoCapacity,
-        Some(Failure::Invalid { .. }) => Creation::Invalid,
+        Some(Failure::Invalid { .. } | Failure::Furnishing(_)) => Creation::Invalid,
         Some(Failure::NotEnforceable(_)) => Creation::NotEnforceable,
         Some(Failure::NodeSilent) => Creation::NodeSilent,
         Some(Failure::Stale | Failure::Internal) => Creation::Failed,
@@ -459,6 +514,9 @@ fn started(
             field: field.to_owned(),
             message,
         },
+        Some(Failure::Furnishing(message)) => ServiceError::Conflict(format!(
+            "the sandbox could not be made from its template: {message}"
+        )),
         Some(Failure::NotEnforceable(message)) => {
             ServiceError::Conflict(format!("the node cannot enforce the policy: {message}"))
         }
@@ -472,7 +530,7 @@ fn started(
     })
 }
 
-fn shown(record: SandboxRecord, startup_metrics: Option<StartupMetrics>) -> Sandbox {
+pub(super) fn shown(record: SandboxRecord, startup_metrics: Option<StartupMetrics>) -> Sandbox {
     Sandbox {
         sandbox_id: record.id,
         org_id: record.org_id,
@@ -488,34 +546,12 @@ fn shown(record: SandboxRecord, startup_metrics: Option<StartupMetrics>) -> Sand
         pids: record.spec.pids,
         isolation: record.spec.isolation,
         timeout_seconds: record.spec.timeout_seconds,
+        paused: record.paused,
+        reused: false,
+        session_key: record.terms.session_key,
+        idle_timeout_seconds: record.terms.idle_timeout_seconds,
+        template_id: record.terms.template_id,
+        metadata: record.terms.metadata,
         startup_metrics,
-    }
-}
-
-fn lifetime(record: &SandboxRecord, now: Timestamp) -> SandboxLifetime {
-    let max_lifetime_seconds = *LIFETIME_SECONDS.end();
-    let longest = SignedDuration::from_secs(i64::try_from(max_lifetime_seconds).unwrap_or(i64::MAX));
-    let max_expires_at = record
-        .created_at
-        .saturating_add(longest)
-        .unwrap_or(Timestamp::MAX);
-    let seconds = |duration: SignedDuration| u64::try_from(duration.as_secs()).unwrap_or(0);
-    let used = now.min(record.expires_at).duration_since(record.created_at);
-    let whole = record.expires_at.duration_since(record.created_at);
-    let percent = if whole.is_positive() {
-        used.as_secs_f64() / whole.as_secs_f64() * 100.0
-    } else {
-        100.0
-    };
-    SandboxLifetime {
-        sandbox_id: record.id.clone(),
-        status: record.status,
-        status_reason: record.status_reason.clone(),
-        expires_at: record.expires_at,
-        max_expires_at,
-        max_lifetime_seconds,
-        remaining_extend_seconds: seconds(max_expires_at.duration_since(record.expires_at)),
-        lifetime_used_seconds: seconds(used),
-        lifetime_used_percent: percent.clamp(0.0, 100.0),
     }
 }

@@ -11,7 +11,10 @@ use sandgate_api::{
 use sandgate_policy::Policy;
 
 use super::{NewAccount, NewKey, NewSandbox, SecretChoice, Store};
-use crate::spec::{SandboxSpec, Size};
+use crate::{
+    spec::{SandboxSpec, Size},
+    terms::Terms,
+};
 
 /// A store of its own, in a directory that it needs.
 pub(crate) async fn store() -> (Store, tempfile::TempDir) {
@@ -81,6 +84,7 @@ pub(crate) fn sandbox(org_id: &OrgId, policy: Option<Policy>) -> NewSandbox {
         policy,
         secrets: SecretChoice::None,
         authority: None,
+        terms: Terms::default(),
         created_at,
         expires_at: created_at + SignedDuration::from_secs(60),
     }

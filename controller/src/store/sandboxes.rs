@@ -3,6 +3,8 @@
 //! A sandbox is on the feed from [`Store::announce`] until [`Store::withdraw`]. Both happen at most once in
 //! its life.
 
+use std::collections::BTreeMap;
+
 use jiff::Timestamp;
 use sandgate_api::{
     feed::{Endpoint, Revision},
@@ -15,15 +17,15 @@ use sqlx::{Row as _, Sqlite, Transaction, sqlite::SqliteRow};
 use super::{
     Conflict, SecretChoice, Store, StoreError, document, feed::next_revision, millis, parse,
     policies::put_sandbox_policy, secrets::give_secrets, timestamp, to_document, to_stored,
-    tunnels::close_all,
+    tunnels::close_all, usage::count_creation,
 };
-use crate::spec::SandboxSpec;
+use crate::{spec::SandboxSpec, terms::Terms};
 
 /// Columns of a [`SandboxRecord`], in every query that reads one.
 macro_rules! columns {
     () => {
         "sequence, id, org_id, session_id, status, status_reason, spec, created_at, expires_at, feed_revision, \
-         ca_generation, ca_certificate"
+         ca_generation, ca_certificate, session_key, idle_timeout_seconds, metadata, template_id, paused"
     };
 }
 
@@ -42,6 +44,8 @@ pub struct NewSandbox {
     pub secrets: SecretChoice,
     /// Its certificate authority.
     pub authority: Option<AuthorityRecord>,
+    /// What was asked for beside.
+    pub terms: Terms,
     /// When it was asked for.
     pub created_at: Timestamp,
     /// When it ends by itself.
@@ -82,6 +86,10 @@ pub struct SandboxRecord {
     pub feed_revision: Revision,
     /// Its certificate authority; none for sandboxes of earlier versions.
     pub authority: Option<AuthorityRecord>,
+    /// What was asked for beside.
+    pub terms: Terms,
+    /// Its processes are frozen, or about to be.
+    pub paused: bool,
 }
 
 impl Store {
@@ -113,7 +121,7 @@ impl Store {
     ///
     /// # Errors
     /// [`Conflict::QuotaReached`] when the organisation has `limit` live sandboxes;
-    /// [`Conflict::NoSuchSecret`].
+    /// [`Conflict::SessionTaken`]; [`Conflict::NoSuchSecret`].
     pub async fn insert_sandbox(
         &self,
         sandbox: &NewSandbox,
@@ -248,11 +256,11 @@ impl Store {
                 .bind(id.as_str())
                 .execute(&mut *transaction)
                 .await?;
-        if done.rows_affected() == 1 {
-            Ok(transaction.commit().await?)
-        } else {
-            Err(Conflict::WrongState.into())
+        if done.rows_affected() != 1 {
+            return Err(Conflict::WrongState.into());
         }
+        count_creation(&mut transaction, id).await?;
+        Ok(transaction.commit().await?)
     }
 
     /// Marks a live sandbox `terminating`, closes its tunnels and takes it off the feed: the revision that says so, if it was
@@ -375,12 +383,30 @@ pub(super) async fn insert_row(
     if live >= i64::from(limit) {
         return Err(Conflict::QuotaReached { limit }.into());
     }
+    let terms = &sandbox.terms;
+    if let Some(key) = &terms.session_key {
+        let taken: i64 = sqlx::query_scalar(
+            "SELECT count(*) FROM sandboxes WHERE org_id = ? AND session_key = ? AND status IN ('creating', 'running')",
+        )
+        .bind(sandbox.org_id.as_str())
+        .bind(key)
+        .fetch_one(&mut **transaction)
+        .await?;
+        if taken > 0 {
+            return Err(Conflict::SessionTaken.into());
+        }
+    }
+    let metadata = if terms.metadata.is_empty() {
+        None
+    } else {
+        Some(to_document("metadata", &terms.metadata)?)
+    };
     let session_id = sandbox.id.as_str().replacen(SandboxId::PREFIX, "session-", 1);
     let mut feed_revision = attached.as_ref().map_or(0, |attached| attached.revision);
     let sequence = sqlx::query(
         "INSERT INTO sandboxes (id, org_id, session_id, status, spec, created_at, expires_at, \
-         ca_generation, ca_certificate, endpoint, feed_revision) \
-         VALUES (?, ?, ?, 'creating', ?, ?, ?, ?, ?, ?, ?)",
+         ca_generation, ca_certificate, endpoint, feed_revision, session_key, idle_timeout_seconds, metadata, \
+         template_id) VALUES (?, ?, ?, 'creating', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
     )
     .bind(sandbox.id.as_str())
     .bind(sandbox.org_id.as_str())
@@ -397,6 +423,10 @@ pub(super) async fn insert_row(
     .bind(sandbox.authority.as_ref().map(|authority| &authority.certificate))
     .bind(attached.as_ref().map(|attached| &attached.endpoint))
     .bind(to_stored(feed_revision))
+    .bind(&terms.session_key)
+    .bind(terms.idle_timeout_seconds.map(to_stored))
+    .bind(metadata)
+    .bind(&terms.template_id)
     .execute(&mut **transaction)
     .await?
     .last_insert_rowid();
@@ -423,6 +453,8 @@ pub(super) async fn insert_row(
         expires_at: sandbox.expires_at,
         feed_revision,
         authority: sandbox.authority.clone(),
+        terms: terms.clone(),
+        paused: false,
     })
 }
 
@@ -445,10 +477,22 @@ fn record(row: &SqliteRow) -> Result<SandboxRecord, StoreError> {
             }),
             None => None,
         },
+        terms: Terms {
+            session_key: row.try_get("session_key")?,
+            idle_timeout_seconds: row
+                .try_get::<Option<i64>, _>("idle_timeout_seconds")?
+                .and_then(|seconds| u64::try_from(seconds).ok()),
+            metadata: match row.try_get::<Option<String>, _>("metadata")? {
+                Some(text) => document("metadata", &text)?,
+                None => BTreeMap::new(),
+            },
+            template_id: row.try_get("template_id")?,
+        },
+        paused: row.try_get::<i64, _>("paused")? != 0,
     })
 }
 
-fn status(text: &str) -> Result<SandboxStatus, StoreError> {
+pub(super) fn status(text: &str) -> Result<SandboxStatus, StoreError> {
     serde_json::from_value(serde_json::Value::from(text)).map_err(|error| StoreError::Corrupt {
         what: "status",
         why: error.to_string(),

@@ -20,7 +20,9 @@ mod audit;
 mod feed;
 mod pool;
 mod secrets;
+mod terms;
 mod tunnels;
+mod usage;
 
 struct World {
     store: Store,

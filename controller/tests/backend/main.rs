@@ -11,5 +11,6 @@ mod ipv6;
 mod isolation;
 mod lifecycle;
 mod limits;
+mod running;
 mod trust;
 mod world;

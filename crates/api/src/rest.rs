@@ -11,6 +11,7 @@ mod action;
 mod billing;
 mod doctor;
 mod egress;
+mod event;
 mod execute;
 mod file;
 mod pool;
@@ -19,7 +20,9 @@ mod repl;
 mod review;
 mod sandbox;
 mod secret;
+mod template;
 mod tunnel;
+mod usage;
 
 pub use account::{
     ApiKey, ApiKeyCreated, ApiKeyList, FirstKey, Invitation, InvitationCreated, InvitationList, Organization,
@@ -32,6 +35,7 @@ pub use egress::{
     AuditDecision, AuditPage, AuditProblem, AuditProblemKind, AuditRecord, AuditVerification,
     OrganizationEgress, SandboxNetwork, TierPolicy,
 };
+pub use event::{EventDetails, EventKind, SandboxEvent};
 pub use execute::{ExecuteResponse, FileAction, FileChange, StreamEvent};
 pub use file::{FileEntry, FileKind, FileList, FileRead, FileStored, FilesWritten, WatchEvent, WrittenFile};
 pub use pool::PoolStats;
@@ -42,7 +46,12 @@ pub use sandbox::{
     Isolation, Sandbox, SandboxLifetime, SandboxList, SandboxStatus, StartupBreakdown, StartupMetrics,
 };
 pub use secret::{EgressBinding, Secret, SecretList, SecretsInjected};
+pub use template::{Template, TemplateConfig, TemplateFile, TemplateList};
 pub use tunnel::{Tunnel, TunnelList};
+pub use usage::{
+    MetricsHistory, MetricsSummary, ResourceMetrics, SandboxMetrics, SandboxSummary, SandboxUsage,
+    SandboxUsageList, Share, Traffic, UsageHistory, UsagePoint, UsageSummary,
+};
 
 use serde::{Deserialize, Serialize};
 

@@ -199,7 +199,10 @@ fn undocumented(path: &str) -> BTreeSet<&'static str> {
             "revision",
         ]);
     }
-    if path.ends_with("/sandbox") || path.ends_with("/sandbox/create") {
+    if path.ends_with("/sandbox")
+        || path.ends_with("/sandbox/create")
+        || path.ends_with("/create-from-template")
+    {
         known.extend(sandboxes::UNSUPPORTED.iter().map(|(name, _)| *name));
     }
     if path.contains("/secrets") {

@@ -28,7 +28,8 @@ async fn a_bad_creation_names_the_field_and_leaves_nothing() {
         (json!({"cpus": 2}), "cpus"),
         (json!({"colour": "red"}), "colour"),
         (json!({"timeout_seconds": 5}), "timeout_seconds"),
-        (json!({"template": "base"}), "template"),
+        (json!({"template": "nothing"}), "template"),
+        (json!({"template_id": "base"}), "template_id"),
         (json!({"network": "none"}), "network"),
         (json!({"network": {"mode": "sometimes"}}), "network.mode"),
         (

@@ -45,6 +45,7 @@ impl World {
                 generation: 1,
                 certificate: "PEM".to_owned(),
             }),
+            terms: running.terms,
             created_at: running.created_at,
             expires_at: running.expires_at,
         };

@@ -18,6 +18,9 @@ use nix::{
     unistd::{Pid, SysconfVar, sysconf},
 };
 
+mod freezer;
+mod usage;
+
 const MOUNT: &str = "/sys/fs/cgroup";
 /// How long killed processes may take to leave their group.
 const EMPTY: Duration = Duration::from_secs(10);
@@ -38,11 +41,15 @@ pub(super) struct Cgroups {
 enum Version {
     /// One hierarchy.
     Two,
-    /// The hierarchies of the three controllers that count.
+    /// The hierarchies of the controllers that count.
     One {
         memory: PathBuf,
         cpu: PathBuf,
         pids: PathBuf,
+        /// Of processor time that was used.
+        accounting: PathBuf,
+        /// Without it, nothing can be paused.
+        freezer: Option<PathBuf>,
     },
 }
 
@@ -85,6 +92,8 @@ impl Cgroups {
             memory: with("memory")?,
             cpu: with("cpu")?,
             pids: with("pids")?,
+            accounting: with("cpuacct")?,
+            freezer: with("freezer").ok(),
         };
         Ok(Self {
             version,
@@ -113,7 +122,9 @@ impl Cgroups {
                     read(&group.join("pids.max"))?,
                 )
             }
-            Version::One { memory, cpu, pids } => (
+            Version::One {
+                memory, cpu, pids, ..
+            } => (
                 read(&memory.join(group).join("memory.limit_in_bytes"))?,
                 read(&cpu.join(group).join("cpu.cfs_quota_us"))?,
                 read(&pids.join(group).join("pids.max"))?,
@@ -140,6 +151,7 @@ impl Cgroups {
 
     /// Kills everything in the group and removes it.
     pub(super) fn destroy(&self, group: &Path) -> io::Result<()> {
+        self.thaw(group)?;
         let deadline = Instant::now() + EMPTY;
         for hierarchy in &self.hierarchies {
             let group = hierarchy.join(group);

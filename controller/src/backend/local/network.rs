@@ -5,7 +5,7 @@
 //! it was opened, so that one thread can hold one socket in each of two namespaces.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashMap},
     fs::{self, File, OpenOptions},
     future::Future,
     io,
@@ -360,6 +360,37 @@ pub(super) async fn interfaces(router: &Path) -> io::Result<Vec<String>> {
                 owners.extend(alias(link));
             }
             Ok(owners)
+        })
+    })
+    .await
+}
+
+/// What crossed interfaces of the router namespace, by their indices: bytes that their sandboxes sent, and received. Of
+/// one interface, or of all.
+pub(super) async fn traffic(router: &Path, index: Option<u32>) -> io::Result<HashMap<u32, (u64, u64)>> {
+    let router = router.to_owned();
+    on_own_thread("router-traffic", move || {
+        let router = open_router(&router)?;
+        netlink(async |runtime| {
+            enter(&router)?;
+            let outside = connect(runtime)?;
+            let asking = outside.link().get();
+            let links = match index {
+                Some(index) => asking.match_index(index),
+                None => asking,
+            }
+            .execute();
+            let mut links = std::pin::pin!(links);
+            let mut found = HashMap::new();
+            while let Some(link) = asked("counting traffic", links.try_next()).await? {
+                let counted = link.attributes.iter().find_map(|attribute| match attribute {
+                    // What a sandbox sends arrives at the router's end.
+                    LinkAttribute::Stats64(counted) => Some((counted.rx_bytes, counted.tx_bytes)),
+                    _ => None,
+                });
+                found.extend(counted.map(|counted| (link.header.index, counted)));
+            }
+            Ok(found)
         })
     })
     .await

@@ -1,25 +1,26 @@
 //! What keepers do: an effect of the lifecycle each, and the event that it ends with.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
-use jiff::Timestamp;
 use sandgate_api::{
     agent::{AGENT_PORT, Claim},
     feed::{Endpoint, Revision},
     id::SandboxId,
+    rest::{EventDetails, EventKind},
 };
 
-use super::{Doing, Failure, Made, Note, Outcome, Subject};
+use super::{Doing, Failure, Life, Made, Note, Outcome, Subject};
 use crate::{
     agent::Agent,
     backend::{BackendError, LaunchSpec, LocalBackend},
     lifecycle::{Cause, Effect, Event},
     node::Enforcement,
-    service::{Shared, now, pool},
+    service::{Service, Shared, now, templates::FURNISHING},
     store::{StoreError, Withdrawal},
+    template::Furnishing,
 };
 
 /// How long the node may take to acknowledge a new sandbox.
@@ -44,6 +45,10 @@ pub(super) struct Work {
     pub(super) shared: Arc<Shared>,
     pub(super) backend: Arc<LocalBackend>,
     pub(super) subject: Subject,
+    pub(super) life: Arc<Life>,
+    pub(super) furnishing: Option<Arc<Furnishing>>,
+    /// Why it ends, when that can be said better than by the cause.
+    pub(super) reason: OnceLock<String>,
 }
 
 impl Work {
@@ -62,6 +67,7 @@ impl Work {
             Effect::Launch => Box::pin(async move { work.launch().await }),
             Effect::Greet => Box::pin(async move { work.greet().await }),
             Effect::Admit => Box::pin(async move { work.admit().await }),
+            Effect::Furnish => Box::pin(async move { work.furnish().await }),
             Effect::RecordRunning => Box::pin(async move { work.record_running().await }),
             Effect::Watch => Box::pin(async move { work.watch().await }),
             Effect::Withdraw { failures } => Box::pin(async move { work.withdraw(failures).await }),
@@ -210,6 +216,28 @@ impl Work {
         }
     }
 
+    async fn furnish(&self) -> Outcome {
+        let (Subject::Owned(record), Some(furnishing)) = (&self.subject, &self.furnishing) else {
+            return done();
+        };
+        let service = Service {
+            shared: Arc::clone(&self.shared),
+        };
+        let furnishing = service.furnish(record, furnishing);
+        let message = match tokio::time::timeout(FURNISHING, furnishing).await {
+            Ok(Ok(())) => return done(),
+            Ok(Err(message)) => message,
+            Err(_elapsed) => format!(
+                "the template's files and commands took longer than {} s",
+                FURNISHING.as_secs()
+            ),
+        };
+        tracing::info!(sandbox_id = %self.id(), "a template's files or commands failed");
+        // The first one counts.
+        let _told = self.reason.set(message.clone());
+        failed(Failure::Furnishing(message))
+    }
+
     async fn agent(&self) -> Result<Agent, String> {
         let stream = self.shared.node.dial(self.id(), AGENT_PORT).await;
         let stream = stream.map_err(|error| error.to_string())?;
@@ -237,26 +265,74 @@ impl Work {
             Subject::Pooled(_) => self.shared.store.mark_pooled_ready(self.id()).await,
         };
         match recorded {
-            Ok(()) => done(),
+            Ok(()) => {
+                if let Subject::Owned(record) = &self.subject {
+                    let details = EventDetails::default();
+                    let teller = &self.shared.teller;
+                    teller.tell(&record.org_id, &record.id, EventKind::SandboxReady, details);
+                }
+                done()
+            }
             Err(error) => self.store_failed("record", &error),
         }
     }
 
     /// Ends with the sandbox's life, which is announced as an event of its own.
     async fn watch(&self) -> Outcome {
-        let (began, ends, cause) = match &self.subject {
-            Subject::Owned(record) => (record.created_at, record.expires_at, Cause::Expired),
-            Subject::Pooled(member) => (member.created_at, pool::best_before(member), Cause::Retired),
-        };
-        let left = left(began, ends, now());
+        if let Subject::Owned(record) = &self.subject {
+            self.shared.begin_meter(&self.backend, record).await;
+        }
         let cause = tokio::select! {
             () = self.backend.wait_exit(self.id()) => Cause::Died,
-            () = tokio::time::sleep(left) => cause,
+            cause = self.runs_out() => cause,
         };
         Outcome {
             event: Event::End(cause),
             note: Note::Nothing,
         }
+    }
+
+    /// Resolves when its lifetime is over, or nothing has happened in it for its idle timeout.
+    async fn runs_out(&self) -> Cause {
+        let mut before = None;
+        loop {
+            let due = self.life.due();
+            if due.at > tokio::time::Instant::now() {
+                if due.cause == Cause::Idle {
+                    before = self.backend.reading(self.id()).await;
+                }
+                tokio::select! {
+                    () = tokio::time::sleep_until(due.at) => {}
+                    () = self.life.changed() => {}
+                }
+                continue;
+            }
+            if due.cause == Cause::Idle {
+                // Nobody has asked for anything; what runs inside may have something to do all the same.
+                let present = self.backend.reading(self.id()).await;
+                let idle = self.idle_timeout();
+                let is_idle = match (before, present) {
+                    (Some(before), Some(present)) => present.is_idle_since(before, idle),
+                    // Not known: it has its whole lifetime.
+                    (_, _) => false,
+                };
+                if !is_idle {
+                    self.life.touch();
+                    continue;
+                }
+            }
+            if self.life.lapse(due) {
+                return due.cause;
+            }
+        }
+    }
+
+    fn idle_timeout(&self) -> Duration {
+        let seconds = match &self.subject {
+            Subject::Owned(record) => record.terms.idle_timeout_seconds,
+            Subject::Pooled(_) => None,
+        };
+        seconds.map_or(Duration::MAX, Duration::from_secs)
     }
 
     async fn withdraw(&self, failures: u32) -> Outcome {
@@ -291,6 +367,9 @@ impl Work {
 
     async fn destroy(&self, failures: u32) -> Outcome {
         pause(failures).await;
+        if failures == 0 && matches!(self.subject, Subject::Owned(_)) {
+            self.shared.last_reading(&self.backend, self.id()).await;
+        }
         match self.backend.destroy(self.id()).await {
             Ok(()) => done(),
             Err(error) => self.backend_failed("destroy", &error),
@@ -302,14 +381,27 @@ impl Work {
         let store = &self.shared.store;
         let ended = match &self.subject {
             Subject::Owned(_) => {
-                let reason = Some(cause.reason());
+                let reason = Some(self.reason(cause));
                 store.finish(self.id(), cause.status(), reason, now()).await
             }
             Subject::Pooled(_) => store.forget_pooled(self.id()).await,
         };
         match ended {
-            Ok(()) => done(),
+            Ok(()) => {
+                if let Subject::Owned(record) = &self.subject {
+                    let teller = &self.shared.teller;
+                    teller.tell_end(&record.org_id, &record.id, cause, self.reason(cause));
+                }
+                done()
+            }
             Err(error) => self.store_failed("record the end of", &error),
+        }
+    }
+
+    fn reason(&self, cause: Cause) -> &str {
+        match self.reason.get() {
+            Some(reason) if cause == Cause::Failed => reason,
+            Some(_) | None => cause.reason(),
         }
     }
 
@@ -342,12 +434,6 @@ impl Work {
     }
 }
 
-/// How much is left of a life. The clock is asked once, when it begins or a controller adopts it; one that was set back
-/// since it began gives it no more than the whole of it.
-fn left(began: Timestamp, ends: Timestamp, now: Timestamp) -> Duration {
-    Duration::try_from(ends.duration_since(now.max(began))).unwrap_or(Duration::ZERO)
-}
-
 fn done() -> Outcome {
     Outcome {
         event: Event::Done,
@@ -367,21 +453,5 @@ async fn pause(failures: u32) {
     if failures > 0 {
         let pause = Duration::from_millis(100) * 2_u32.saturating_pow(failures.min(16));
         tokio::time::sleep(pause.min(LONGEST_PAUSE)).await;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use jiff::SignedDuration;
-
-    use super::*;
-
-    #[test]
-    fn a_clock_that_is_set_back_makes_no_life_longer() {
-        let began = Timestamp::UNIX_EPOCH + SignedDuration::from_hours(500_000);
-        let after = |minutes: i64| began + SignedDuration::from_mins(minutes);
-        let left = |minutes: i64| left(began, after(10), after(minutes)).as_secs();
-        assert_eq!([left(0), left(4), left(10), left(11)], [600, 360, 0, 0]);
-        assert_eq!(left(-9_000), 600);
     }
 }

@@ -1,5 +1,7 @@
 //! Sandboxes.
 
+use std::collections::BTreeMap;
+
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -101,8 +103,26 @@ pub struct Sandbox {
     pub pids: u64,
     /// How strongly it is isolated.
     pub isolation: Isolation,
-    /// Its lifetime in seconds.
+    /// Its lifetime in seconds, as asked for.
     pub timeout_seconds: u64,
+    /// Its processes are frozen: nothing can be run in it before it is resumed.
+    #[serde(default)]
+    pub paused: bool,
+    /// In the answer to a creation: it was there already, for the same `session_key`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub reused: bool,
+    /// Creations with this key give this sandbox for as long as it lives.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session_key: Option<String>,
+    /// It ends when nothing has happened in it for so long.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub idle_timeout_seconds: Option<u64>,
+    /// What it was made from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template_id: Option<String>,
+    /// Its owner's notes.
+    #[serde(default)]
+    pub metadata: BTreeMap<String, String>,
     /// How long its start took; in the answer to its creation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub startup_metrics: Option<StartupMetrics>,
@@ -161,6 +181,9 @@ pub struct SandboxLifetime {
     /// Why it ended, when that is worth saying.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub status_reason: Option<String>,
+    /// Its processes are frozen. Its lifetime goes on.
+    #[serde(default)]
+    pub paused: bool,
     /// When it is taken down by itself.
     pub expires_at: Timestamp,
     /// The latest time to which its life could be extended.
