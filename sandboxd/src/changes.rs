@@ -1,7 +1,7 @@
 //! What a command changed below a directory: the directory is walked before and after it.
 //!
 //! A walk sees what is different at its end, whoever made it so, and needs no watch on every directory, of which the
-//! node has few. It costs one `lstat` for each entry (about 2 µs) twice, and memory of the sandbox for each path, so
+//! node has few. It costs one `lstat` for each entry (a few µs) twice, and memory of the sandbox for each path, so
 //! both are bounded; past the bound the answer says that something may be missing, and never tells of a file as
 //! created or deleted only because one of the walks did not get to it.
 

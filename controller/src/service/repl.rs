@@ -22,8 +22,12 @@ use scan::{Piece, Scan};
 
 /// How long an interpreter may take to begin.
 const READY: Duration = Duration::from_secs(20);
-/// How long code may take to end when it was interrupted.
-const GRACE: Duration = Duration::from_secs(3);
+/// How long code may wait for other code of its session.
+const TURN: Duration = Duration::from_secs(60);
+/// How often code whose time is up is interrupted: it may hold an interrupt back for a while.
+const INTERRUPTS: u32 = 5;
+/// How long it may take to end after each.
+const GRACE: Duration = Duration::from_secs(1);
 /// Most bytes of output in an answer.
 const MAX_OUTPUT: usize = 4 * 1024 * 1024;
 /// What an interpreter said instead of beginning, in characters.
@@ -148,11 +152,6 @@ impl Service {
             .follow_process(org_id, id, process, status.next_seq, (true, true))
             .await?;
         let name = uuid::Uuid::new_v4().simple().to_string();
-        let begun = Instant::now();
-        let interrupting = Interrupting {
-            service: self,
-            of: Some((org_id, id, process)),
-        };
         let line = format!("{name} {}\n", STANDARD.encode(code));
         follow.write(line.as_bytes()).await?;
         let mut running = Running {
@@ -160,12 +159,28 @@ impl Service {
             scan: Scan::new(&name),
             output: Kept::of(MAX_OUTPUT),
             lost: false,
+            end: None,
         };
-        let mut timed_out = false;
+        // An interrupt before the code has begun would be lost, or meet other code.
+        match timeout(TURN, running.begin()).await {
+            Ok(begun) => begun?,
+            Err(_elapsed) => {
+                let message = "the session is busy with other code; this code runs after it, unheard";
+                return Err(ServiceError::Conflict(message.to_owned()));
+            }
+        }
+        let begun = Instant::now();
+        let interrupting = Interrupting {
+            service: self,
+            of: Some((org_id, id, process)),
+        };
         let mut ended = timeout(limit, running.end()).await;
-        if ended.is_err() {
-            timed_out = true;
-            self.signal_process(org_id, id, process, INTERRUPT).await?;
+        let timed_out = ended.is_err();
+        for _ in 0..INTERRUPTS {
+            if ended.is_ok() {
+                break;
+            }
+            self.interrupt_session(org_id, id, process).await?;
             ended = timeout(GRACE, running.end()).await;
         }
         interrupting.not_any_more();
@@ -260,37 +275,62 @@ struct Running {
     scan: Scan,
     output: Kept,
     lost: bool,
+    /// Why it failed, or nothing, and how many the session has run.
+    end: Option<(String, u64)>,
 }
 
 impl Running {
+    /// Waits for the code's turn.
+    async fn begin(&mut self) -> Result<(), AgentError> {
+        while self.end.is_none() && !self.scan.has_begun() {
+            self.step().await?;
+        }
+        Ok(())
+    }
+
     /// Why it failed, or nothing, and how many the session has run. Can be dropped and called again.
     async fn end(&mut self) -> Result<(String, u64), AgentError> {
-        while let Some(event) = self.follow.next().await {
-            let bytes = match event? {
+        loop {
+            if let Some(end) = self.end.take() {
+                return Ok(end);
+            }
+            self.step().await?;
+        }
+    }
+
+    /// Takes one event.
+    async fn step(&mut self) -> Result<(), AgentError> {
+        let bytes = match self.follow.next().await {
+            Some(event) => match event? {
                 ProcessOutput::Part { bytes, .. } => bytes,
                 ProcessOutput::Lost(_) => {
                     self.lost = true;
                     self.scan.skip();
-                    continue;
+                    return Ok(());
                 }
                 ProcessOutput::Exited { exit_code, .. } => {
-                    return Ok((format!("the session ended with exit code {exit_code}"), 0));
+                    self.end = Some((format!("the session ended with exit code {exit_code}"), 0));
+                    return Ok(());
                 }
-                ProcessOutput::CaughtUp => break,
-            };
-            self.scan.push(&bytes);
-            while let Some(piece) = self.scan.next() {
-                match piece {
-                    Piece::Output(bytes) => self.output.push(&bytes),
-                    Piece::End { error, count } => return Ok((error, count)),
-                    Piece::Nonsense => {
-                        return Err(AgentError::Protocol(
-                            "a session whose marks say nothing".to_owned(),
-                        ));
-                    }
+                ProcessOutput::CaughtUp => return Err(AgentError::Closed),
+            },
+            None => return Err(AgentError::Closed),
+        };
+        self.scan.push(&bytes);
+        while let Some(piece) = self.scan.next() {
+            match piece {
+                Piece::Output(bytes) => self.output.push(&bytes),
+                Piece::End { error, count } => {
+                    self.end = Some((error, count));
+                    return Ok(());
+                }
+                Piece::Nonsense => {
+                    return Err(AgentError::Protocol(
+                        "a session whose marks say nothing".to_owned(),
+                    ));
                 }
             }
         }
-        Err(AgentError::Closed)
+        Ok(())
     }
 }

@@ -207,7 +207,7 @@ fn what_left_the_group_ends_with_its_command_when_that_is_cancelled() {
     wait(|| !alive(&hung_up));
 
     let exec = Exec {
-        timeout_ms: Some(3000),
+        timeout_ms: Some(6000),
         ..shell(&format!("{}; sleep 600", stray(&told)))
     };
     let outcome = agent.exec(exec).outcome();

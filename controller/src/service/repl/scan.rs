@@ -62,6 +62,11 @@ impl Scan {
         }
     }
 
+    /// The code has begun.
+    pub(super) fn has_begun(&self) -> bool {
+        self.state != State::Before
+    }
+
     /// Takes what has come.
     pub(super) fn push(&mut self, bytes: &[u8]) {
         self.received.extend_from_slice(bytes);
