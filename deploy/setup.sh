@@ -9,7 +9,8 @@
 #   deploy/setup.sh --check    change nothing: list what is missing; exit 1 if anything is
 #
 # What it makes, and where (each may be moved by the variable in front):
-#   SANDGATE_TOOLCHAIN_DIR  /opt/sandgate               bin/bpf-linker (built once), and notes on how it was built
+#   SANDGATE_TOOLCHAIN_DIR  /opt/sandgate               bin/bpf-linker (built once), notes on how it was built, and
+#                                                       (--tests) clients/: the published clients that are tested with
 #   SANDGATE_IMAGE_DIR      /var/lib/sandgate/images    default/rootfs and default/image.json (deploy/image.sh)
 #
 # Everything comes from package registries through their own clients: apt (with this machine's sources), cargo, pip
@@ -296,6 +297,46 @@ get_image() {
   "$here/image.sh" build
 }
 
+# --- 7. What `tests/conformance` runs: the published clients, and schemathesis ----------------------------------------
+
+# A directory each, as they exclude one another. Folder and requirements.
+CLIENTS=(
+  "2.1.0 stateset-sandbox==2.1.0 httpx==0.28.1"
+  "1.1.0 stateset-sandbox==1.1.0 httpx==0.28.1"
+  "1.0.4 stateset-sandbox==1.0.4 httpx==0.28.1"
+  "schemathesis schemathesis==4.32.5"
+)
+# What they were installed as, and for which Python: another one could not load their compiled parts.
+client_stamp() { echo "$*, $(python3 -c 'import sys; print(sys.version)')"; }
+client_ok() {
+  local stamp=$TOOLCHAIN_DIR/clients/$1/.stamp
+  [[ -r $stamp && $(<"$stamp") == "$(client_stamp "$@")" ]]
+}
+clients_ok() {
+  local client
+  for client in "${CLIENTS[@]}"; do
+    # shellcheck disable=SC2086 # words
+    client_ok $client || return 1
+  done
+}
+get_client() {
+  local dir=$TOOLCHAIN_DIR/clients/$1
+  say "installing ${*:2} into $dir"
+  rm -rf "$dir"
+  mkdir -p "$dir"
+  quietly python3 -m pip install --no-input --disable-pip-version-check --root-user-action=ignore --target "$dir" "${@:2}" ||
+    fail "${*:2} cannot be installed; see above"
+  client_stamp "$@" >"$dir/.stamp"
+}
+get_clients() {
+  local client
+  pip_ok || apt_install python3-pip
+  for client in "${CLIENTS[@]}"; do
+    # shellcheck disable=SC2086 # words
+    client_ok $client || get_client $client
+  done
+}
+
 # --- all of it, in order ---------------------------------------------------------------------------------------------
 
 ARCH=$(uname -m)
@@ -321,6 +362,7 @@ if $check_only; then
   ebpf_rustc >/dev/null || lacks "a compiler for eBPF (rustup nightly with rust-src, or Debian's rustc-web with libstd-rust-web-dev-bpf)"
   linker_ok || lacks "$TOOLCHAIN_DIR/bin/bpf-linker $BPF_LINKER_VERSION, for the LLVM of that compiler"
   ! $with_tests || lint_tools_ok || lacks "rustfmt or clippy"
+  ! $with_tests || clients_ok || lacks "the published clients or schemathesis in $TOOLCHAIN_DIR/clients"
   musl_settled || lacks "the rust target $ARCH-unknown-linux-musl"
   "$here/image.sh" check || lacks "the default image in $IMAGE_DIR (or it was made by another recipe)"
   $ok && say "nothing is missing"
@@ -340,5 +382,6 @@ ebpf_rustc >/dev/null || get_ebpf_rustc
 linker_ok || get_linker
 musl_settled || get_musl
 ! $with_tests || lint_tools_ok || get_lint_tools
+! $with_tests || clients_ok || get_clients
 "$here/image.sh" check || get_image
 say "everything is there"

@@ -289,6 +289,11 @@ impl Node {
         &self.data
     }
 
+    /// Where the API listens.
+    pub fn api(&self) -> SocketAddr {
+        self.api
+    }
+
     /// A caller of the API without key.
     pub fn client(&self) -> Client {
         Client::new(&self.place, self.api, &self.heard)

@@ -121,6 +121,9 @@ fn complete_operation(path: &str, operation: &mut Value) {
             }}
         }}
     });
+    if let Some(answers) = operation["responses"].as_object_mut() {
+        answers.values_mut().for_each(describe_events);
+    }
     let mut parameters: Vec<Value> = operation["parameters"].as_array().cloned().unwrap_or_default();
     for name in path.split('{').skip(1).filter_map(|rest| rest.split('}').next()) {
         let is_known = |known: &Value| known["name"] == name && known["in"] == "path";
@@ -133,6 +136,23 @@ fn complete_operation(path: &str, operation: &mut Value) {
     if !parameters.is_empty() {
         operation["parameters"] = parameters.into();
     }
+}
+
+/// Handlers name what an event carries; the description shows the event as it is on the wire (WHATWG HTML, 9.2).
+fn describe_events(answer: &mut Value) {
+    let Some(schema) = answer.pointer_mut("/content/text~1event-stream/schema") else {
+        return;
+    };
+    *schema = json!({
+        "type": "object",
+        "required": ["data"],
+        "properties": {
+            "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": schema.take()},
+            "event": {"type": "string"},
+            "id": {"type": "string"},
+            "retry": {"type": "integer"}
+        }
+    });
 }
 
 /// Doc comments name our own types as links; whoever reads the description has only the words.

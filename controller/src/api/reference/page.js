@@ -23,6 +23,8 @@ function refName(schema) {
 // What a schema is called in a table: a type, a list, or the name of another schema.
 function typeOf(schema) {
   if (!schema) return ["anything"];
+  const carried = schema.properties && schema.properties.data && schema.properties.data.contentSchema;
+  if (carried) return ["events of ", ...typeOf(carried)];
   const name = refName(schema);
   if (name) return [element("a", { href: "#schema-" + name }, name)];
   const choices = schema.oneOf || schema.anyOf;
