@@ -63,9 +63,6 @@ LATER = {
     "run_benchmark": (),
     "get_benchmark_history": (),
     "get_benchmark_summary": (),
-    "create_repl_session": ("$id",),
-    "execute_repl": ("$id", "s", "1"),
-    "destroy_repl_session": ("$id", "s"),
 }
 
 class Later(WithSandbox):
