@@ -74,40 +74,37 @@ class Audit(WithSandbox):
 @since(2, 1)
 class Events(Case):
     def test_they_come_and_come_again(self):
-        seen, wanted, known = [], threading.Event(), threading.Event()
-        box = {}
+        seen, enough = [], threading.Event()
+
+        def whole():
+            """A sandbox of which the beginning and the end were heard."""
+            began = {e.data["sandbox_id"]: e for e in seen if e.event == "sandbox.created"}
+            ended = [e.data["sandbox_id"] for e in seen if e.event == "sandbox.stopped"]
+            return next((began[one] for one in ended if one in began), None)
 
         def listen():
-            with_own = client(timeout=60000)
-            for event in with_own.stream_events():
-                seen.append(event)
-                if event.event == "sandbox.created":
-                    known.set()
-                if event.event == "sandbox.stopped" and box.get("id") in str(event.data):
-                    wanted.set()
-                    return
+            with client(timeout=60000) as own:
+                for event in own.stream_events():
+                    seen.append(event)
+                    if whole():
+                        enough.set()
+                        return
 
-        first = self.client.create()
         thread = threading.Thread(target=listen, daemon=True)
         thread.start()
-        try:
-            # Whether the listener is there is seen by an event that reaches it.
-            for _ in range(20):
-                made = self.client.create()
-                box["id"] = made.sandbox_id
-                self.client.stop(made.sandbox_id)
-                if wanted.wait(3):
-                    break
-            self.assertTrue(wanted.is_set(), seen)
-        finally:
-            self.client.stop(first.sandbox_id)
-            thread.join(30)
-        created = [e for e in seen if e.event == "sandbox.created" and box["id"] in str(e.data)]
-        self.assertTrue(created, seen)
+        # Whether the listener is there yet is seen by what it hears.
+        for _ in range(20):
+            self.client.stop(self.client.create().sandbox_id)
+            if enough.wait(3):
+                break
+        thread.join(30)
+        created = whole()
+        self.assertIsNotNone(created, seen)
         # From there on, once more.
-        again = self.client.stream_events(last_event_id=created[0].id)
+        again = self.client.stream_events(last_event_id=created.id)
         for event in again:
-            if event.event == "sandbox.stopped" and box["id"] in str(event.data):
+            self.assertGreater(int(event.id), int(created.id))
+            if event.event == "sandbox.stopped" and event.data["sandbox_id"] == created.data["sandbox_id"]:
                 break
         again.close()
 

@@ -49,9 +49,7 @@ class Life(Case):
             ({"env": {"a=b": "c"}}, "env"),
             ({"template": "no-such-template"}, "template"),
         ]:
-            with self.subTest(options), self.refused(
-                404 if field == "template" else 400
-            ) as refusal:
+            with self.subTest(options), self.refused(400, "VALIDATION_ERROR") as refusal:
                 self.client.create(types.CreateSandboxOptions(**options))
             with self.subTest(options):
                 self.assertIn(field, str(refusal.error))
@@ -115,8 +113,9 @@ class Templates(Case):
     def test_one_that_does_not_exist(self):
         with self.refused(404):
             self.client.get_template("no-such-template")
-        with self.refused(404):
+        with self.refused(400, "VALIDATION_ERROR") as refusal:
             self.client.create_from_template("no-such-template")
+        self.assertIn("template_id", str(refusal.error))
 
 
 @since(2, 1)
