@@ -31,6 +31,7 @@ mod processes;
 mod query;
 mod raw;
 mod reference;
+mod remainder;
 mod repl;
 mod request;
 mod review;

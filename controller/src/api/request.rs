@@ -18,6 +18,7 @@ use super::{
     error::ApiError,
     limits,
     present::{self, Known, Present},
+    remainder::Remainder,
 };
 use crate::{
     limiter::Peer,
@@ -87,6 +88,7 @@ pub(super) async fn around(State(around): State<Around>, request: Request, next:
     let method: Method = request.method().clone();
     let watched = Requested::new(around.service.metrics().clone(), route.as_deref(), &method);
     let span = tracing::info_span!("request", request_id = %id, sandbox_id = Empty);
+    let (request, remainder) = Remainder::of(request);
     async move {
         let began = Instant::now();
         let present = Present::default();
@@ -126,6 +128,7 @@ pub(super) async fn around(State(around): State<Around>, request: Request, next:
         if let Some(allowance) = &present.known().allowance {
             limits::say(allowance, &mut response);
         }
+        remainder.settle(&mut response).await;
         watched.answered(response.status());
         let status = response.status().as_u16();
         let took_ms = millis(began);

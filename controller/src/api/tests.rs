@@ -35,6 +35,7 @@ mod happenings;
 mod lifetime;
 mod openapi;
 mod policies;
+mod remainder;
 mod requests;
 mod sandboxes;
 mod secrets;
