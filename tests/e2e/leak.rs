@@ -52,13 +52,17 @@ const KEEPS_PAGES: &str = "controller serve";
 /// Tables whose rows are meant to stay when a sandbox is gone, each with the rows that one sandbox leaves at most:
 /// records of what was, which the retention ends, and tombstones on the feeds for a netd or tunnel-proxy
 /// that was away.
-const RECORDS: [(&str, u64); 6] = [
+const RECORDS: [(&str, u64); 9] = [
     ("tunnel_removals", 1),
     ("sandboxes", 1),
     ("sandbox_policies", 1),
     ("sandbox_secrets", 1),
     ("feed_removals", 1),
     ("egress_audit", 20),
+    ("actions", 12),
+    ("events", 20),
+    // An hour may end meanwhile.
+    ("usage", 2),
 ];
 
 /// A node of its own: other cases' sandboxes would be seen.
